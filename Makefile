@@ -1,0 +1,49 @@
+# `make demo` runs the main job, `make test` passes the tests; each sets up what it needs.
+# PYTHON=/path/to/python chooses the interpreter, TESTS=tests/layout the tests.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TESTS ?= tests
+
+# One thread for each rank process: with more, the ranks of one machine fight over its cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test setup format lint types unit lock clean
+
+help:
+	@echo "make demo    train a small multimodal model under a plan, on the CPU"
+	@echo "make test    format, lint, types and tests"
+	@echo "make format  rewrite the sources as 'make test' wants them"
+	@echo "make lock    bring requirements.lock up to date with setup.py"
+	@echo "make clean   remove the environments and every cache"
+
+demo: setup
+	$(BIN)/python -m examples.digits.demo
+
+test: lint types unit
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements.lock setup.py tools/setup.sh
+	tools/setup.sh
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: setup
+	$(BIN)/pyright
+
+unit: setup
+	$(BIN)/python -m pytest $(TESTS)
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lock:
+	tools/lock.sh
+
+clean:
+	rm -rf .venv .venv-uv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

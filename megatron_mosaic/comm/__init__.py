@@ -1,0 +1,1 @@
+"""How activations and gradients move between layouts."""

@@ -1,0 +1,21 @@
+"""A transfer that was posted and may not be done."""
+
+from typing import Protocol
+
+import torch
+
+
+class Pending(Protocol):
+    """Handle of one posted transfer.
+
+    Posting issues the transfer and waits for nothing. Whoever posted keeps the handle until
+    ``finish`` has returned, because it keeps the buffers alive.
+    """
+
+    def wait(self) -> torch.Tensor:
+        """Blocks until this rank's part has arrived. Returns what the rank keeps."""
+        ...
+
+    def finish(self) -> None:
+        """Blocks until nothing of the transfer needs this rank's buffers any more."""
+        ...

@@ -1,0 +1,94 @@
+"""Passes activations and gradients between neighbouring pipeline stages of one module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineLink:
+    """One direction between two ranks of neighbouring stages; its tensors have one shape.
+
+    Args:
+        group: A group that holds both ranks, warmed up, used for this link and direction only.
+            On a group that several links share, a receive posted early would hold back every
+            later send: NCCL completes what a communicator is given in order.
+        source: Global rank that sends.
+        destination: Global rank that receives.
+        shape: Shape of every tensor, such as ``(s, b, h)``.
+        dtype: Type of the tensors.
+        device: Where the tensors come from and go to.
+    """
+
+    group: dist.ProcessGroup
+    source: int
+    destination: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def post(self, tensor: torch.Tensor | None) -> "PendingTensor":
+        """Issues the send or the receive of this rank, and waits for nothing.
+
+        Args:
+            tensor: What the source sends, which must not change until the transfer is finished;
+                None at the destination.
+        """
+        if dist.get_rank() == self.source:
+            assert tensor is not None, f"rank {self.source} has nothing to send"
+            assert tensor.shape == self.shape, f"{tuple(tensor.shape)} on a link of {self.shape}"
+            assert tensor.dtype == self.dtype, f"{tensor.dtype} on a link of {self.dtype}"
+            message = tensor.detach().contiguous()
+            operation = dist.P2POp(dist.isend, message, self.destination, group=self.group)
+        else:
+            message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            operation = dist.P2POp(dist.irecv, message, self.source, group=self.group)
+        # A batch of one runs on the group's own communicator; NCCL opens another one for each
+        # pair of ranks that sends without a batch.
+        return PendingTensor(message=message, works=dist.batch_isend_irecv([operation]))
+
+
+@dataclass(kw_only=True, slots=True)
+class PendingTensor:
+    """A tensor on its way. It keeps the buffer alive until it has arrived or left.
+
+    Note:
+        On CUDA, post and wait on the same stream.
+    """
+
+    message: torch.Tensor | None
+    works: Sequence[dist.Work]
+
+    def wait(self) -> torch.Tensor:
+        """Blocks until the tensor has arrived, and hands it over: call it once."""
+        message = self.message
+        assert message is not None, "this tensor was handed over already"
+        self.finish()
+        return message
+
+    def finish(self) -> None:
+        """Blocks until the buffer is free."""
+        for work in self.works:
+            work.wait()
+        self.works = ()
+        self.message = None
+
+
+class PipelineChannel:
+    """A link as the engine sees it: one tensor for each microbatch."""
+
+    def __init__(self, link: PipelineLink) -> None:
+        self._link = link
+
+    def split(
+        self, leaving: torch.Tensor | None, microbatches: Sequence[int]
+    ) -> Sequence[torch.Tensor | None]:
+        """Hands the tensor on: a pipelined task has one microbatch."""
+        assert len(microbatches) == 1, "a pipelined module takes one microbatch at a time"
+        return [leaving]
+
+    def post(self, microbatch: int, leaving: torch.Tensor | None) -> PendingTensor:
+        """Issues this rank's send or receive of one microbatch."""
+        return self._link.post(leaving)

@@ -1,0 +1,157 @@
+"""Walks the steps of a rank: computes, posts transfers, waits for them."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_mosaic.comm.pending import Pending
+from megatron_mosaic.schedule.steps import Compute, Edge, Post, Step, Transfer, TransferKind, Wait
+from megatron_mosaic.schedule.task import Task
+
+TaskObserver = Callable[[Task, float, float], None]
+
+
+class TaskRunner(Protocol):
+    """Runs the tasks of one module on this rank and keeps what a backward pass needs."""
+
+    def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Runs a forward task.
+
+        Args:
+            task: The task.
+            received: Activations by the module that sent them; the module's own name stands for
+                the previous pipeline stage.
+
+        Returns:
+            What leaves the stage: boundary rows ``[tokens, h]``, a hidden state, or nothing.
+        """
+        ...
+
+    def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+        """Runs a backward task.
+
+        Args:
+            task: The task.
+            received: Gradient of what left the stage; None on a last stage.
+
+        Returns:
+            Gradients of what the forward task received, by the same keys.
+        """
+        ...
+
+
+class Channel(Protocol):
+    """One direction of one edge: its transfers are posted in microbatch order."""
+
+    def split(
+        self, leaving: torch.Tensor | None, microbatches: Sequence[int]
+    ) -> Sequence[torch.Tensor | None]:
+        """Cuts what one task produced into the parts of its microbatches."""
+        ...
+
+    def post(self, microbatch: int, leaving: torch.Tensor | None) -> Pending:
+        """Issues this rank's sends and receives of one transfer, without waiting."""
+        ...
+
+
+Channels = Mapping[tuple[TransferKind, Edge], Channel]
+
+
+class Walker:
+    """Executes one rank's steps once."""
+
+    def __init__(
+        self,
+        *,
+        runners: Mapping[str, TaskRunner],
+        channels: Channels,
+        observe: TaskObserver | None = None,
+    ) -> None:
+        self._runners = runners
+        self._channels = channels
+        self._observe = observe
+        self._leaving: dict[Transfer, torch.Tensor | None] = {}
+        self._pending: dict[Transfer, Pending] = {}
+        self._arrived: dict[Transfer, torch.Tensor] = {}
+
+    def walk(self, steps: Iterable[Step]) -> None:
+        """Runs all steps in order, then waits until everything sent has left."""
+        for step in steps:
+            match step:
+                case Post(transfer):
+                    self._post(transfer)
+                case Wait(transfer):
+                    self._arrived[transfer] = self._pending[transfer].wait()
+                case Compute(task):
+                    self._compute(task)
+        for pending in self._pending.values():
+            pending.finish()
+
+    def _post(self, transfer: Transfer) -> None:
+        channel = self._channels[transfer.kind, transfer.edge]
+        leaving = self._leaving.pop(transfer, None)
+        self._pending[transfer] = channel.post(transfer.microbatch, leaving)
+
+    def _compute(self, task: Task) -> None:
+        start_s = time.perf_counter()
+        if task.kind == "F":
+            self._forward(task)
+        else:
+            self._backward(task)
+        if self._observe is not None:
+            self._observe(task, start_s, time.perf_counter())
+
+    def _forward(self, task: Task) -> None:
+        received = {
+            edge.source: rows
+            for edge in self._edges("activation", into=task)
+            if (rows := self._take("activation", edge, task.microbatches)) is not None
+        }
+        leaving = self._runners[task.module].forward(task, received)
+        for edge in self._edges("activation", out_of=task):
+            self._hand_over("activation", edge, task, leaving)
+
+    def _backward(self, task: Task) -> None:
+        gradients = [
+            rows
+            for edge in self._edges("gradient", out_of=task)
+            if (rows := self._take("gradient", edge, task.microbatches)) is not None
+        ]
+        # A module with several consumers receives one gradient from each.
+        received = sum(gradients[1:], start=gradients[0]) if gradients else None
+        leaving = self._runners[task.module].backward(task, received)
+        for edge in self._edges("gradient", into=task):
+            self._hand_over("gradient", edge, task, leaving.get(edge.source))
+
+    def _edges(
+        self, kind: TransferKind, *, into: Task | None = None, out_of: Task | None = None
+    ) -> list[Edge]:
+        end = into or out_of
+        assert end is not None
+        place = (end.module, end.stage)
+        return [
+            edge
+            for channel_kind, edge in self._channels
+            if channel_kind == kind
+            and place
+            == (
+                (edge.destination, edge.destination_stage)
+                if into
+                else (edge.source, edge.source_stage)
+            )
+        ]
+
+    def _take(
+        self, kind: TransferKind, edge: Edge, microbatches: Sequence[int]
+    ) -> torch.Tensor | None:
+        parts = [self._arrived.pop(Transfer(kind, edge, m)) for m in microbatches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _hand_over(
+        self, kind: TransferKind, edge: Edge, task: Task, leaving: torch.Tensor | None
+    ) -> None:
+        parts = self._channels[kind, edge].split(leaving, task.microbatches)
+        for microbatch, part in zip(task.microbatches, parts, strict=True):
+            self._leaving[Transfer(kind, edge, microbatch)] = part

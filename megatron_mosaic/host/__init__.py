@@ -1,0 +1,1 @@
+"""Where Mosaic attaches to Megatron: the only importer of megatron."""

@@ -1,0 +1,100 @@
+"""Makes an error of one rank an error of all, through the rendezvous store.
+
+It works before any process group exists, and no rank waits longer than the time limit.
+"""
+
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+EXIT_BAD_INPUT = 2
+
+
+class Agreement:
+    """Lets all ranks go on together, or stops them all.
+
+    Args:
+        store: Store that all ranks reach.
+        rank: This rank.
+        world_size: Ranks that take part.
+        timeout_s: Longest time to wait for a rank that does not arrive.
+    """
+
+    def __init__(
+        self, store: dist.Store, *, rank: int, world_size: int, timeout_s: float = 15.0
+    ) -> None:
+        self._store = dist.PrefixStore("mosaic", store)
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout = timedelta(seconds=timeout_s)
+
+    def settle(self, stage: str, error: str | None, *, digest: str = "") -> None:
+        """Goes on if no rank has an error and all digests are equal.
+
+        Args:
+            stage: Name of the moment; every rank passes the same stages in the same order.
+            error: This rank's error, one line; None if all is well.
+            digest: What must be equal on all ranks.
+
+        Raises:
+            SystemExit: Code 2, on every rank; the first rank with an error printed it.
+        """
+        self._store.set(f"{stage}/{self._rank}", f"E{error}" if error else f"D{digest}")
+        if self._rank == 0:
+            self._store.set(f"{stage}/verdict", self._judge(stage))
+        verdict = self._read(f"{stage}/verdict", patience=2)
+        if verdict is None:
+            stop("run: rank=0 must answer within the time limit; look at the output of rank 0")
+        if verdict != "fine":
+            speaker, _, message = verdict.partition(" ")
+            self._leave_together(stage)
+            stop(message if self._rank == int(speaker) else None)
+
+    def _judge(self, stage: str) -> str:
+        """Returns ``"fine"``, or the rank that prints and what it prints."""
+        digests = {}
+        for rank in range(self._world_size):
+            said = self._read(f"{stage}/{rank}")
+            if said is None:
+                return (
+                    f"0 run: rank={rank} must arrive within {self._timeout.seconds} s; "
+                    f"look at the output of that rank"
+                )
+            if said.startswith("E"):
+                return f"{rank} {said[1:]}"
+            digests[rank] = said[1:]
+        unlike = [rank for rank, digest in digests.items() if digest != digests[0]]
+        if unlike:
+            return (
+                f"0 plan: digest={digests[unlike[0]][:12]} on ranks {unlike} must equal "
+                f"{digests[0][:12]} of rank 0; give every rank the same plan file"
+            )
+        return "fine"
+
+    def _read(self, key: str, *, patience: int = 1) -> str | None:
+        try:
+            self._store.wait([key], self._timeout * patience)
+        except (dist.DistStoreError, RuntimeError):
+            return None
+        return self._store.get(key).decode()
+
+    def _leave_together(self, stage: str) -> None:
+        """Keeps the rank that may serve the store alive until all have read the verdict."""
+        self._store.set(f"{stage}/left/{self._rank}", "1")
+        if self._rank == 0:
+            for rank in range(1, self._world_size):
+                self._read(f"{stage}/left/{rank}")
+            time.sleep(0.1)
+
+
+def stop(message: str | None) -> None:
+    """Ends this process because of what the user gave. Prints one line, if any.
+
+    Raises:
+        SystemExit: Code 2.
+    """
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_BAD_INPUT)

@@ -1,0 +1,155 @@
+"""Channels of a rank: what carries each edge's activations and gradients."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_mosaic.comm.boundary import BoundaryChannel, BoundaryRoutes
+from megatron_mosaic.comm.exchange import Exchange
+from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink
+from megatron_mosaic.engine.walk import Channel
+from megatron_mosaic.host.groups import GroupFactory, ModuleGroups
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.schedule import Schedule
+from megatron_mosaic.schedule.steps import (
+    Edge,
+    TransferKind,
+    communicators,
+    edges_of,
+    has_gradient,
+    participants,
+)
+
+KINDS: tuple[TransferKind, ...] = ("activation", "gradient")
+
+
+class ChannelSet:
+    """Creates a communicator for every edge and direction, and later the channels on them.
+
+    Args:
+        plan: The plan.
+        factory: Creates groups.
+        hosted: Modules on this rank.
+        rank: This rank.
+
+    Note:
+        Collective over the world.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        factory: GroupFactory,
+        *,
+        hosted: Mapping[str, ModuleGroups],
+        rank: int,
+    ) -> None:
+        self._plan = plan
+        self._hosted = hosted
+        self._rank = rank
+        self._groups: dict[tuple[TransferKind, Edge], dist.ProcessGroup] = {}
+        self.routes: dict[Edge, BoundaryRoutes] = {}
+        self.open: dict[tuple[TransferKind, Edge], Channel] = {}
+        for edge in edges_of(plan):
+            kinds = KINDS if has_gradient(plan, edge) else KINDS[:1]
+            for kind in kinds:
+                self._create_groups(kind, edge, factory)
+        self._warm_up()
+
+    def open_all(
+        self, *, hidden_size: int, sequence_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Opens this rank's channels, once the sizes of what they carry are known.
+
+        Args:
+            hidden_size: Width of boundary rows and hidden states.
+            sequence_length: Tokens of a sample in the language model's pipeline.
+            dtype: Type of all activations.
+            device: Where they live.
+        """
+        for (kind, edge), group in self._groups.items():
+            if edge.source == edge.destination:
+                placement = self._plan.modules[edge.source]
+                shard = placement.tensor_model_parallel_size if placement.sequence_parallel else 1
+                shape = (sequence_length // shard, self._plan.micro_batch_size, hidden_size)
+                self.open[kind, edge] = PipelineChannel(
+                    self._link(kind, edge, group, shape=shape, dtype=dtype, device=device)
+                )
+                continue
+            receiver = self._hosted.get(edge.destination if kind == "activation" else edge.source)
+            exchange = Exchange(
+                group=group,
+                gather_group=receiver.collection.tp if receiver else None,
+                hidden_size=hidden_size,
+                dtype=dtype,
+                device=device,
+            )
+            routes = self.routes.setdefault(edge, self._routes_of(edge))
+            self.open[kind, edge] = BoundaryChannel(kind, routes, exchange, rank=self._rank)
+
+    def begin(self, rows: tuple[int, ...], *, schedule: Schedule) -> None:
+        """Takes the boundary rows of every sample of the next step."""
+        for edge, routes in self.routes.items():
+            routes.begin(rows, groups=_tasks_of(schedule, self._plan, edge.source))
+
+    def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
+        """Boundary rows that this rank makes in one task of an encoder."""
+        routes = next(routes for edge, routes in self.routes.items() if edge.source == module)
+        return sum(routes.rows_made(m, rank=self._rank) for m in microbatches)
+
+    def _create_groups(self, kind: TransferKind, edge: Edge, factory: GroupFactory) -> None:
+        for ranks in communicators(self._plan, edge):
+            group = factory.group(ranks, scope=f"{kind} {edge}")
+            if group is not None:
+                self._groups[kind, edge] = group
+
+    def _warm_up(self) -> None:
+        """Lets every communicator meet once: NCCL's first P2P needs all members of a group."""
+        for group in self._groups.values():
+            dist.barrier(group=group)
+
+    def _routes_of(self, edge: Edge) -> BoundaryRoutes:
+        modules = self._plan.modules
+        return BoundaryRoutes(
+            modules[edge.source],
+            modules[edge.destination],
+            samples_per_replica=self._plan.micro_batch_size,
+        )
+
+    def _link(
+        self,
+        kind: TransferKind,
+        edge: Edge,
+        group: dist.ProcessGroup,
+        *,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> PipelineLink:
+        sources, destinations = participants(self._plan, edge)
+        pair = next(
+            (source, destination)
+            for source, destination in zip(sources, destinations, strict=True)
+            if self._rank in (source, destination)
+        )
+        source, destination = pair if kind == "activation" else reversed(pair)
+        return PipelineLink(
+            group=group,
+            source=source,
+            destination=destination,
+            shape=shape,
+            dtype=dtype,
+            device=device,
+        )
+
+
+def _tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[tuple[int, ...]]:
+    """Microbatches of every forward task of a module's last stage."""
+    last = plan.modules[module].pipeline_model_parallel_size - 1
+    rank = plan.modules[module].stage_ranks(last)[0]
+    return [
+        task.microbatches
+        for task in schedule.tasks[rank]
+        if task.module == module and task.stage == last and task.kind == "F"
+    ]

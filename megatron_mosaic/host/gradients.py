@@ -1,0 +1,148 @@
+"""Reduces and scales the gradients of every module, and makes the losses global."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+from megatron_mosaic.host.llava import LANGUAGE
+from megatron_mosaic.host.runner import ModuleRunner
+
+
+def finalize_gradients(
+    runners: Mapping[str, ModuleRunner],
+    *,
+    num_tokens: torch.Tensor,
+    per_token_loss: bool,
+    language_replicas: int,
+    force_all_reduce: bool,
+) -> None:
+    """Reduces every module's gradients over its own replicas and scales them alike.
+
+    The language model's gradient is a mean over its replicas, or with a per-token loss a sum
+    that is divided by the tokens of the whole batch. An encoder's replicas each hold the
+    gradient of some samples, however many and unlike they are: their sum is divided by the same
+    number, the language model's replicas or the tokens.
+
+    Args:
+        runners: Modules on this rank.
+        num_tokens: Tokens that count in the loss, over the whole batch.
+        per_token_loss: ``--calculate-per-token-loss``.
+        language_replicas: Data-parallel size of the language model.
+        force_all_reduce: Whether replicas need whole gradients with a distributed optimizer.
+
+    Note:
+        Collective over each module's ranks. Every rank goes through its modules by name.
+    """
+    for name in sorted(runners):
+        runner = runners[name]
+        if not isinstance(runner.model, DistributedDataParallel):
+            continue
+        launch_missing_reductions(runner.model, force_all_reduce=force_all_reduce)
+        with runner.as_process():
+            finalize_model_grads(
+                [runner.model],
+                num_tokens=None,
+                pg_collection=runner.groups.collection,
+                force_all_reduce=force_all_reduce,
+            )
+        if per_token_loss:
+            runner.model.scale_gradients(1.0 / num_tokens.clamp(min=1))
+        elif name != LANGUAGE:
+            runner.model.scale_gradients(1.0 / language_replicas)
+
+
+def launch_missing_reductions(model: DistributedDataParallel, *, force_all_reduce: bool) -> None:
+    """Starts the reductions that no backward pass started.
+
+    With ``--overlap-grad-reduce`` a bucket leaves when all its gradients are there. A rank whose
+    samples had no image runs no backward pass of the encoder, so its buckets would never leave,
+    and its replicas would wait for them.
+    """
+    if not model.ddp_config.overlap_grad_reduce:
+        return
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+        if not group.is_first_batch and group.grad_reduce_handle is None:
+            group.start_grad_sync(force_all_reduce=force_all_reduce)
+
+
+def gather_parameters(model: torch.nn.Module) -> None:
+    """Starts the parameter gathers of ``--overlap-param-gather`` before the first task.
+
+    Megatron starts them in forward hooks. A rank whose samples have no image runs no forward
+    pass of the encoder, and its replicas would wait for it.
+    """
+    if not isinstance(model, DistributedDataParallel) or not model.remove_forward_pre_hook_handles:
+        return
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+        if not group.param_gather_dispatched:
+            group.start_param_sync()
+
+
+def finish_gathering_parameters(model: torch.nn.Module) -> None:
+    """Waits for gathers that no forward task waited for."""
+    if not isinstance(model, DistributedDataParallel):
+        return
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+        if group.param_gather_handle is not None:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+class LossReport:
+    """Sums the losses and token counts of all ranks, so that every rank reports the same.
+
+    The stock loop logs on the last rank of the world, whichever module that is.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._host_group = group
+        self._sizes: dict[str, int] | None = None
+
+    def reduce(
+        self, losses: Sequence[Mapping[str, torch.Tensor]], *, num_tokens: Any, replicas: int
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """Makes this step's losses global.
+
+        Args:
+            losses: One entry for each microbatch on ranks that report; empty elsewhere.
+            num_tokens: Tokens that count in the loss of this rank; 0 where it does not report.
+            replicas: Ranks that report.
+
+        Returns:
+            One entry with the same keys, on every rank: sums of loss and tokens where the loss
+            function gives both, else the mean. And the tokens of the whole batch.
+
+        Note:
+            Collective over the world.
+        """
+        sizes = self._loss_sizes(losses)
+        parts = [torch.as_tensor(num_tokens, device=_device()).reshape(1).double()]
+        for key, size in sizes.items():
+            if not losses:
+                parts.append(torch.zeros(size, dtype=torch.float64, device=_device()))
+                continue
+            values = torch.stack([entry[key].detach().reshape(-1).double() for entry in losses])
+            parts.append(values.sum(dim=0) if size == 2 else values.mean(dim=0) / replicas)
+        total = torch.cat(parts)
+        dist.all_reduce(total)
+        report, offset = {}, 1
+        for key, size in sizes.items():
+            report[key] = total[offset : offset + size].float()
+            offset += size
+        return ([report] if report else []), total[0].float()
+
+    def _loss_sizes(self, losses: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, int]:
+        """Agrees on the losses' names, once: ranks without the loss do not know them."""
+        if self._sizes is None:
+            own = {key: value.numel() for key, value in losses[0].items()} if losses else {}
+            every: list[dict[str, int]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(every, own, group=self._host_group)
+            self._sizes = {key: sizes[key] for sizes in every for key in sizes}
+        return self._sizes
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,147 @@
+"""Process groups of every module, from the plan's rank lists."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mosaic.layout.placement import Axis, Coordinates, ModulePlacement
+from megatron_mosaic.layout.plan import Plan
+
+# Megatron's name of a group: the axes along which its members differ. Expert fields are those
+# of a dense model; the gtp_remat ones are groups of one because that axis is not in a plan.
+AXES_OF_FIELD: dict[str, tuple[Axis, ...]] = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "mp": ("tp", "pp"),
+    "tp_cp": ("tp", "cp"),
+    "tp_dp_cp": ("tp", "cp", "dp"),
+    "dp": ("dp",),
+    "dp_cp": ("cp", "dp"),
+    "dp_cp_gtp_remat": ("cp", "dp"),
+    "intra_dp_cp": ("cp", "dp"),
+    "inter_dist_opt": (),
+    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
+    "gtp_remat": (),
+    "ep": (),
+    "expt_tp": ("tp",),
+    "tp_ep": ("tp",),
+    "tp_ep_pp": ("tp", "pp"),
+    "tp_ep_pp_with_egtp_remat": ("tp", "pp"),
+    "expt_dp": ("cp", "dp"),
+    "expt_dp_gtp_remat": ("cp", "dp"),
+    "intra_expt_dp": ("cp", "dp"),
+    "expt_gtp_remat": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleGroups:
+    """Groups of one module that this rank is in, and its place in the module's grid."""
+
+    placement: ModulePlacement
+    position: Coordinates
+    collection: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the rank is on the first pipeline stage."""
+        return self.position.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the rank is on the last pipeline stage."""
+        return self.position.pp == self.placement.pipeline_model_parallel_size - 1
+
+
+class GroupFactory:
+    """Creates process groups; every rank must ask for the same ones in the same order.
+
+    Groups with equal members and scope are created once. Modules never share a group: their
+    collectives have orders of their own, and one communicator has only one order.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+    def group(
+        self, ranks: Sequence[int], *, scope: str, backend: str | None = None
+    ) -> dist.ProcessGroup | None:
+        """Returns the group of ``ranks``, or None on a rank outside it.
+
+        Note:
+            Collective over the world.
+        """
+        key = (scope, tuple(ranks))
+        if key not in self._groups:
+            # Megatron takes a rank's place in a module from its place in the group, so the order
+            # of the plan's list must survive; torch would sort it.
+            order = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
+            self._groups[key] = dist.new_group(
+                list(ranks), backend=backend, group_desc=f"mosaic.{scope}", **order
+            )
+        return self._groups[key] if self._rank in ranks else None
+
+    def alone(self, world_size: int) -> dist.ProcessGroup:
+        """Returns this rank's group of one. Collective over the world."""
+        own = None
+        for rank in range(world_size):
+            own = self.group((rank,), scope="alone") or own
+        assert own is not None
+        return own
+
+
+def module_groups(plan: Plan, factory: GroupFactory, *, rank: int) -> dict[str, ModuleGroups]:
+    """Creates the groups of all modules. Returns those of the modules that ``rank`` hosts.
+
+    Note:
+        Collective over the world.
+    """
+    alone = factory.alone(plan.world_size)
+    hosted = {}
+    for name, placement in plan.modules.items():
+        fields = _create_fields(placement, factory, rank=rank, alone=alone)
+        if rank in placement.ranks:
+            hosted[name] = ModuleGroups(
+                placement=placement,
+                position=placement.coordinates(rank),
+                collection=ProcessGroupCollection(**fields),
+            )
+    return hosted
+
+
+def lone_collection(alone: dist.ProcessGroup) -> ProcessGroupCollection:
+    """Returns a collection of groups of one.
+
+    The stock loop reads a single collection per rank, to reduce losses, the gradient norm and
+    success flags. A rank may host several modules or none, and all of those are already global
+    when the loop sees them: so it reduces over nobody.
+    """
+    fields: dict[str, dist.ProcessGroup] = dict.fromkeys(AXES_OF_FIELD, alone)
+    return ProcessGroupCollection(**fields, embd=alone, pos_embd=alone)
+
+
+def _create_fields(
+    placement: ModulePlacement, factory: GroupFactory, *, rank: int, alone: dist.ProcessGroup
+) -> Mapping[str, dist.ProcessGroup | None]:
+    fields: dict[str, dist.ProcessGroup | None] = {}
+    for field, axes in AXES_OF_FIELD.items():
+        fields[field] = alone
+        for ranks in placement.groups(*axes):
+            if len(ranks) > 1:
+                fields[field] = factory.group(ranks, scope=placement.name) or fields[field]
+    for pipeline in placement.groups("pp"):
+        ends = (pipeline[0], pipeline[-1])
+        if len(pipeline) == 1:
+            continue
+        # Megatron reads "not in the embedding group" from None, not from a group of one.
+        both = factory.group(ends, scope=f"{placement.name}.embd")
+        if rank in pipeline:
+            fields["embd"] = both
+            fields["pos_embd"] = alone if rank == pipeline[0] else None
+    fields.setdefault("embd", alone)
+    fields.setdefault("pos_embd", alone)
+    return fields

@@ -1,0 +1,58 @@
+"""How a rank meets the others, before any process group exists."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.host.agreement import Agreement
+from megatron_mosaic.layout.plan import Plan, check_world_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meeting:
+    """The rendezvous of a run.
+
+    Args:
+        store: Store that all ranks reach; Megatron's process group uses it too.
+        agreement: Settles errors through the store.
+        plan: The plan on which all ranks agreed.
+    """
+
+    store: dist.Store
+    agreement: Agreement
+    plan: Plan
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickles as None: it travels in Megatron's arguments, which go into checkpoints."""
+        return type(None), ()
+
+
+def meet(path: Path) -> Meeting:
+    """Reads the plan and makes sure that every rank read the same.
+
+    Raises:
+        SystemExit: Code 2, on every rank, if a rank cannot read its plan, the plan is for
+            another number of ranks, or plans differ.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    plan, error = None, None
+    try:
+        plan = Plan.load(path)
+        check_world_size(plan, world_size, where=str(path))
+    except (PlanError, LayoutError) as plan_error:
+        error = str(plan_error)
+    store = _store(rank, world_size)
+    agreement = Agreement(store, rank=rank, world_size=world_size)
+    agreement.settle("plan", error, digest=plan.digest() if plan else "")
+    assert plan is not None
+    return Meeting(store=store, agreement=agreement, plan=plan)
+
+
+def _store(rank: int, world_size: int) -> dist.Store:
+    store, _, _ = next(iter(dist.rendezvous("env://", rank=rank, world_size=world_size)))
+    return store

@@ -1,0 +1,218 @@
+"""All modules of a rank as the one model that Megatron's training loop sees."""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import unwrap_model
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.global_vars import get_args
+from megatron.training.models.base import ModelBuilder, ModelConfig
+from megatron.training.models.dist_utils import (
+    prepare_existing_model_chunks_for_distributed_training,
+)
+from megatron.training.training import get_megatron_optimizer_config
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.host import llava
+from megatron_mosaic.host.groups import ModuleGroups, lone_collection
+from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
+from megatron_mosaic.host.runner import ModuleRunner
+from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.host.weights import initialize_by_name, mark_gated_linears
+
+
+class MosaicModel(MimoModel):
+    """The modules that this rank hosts, each with its own DDP wrapper.
+
+    A ``MimoModel`` by type, not by construction: Megatron routes a MimoModel to its per-module
+    optimizer, and the hooks of the loop (gradient buffers, ``no_sync``, parameter gathers) run
+    over ``language_model`` and ``modality_submodules``.
+    """
+
+    def __init__(self, config: TransformerConfig, *, runtime: Runtime, grids: GridMap) -> None:
+        MegatronModule.__init__(self, config=config)
+        self.mimo_config = SimpleNamespace(module_to_grid_map=grids)
+        self.language_model = None
+        self.modality_submodules = torch.nn.ModuleDict()
+        # A name, not a submodule: the engine finds its state through the model it is handed.
+        object.__setattr__(self, "runtime", runtime)
+        self.pg_collection = lone_collection(runtime.alone)
+        self.rng_state_key_prefix = f"rank{runtime.rank}."
+
+    def add(self, name: str, module: torch.nn.Module) -> None:
+        """Adds a module of this rank under its name in the plan."""
+        if name == llava.LANGUAGE:
+            self.language_model = module
+        else:
+            self.modality_submodules[name] = module
+
+    def hosted(self) -> dict[str, torch.nn.Module]:
+        """Modules on this rank by their names in the plan."""
+        language = {} if self.language_model is None else {llava.LANGUAGE: self.language_model}
+        return language | dict(self.modality_submodules.items())
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Maps every module's weights under the names of the whole, stock model.
+
+        So a checkpoint says nothing about the layout that wrote it.
+        """
+        entries: dict[str, Any] = {}
+        for module in self.hosted().values():
+            inner = unwrap_model(module)
+            own = dict(metadata or {}) | {"dp_cp_group": inner.pg_collection.dp_cp}
+            entries.update(sharded_state_dict_default(inner, prefix, sharded_offsets, own))
+        return entries
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Loads every module from the names of :meth:`sharded_state_dict`."""
+        for module in self.hosted().values():
+            inner = unwrap_model(module)
+            own = {key: state_dict[key] for key in inner.state_dict() if key in state_dict}
+            inner.load_state_dict(own, strict=strict)
+
+
+@dataclass
+class MosaicModelConfig(ModelConfig):
+    """Makes the stock loop build the modules of a plan."""
+
+    builder: ClassVar[str] = "megatron_mosaic.host.model.MosaicBuilder"
+    # Leading underscore: Megatron does not serialise it into checkpoints.
+    _provider: Callable[..., torch.nn.Module] | None = None
+    _runtime: Runtime | None = None
+
+
+class MosaicBuilder(ModelBuilder):
+    """Builds the modules that a rank hosts."""
+
+    def build_model(
+        self,
+        pg_collection: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> torch.nn.Module:
+        """Not used: a rank may host several modules."""
+        raise NotImplementedError("a plan's modules are built by build_distributed_models")
+
+    def build_distributed_models(
+        self,
+        pg_collection: Any,
+        ddp_config: DistributedDataParallelConfig | None = None,
+        overlap_param_gather_with_optimizer_step: bool = False,
+        use_megatron_fsdp: bool = False,
+        use_torch_fsdp2: bool = False,
+        wrap_with_ddp: bool = True,
+        data_parallel_random_init: bool = False,
+        mixed_precision_wrapper: Any = Float16Module,
+        model_type: Any = None,
+    ) -> list[MosaicModel]:
+        """Builds, initialises and wraps every module of this rank.
+
+        Raises:
+            SystemExit: The script froze something else than the plan says, on some rank.
+
+        Note:
+            Collective over the world.
+        """
+        runtime, provider = self._model_config._runtime, self._model_config._provider
+        args = get_args()
+        ddp_config = ddp_config or DistributedDataParallelConfig()
+        model = MosaicModel(
+            core_transformer_config_from_args(args),
+            runtime=runtime,
+            grids=_grid_map(runtime, ddp_config),
+        )
+        built = {}
+        error = None
+        for name, groups in runtime.hosted.items():
+            try:
+                built[name] = _build_module(provider, groups, runtime=runtime)
+            except PlanError as plan_error:
+                error = error or str(plan_error)
+        runtime.agreement.settle("model", error)
+        for name, module in built.items():
+            groups = runtime.hosted[name]
+            (wrapped,) = prepare_existing_model_chunks_for_distributed_training(
+                [module],
+                module.config,
+                groups.collection,
+                ddp_config=_ddp_config_of(name, ddp_config),
+                wrap_with_ddp=wrap_with_ddp,
+                mixed_precision_wrapper=mixed_precision_wrapper,
+            )
+            model.add(name, wrapped)
+            runtime.runners[name] = ModuleRunner(
+                wrapped, groups=groups, randomness=runtime.randomness
+            )
+        if built:
+            runtime.channels.open_all(
+                hidden_size=args.hidden_size,
+                sequence_length=args.decoder_seq_length or args.seq_length,
+                dtype=args.params_dtype,
+                device=torch.device(torch.cuda.current_device()),
+            )
+        runtime.randomness.park()
+        return [model]
+
+
+def _build_module(
+    provider: Callable[..., torch.nn.Module], groups: ModuleGroups, *, runtime: Runtime
+) -> torch.nn.Module:
+    """Builds one module through the script's own provider."""
+    args = get_args()
+    name = groups.placement.name
+    runtime.randomness.seed(groups, seed=args.seed)
+    # pretrain_vlm.py asserts the legacy checkpoint format, which cannot hold a plan's layouts.
+    ckpt_format, args.ckpt_format = args.ckpt_format, "torch"
+    try:
+        with (
+            runtime.scope_of(name).active(),
+            runtime.randomness.of(name),
+            llava.building_one_module(groups),
+        ):
+            module = provider(
+                pre_process=groups.is_first_stage, post_process=groups.is_last_stage
+            )
+    finally:
+        args.ckpt_format = ckpt_format
+    llava.check_trainable(module, groups.placement)
+    mark_gated_linears(module)
+    for part in module.modules():
+        # Some upstream modules look their tensor-parallel group up when they are checkpointed.
+        if isinstance(part, MegatronModule) and not hasattr(part, "tp_group"):
+            part.tp_group = groups.collection.tp
+    initialize_by_name(module, seed=args.seed, groups=groups)
+    return module
+
+
+def _ddp_config_of(
+    name: str, ddp_config: DistributedDataParallelConfig
+) -> DistributedDataParallelConfig:
+    own = deepcopy(ddp_config)
+    # The engine starts parameter gathers itself, before the first task (see gradients.py).
+    own.align_param_gather = own.overlap_param_gather
+    if name != llava.LANGUAGE:
+        own.average_in_collective = False
+    return own
+
+
+def _grid_map(runtime: Runtime, ddp_config: DistributedDataParallelConfig) -> GridMap:
+    optimizer_config, _ = get_megatron_optimizer_config(get_args())
+    grids = {name: ModuleGrid(runtime.hosted.get(name)) for name in runtime.plan.modules}
+    return GridMap(
+        grids,
+        optimizer_config=optimizer_config,
+        ddp_config=ddp_config,
+        alone=lone_collection(runtime.alone),
+    )

@@ -1,0 +1,179 @@
+"""Runs one module's tasks through upstream's forward and backward step."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
+from megatron.core.utils import get_model_config
+
+from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.llava import LANGUAGE, LlavaBoundary
+from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
+from megatron_mosaic.host.randomness import ModuleRandomness
+from megatron_mosaic.schedule.task import Task
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class StepWork:
+    """What the tasks of one step have in common.
+
+    Args:
+        forward_step_func: The script's.
+        num_microbatches: Microbatches of the step.
+        forward_only: Evaluation: nothing is kept for a backward pass.
+        batches: What each forward task of the module reads; None on ranks that are sent it by
+            their tensor-parallel rank 0.
+        rows: Boundary rows that each of an encoder's tasks makes on this rank.
+        last_backward: The module's last backward task on this rank.
+        losses: What the loss function reported, one entry for each microbatch.
+        num_tokens: Tokens that count in the loss of this rank.
+    """
+
+    forward_step_func: Callable[..., Any]
+    num_microbatches: int
+    forward_only: bool
+    batches: Mapping[tuple[int, ...], Batch | None]
+    rows: Mapping[tuple[int, ...], int]
+    last_backward: Task | None
+    first_val_step: bool | None = None
+    losses: list[Any] = field(default_factory=list)
+    num_tokens: torch.Tensor | int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """Ends of the autograd graph of one forward task, and who sent its input."""
+
+    source: str | None
+    inputs: torch.Tensor | None
+    output: torch.Tensor
+
+
+class ModuleRunner:
+    """One module on this rank."""
+
+    def __init__(
+        self, model: torch.nn.Module, *, groups: ModuleGroups, randomness: ModuleRandomness
+    ) -> None:
+        self.model = model
+        self.groups = groups
+        self.name = groups.placement.name
+        self.config = get_model_config(model)
+        self.boundary = LlavaBoundary(model)
+        self._scope = ParallelStateScope(groups.collection)
+        self._randomness = randomness
+        self._live: dict[tuple[int, ...], _Live | None] = {}
+        self._work: StepWork | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank reports its replica's losses: one of those that compute them."""
+        position = self.groups.position
+        return self._makes_loss() and position.tp == 0 and position.cp == 0
+
+    def begin(self, work: StepWork) -> None:
+        """Takes the work of the next step."""
+        assert not self._live, "a forward task of the former step had no backward task"
+        self._work = work
+
+    @contextmanager
+    def as_process(self) -> Iterator[None]:
+        """Makes the module's groups and random state the process's own."""
+        with self._scope.active(), self._randomness.of(self.name):
+            yield
+
+    def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Runs a forward task. Returns boundary rows, a hidden state, or None on a last stage."""
+        work = self._current_work()
+        if self.name != LANGUAGE and not work.rows[task.microbatches]:
+            # No image among the samples of this rank: its replicas run without it.
+            self._keep(task, None)
+            return None
+        source, inputs = self._input_of(received)
+        with self.as_process(), self._gradient_sync(task):
+            output, num_tokens = forward_step(
+                work.forward_step_func,
+                self._reader(work.batches[task.microbatches]),
+                self.model,
+                work.num_microbatches,
+                inputs,
+                work.losses,
+                self.config,
+                cp_group_size=self.groups.collection.cp.size(),
+                is_first_microbatch=self._is_first(task),
+                current_microbatch=task.microbatches[0],
+                is_last_stage=self._makes_loss(),
+            )
+        work.num_tokens = work.num_tokens + num_tokens
+        self._keep(task, _Live(source, inputs, output))
+        if self._makes_loss():
+            return None
+        return self._rows_of(output).detach()
+
+    def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+        """Runs a backward task. Returns the gradient of what its forward task received."""
+        live = self._live.pop(task.microbatches)
+        if live is None:
+            return {}
+        gradient = None if received is None else self._output_gradient(received)
+        with self.as_process(), self._gradient_sync(task):
+            input_gradient = backward_step(live.inputs, live.output, gradient, self.config)
+        if live.source is None or live.inputs is None:
+            return {}
+        if input_gradient is None:
+            # No row of the input had a part in the loss.
+            input_gradient = torch.zeros_like(live.inputs)
+        if live.source == self.name:
+            return {live.source: input_gradient}
+        return {live.source: self.boundary.rows_of(input_gradient)}
+
+    def _current_work(self) -> StepWork:
+        assert self._work is not None, "begin() comes before the first task"
+        return self._work
+
+    def _makes_loss(self) -> bool:
+        return self.name == LANGUAGE and self.groups.is_last_stage
+
+    def _is_first(self, task: Task) -> bool:
+        work = self._current_work()
+        first = task.microbatches[0] == 0
+        if work.first_val_step is None or not work.forward_only:
+            return first
+        return work.first_val_step and first
+
+    def _keep(self, task: Task, live: _Live | None) -> None:
+        if self._current_work().last_backward is not None:
+            self._live[task.microbatches] = live
+
+    def _reader(self, batch: Batch | None) -> Iterator[Batch] | None:
+        return None if batch is None else iter([batch])
+
+    def _gradient_sync(self, task: Task) -> AbstractContextManager[None]:
+        """Lets gradient buckets leave only in the module's last backward task of the step."""
+        if task == self._current_work().last_backward:
+            return nullcontext()
+        if not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def _input_of(
+        self, received: Mapping[str, torch.Tensor]
+    ) -> tuple[str, torch.Tensor] | tuple[None, None]:
+        if not received:
+            return None, None
+        ((source, rows),) = received.items()
+        inputs = rows if source == self.name else self.boundary.embeddings_of(rows)
+        return source, inputs.detach().requires_grad_(not self._current_work().forward_only)
+
+    def _rows_of(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self.name == LANGUAGE else self.boundary.rows_of(output)
+
+    def _output_gradient(self, received: torch.Tensor) -> torch.Tensor:
+        return received if self.name == LANGUAGE else self.boundary.embeddings_of(received)
+

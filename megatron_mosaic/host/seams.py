@@ -1,0 +1,154 @@
+"""Every place where Mosaic attaches to Megatron.
+
+In order of preference: an argument or hook that Megatron offers, a subclass, a wrapper, a
+replaced symbol. Replaced and wrapped symbols get their own back when the run or scope ends.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_mosaic.errors import HostError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seam:
+    """One attachment.
+
+    Args:
+        symbol: ``module:attribute`` of the host.
+        how: What is done with it.
+        parameters: Parameters that it must have; they tell a usable version from another.
+        since: First Megatron-Core version that has it in this form.
+        why: Why the host's own behaviour breaks a plan.
+    """
+
+    symbol: str
+    how: Literal["argument", "subclass", "wrapped", "replaced", "set"]
+    parameters: tuple[str, ...] = ()
+    since: str = "0.19"
+    why: str
+
+    def resolve(self) -> Any:
+        """Finds the symbol.
+
+        Raises:
+            HostError: This Megatron lacks it, or it has other parameters.
+        """
+        module_name, _, path = self.symbol.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+            for attribute in path.split("."):
+                found = getattr(found, attribute)
+        except (ImportError, AttributeError):
+            raise HostError(
+                f"megatron: symbol={self.symbol} must exist, as since {self.since}; "
+                f"install megatron-core>=0.19.2,<0.21"
+            ) from None
+        if not self.parameters:
+            return found
+        missing = set(self.parameters) - set(inspect.signature(found).parameters)
+        if missing:
+            raise HostError(
+                f"megatron: symbol={self.symbol} must take {sorted(missing)}, as since "
+                f"{self.since}; install megatron-core>=0.19.2,<0.21"
+            )
+        return found
+
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        symbol="megatron.training.arguments:parse_and_validate_args",
+        how="replaced",
+        parameters=("extra_args_provider", "ignore_unknown_args", "args_defaults"),
+        why="a script parses, validates and publishes its arguments in this one call; under a "
+        "plan they must be validated for the language model's ranks",
+    ),
+    Seam(
+        symbol="megatron.training:pretrain",
+        how="replaced",
+        parameters=("model_provider", "pg_collection", "skip_model_parallel_init", "store"),
+        why="the script calls it without process groups; ours passes the plan's to the same "
+        "function",
+    ),
+    Seam(
+        symbol="megatron.training.training:get_forward_backward_func",
+        how="replaced",
+        parameters=("schedule_pg_collection",),
+        why="the loop offers no argument for a schedule of one's own",
+    ),
+    Seam(
+        symbol="megatron.training.training:num_floating_point_operations",
+        how="replaced",
+        parameters=("args", "batch_size"),
+        why="it counts the language model at the encoder's sequence length and no encoder",
+    ),
+    Seam(
+        symbol="megatron.core.models.multimodal.llava_model:LLaVAModel.__init__",
+        how="wrapped",
+        parameters=("add_encoder", "add_decoder", "pg_collection", "vision_transformer_config"),
+        why="scripts build both halves with one set of sizes; wrapped while a module is built",
+    ),
+    Seam(
+        symbol="megatron.core.parallel_state:_TENSOR_MODEL_PARALLEL_GROUP",
+        how="set",
+        why="scripts and some layers read global groups; set around each module's tasks",
+    ),
+    Seam(
+        symbol="megatron.core.models.mimo.model.base:MimoModel",
+        how="subclass",
+        why="get_megatron_optimizer routes this type to an optimizer per module",
+    ),
+    Seam(
+        symbol="megatron.training.models.base:ModelBuilder",
+        how="subclass",
+        why="the loop's hook for building and wrapping the model",
+    ),
+    Seam(
+        symbol="megatron.core.models.mimo.optimizer:get_mimo_optimizer",
+        how="argument",
+        parameters=("mimo_model", "config"),
+        why="it reads ranks and groups from the model's module_to_grid_map, which is ours",
+    ),
+    Seam(
+        symbol="megatron.core.pipeline_parallel.schedules:forward_step",
+        how="argument",
+        parameters=("cp_group_size", "is_last_stage", "current_microbatch"),
+        why="tasks call it with their module's values, not the global ones",
+    ),
+)
+
+
+def check_seams() -> None:
+    """Checks that this Megatron has everything that Mosaic attaches to.
+
+    Symbols to be replaced are checked when they are, for afterwards they are ours.
+
+    Raises:
+        HostError: Something is missing; the message names it.
+    """
+    for seam in SEAMS:
+        if seam.how != "replaced":
+            seam.resolve()
+
+
+@contextmanager
+def replaced(replacements: Mapping[str, Any]) -> Iterator[None]:
+    """Replaces symbols, given as ``module:attribute`` of a row, until the scope ends."""
+    rows = {seam.symbol: seam for seam in SEAMS}
+    originals = {symbol: rows[symbol].resolve() for symbol in replacements}
+    try:
+        for symbol, replacement in replacements.items():
+            _set(symbol, replacement)
+        yield
+    finally:
+        for symbol, original in originals.items():
+            _set(symbol, original)
+
+
+def _set(symbol: str, value: object) -> None:
+    module_name, _, attribute = symbol.partition(":")
+    setattr(importlib.import_module(module_name), attribute, value)

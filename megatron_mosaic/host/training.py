@@ -1,0 +1,210 @@
+"""Megatron's ``pretrain`` under a plan."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
+from megatron.training import pretrain as stock_pretrain
+from megatron.training.global_vars import get_args
+
+from megatron_mosaic.errors import HostError, LayoutError, PlanError
+from megatron_mosaic.host import llava
+from megatron_mosaic.host.agreement import stop
+from megatron_mosaic.host.arguments import log_choices
+from megatron_mosaic.host.channels import ChannelSet
+from megatron_mosaic.host.checkpoint import keep_or_drop_random_states
+from megatron_mosaic.host.data import StepReader
+from megatron_mosaic.host.forward_backward import PlanForwardBackward
+from megatron_mosaic.host.groups import GroupFactory, lone_collection, module_groups
+from megatron_mosaic.host.meeting import Meeting
+from megatron_mosaic.host.model import MosaicModelConfig
+from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
+from megatron_mosaic.host.reports import step_flops
+from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.host.seams import check_seams, replaced
+from megatron_mosaic.schedule.build import build_schedule
+
+DatasetProvider = Callable[..., tuple[Any, Any, Any]]
+
+
+def pretrain(
+    cfg_container: Any,
+    train_valid_test_dataset_provider: DatasetProvider,
+    model_type: Any,
+    forward_step_func: Callable[..., Any],
+    model_provider: Callable[..., torch.nn.Module] | None = None,
+    **options: Any,
+) -> None:
+    """Trains as Megatron's function of the same name; with a plan, under its layouts.
+
+    Arguments are Megatron's. A plan is given by ``--mosaic-plan``; without it this is Megatron's
+    own function.
+
+    Raises:
+        SystemExit: Code 2 if the plan, the script or its data contradict each other.
+
+    Note:
+        Collective over the world.
+    """
+    args = get_args()
+    meeting: Meeting | None = getattr(args, "mosaic_meeting", None)
+    if meeting is None or model_provider is None:
+        stock_pretrain(
+            cfg_container,
+            train_valid_test_dataset_provider,
+            model_type,
+            forward_step_func,
+            model_provider,
+            **options,
+        )
+        return
+    try:
+        llava.check_modules(list(meeting.plan.modules))
+        check_seams()
+        _pretrain_plan(
+            cfg_container,
+            train_valid_test_dataset_provider,
+            model_type,
+            forward_step_func,
+            model_provider,
+            meeting,
+            **options,
+        )
+    except (PlanError, LayoutError, HostError) as error:
+        # Such errors come from data that is equal on all ranks.
+        stop(str(error) if args.rank == 0 else None)
+
+
+def _pretrain_plan(
+    cfg_container: Any,
+    dataset_provider: DatasetProvider,
+    model_type: Any,
+    forward_step_func: Callable[..., Any],
+    model_provider: Callable[..., torch.nn.Module],
+    meeting: Meeting,
+    **options: Any,
+) -> None:
+    args = get_args()
+    runtime = start_runtime(meeting, args)
+    log_choices(args, meeting.plan)
+    keep_or_drop_random_states(args)
+    cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
+    forward_backward = PlanForwardBackward(runtime)
+    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
+    language = llava.LANGUAGE if llava.LANGUAGE in collections else None
+    pg_collection = MultiModuleProcessGroupCollection(
+        # An idle rank has no module, and the type wants one.
+        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
+        language_model_module_name=language,
+    )
+    with replaced(
+        {
+            "megatron.training.training:get_forward_backward_func": forward_backward.select,
+            "megatron.training.training:num_floating_point_operations": step_flops,
+        }
+    ):
+        stock_pretrain(
+            cfg_container,
+            _reading_by_module(dataset_provider, runtime),
+            model_type,
+            forward_step_func,
+            None,
+            store=meeting.store,
+            pg_collection=pg_collection,
+            skip_model_parallel_init=True,
+            **options,
+        )
+
+
+def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
+    """Starts torch.distributed and creates every group of the plan.
+
+    Note:
+        Collective over the world.
+    """
+    if not dist.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.device_count() > 0:
+            torch.cuda.set_device(args.local_rank)
+        dist.init_process_group(
+            backend=args.distributed_backend,
+            store=meeting.store,
+            rank=args.rank,
+            world_size=args.world_size,
+        )
+    parallel_state._set_global_memory_buffer()
+    factory = GroupFactory(args.rank)
+    plan = meeting.plan
+    hosted = module_groups(plan, factory, rank=args.rank)
+    host_group = factory.group(range(plan.world_size), scope="host", backend="gloo")
+    assert host_group is not None
+    return Runtime(
+        plan=plan,
+        rank=args.rank,
+        hosted=hosted,
+        alone=factory.alone(plan.world_size),
+        host_group=host_group,
+        channels=ChannelSet(plan, factory, hosted=hosted, rank=args.rank),
+        agreement=meeting.agreement,
+    )
+
+
+def _reading_by_module(provider: DatasetProvider, runtime: Runtime) -> DatasetProvider:
+    """Wraps a script's data set provider: returns iterators over this rank's share.
+
+    Data sets are built on every rank, idle ones too: they know how long the data is, and map
+    their files without reading them.
+    """
+
+    def iterators(num_samples: list[int]) -> tuple[Any, Any, Any]:
+        args = get_args()
+        args.dataloader_type = "external"
+        with ParallelStateScope(lone_collection(runtime.alone)).active():
+            datasets = provider(num_samples)
+        read = partial(_reader, runtime=runtime)
+        train, valid, test = datasets
+        evaluation = args.eval_global_batch_size
+        return (
+            read(train, first=args.consumed_train_samples, samples=args.global_batch_size),
+            read(valid, first=args.consumed_valid_samples, samples=evaluation, training=False),
+            read(test, first=0, samples=evaluation, training=False),
+        )
+
+    @dataclass
+    class DistributedProvider:
+        is_distributed: bool = True
+
+        def __call__(self, num_samples: list[int]) -> tuple[Any, Any, Any]:
+            return iterators(num_samples)
+
+    return DistributedProvider()
+
+
+def _reader(
+    dataset: Any, *, runtime: Runtime, first: int, samples: int, training: bool = True
+) -> StepReader | None:
+    if dataset is None:
+        return None
+    args = get_args()
+    plan = runtime.plan
+    per_microbatch = args.micro_batch_size * plan.language.data_parallel_size
+    schedule = build_schedule(
+        plan, num_microbatches=samples // per_microbatch, forward_only=not training
+    )
+    runner = next(iter(runtime.runners.values()), None)
+    return StepReader(
+        dataset,
+        schedule=schedule,
+        hosted=runtime.hosted,
+        language=plan.language,
+        image_token=runner.boundary.image_token if runner else 0,
+        samples_per_replica=args.micro_batch_size,
+        first_sample=first,
+        num_workers=args.num_workers,
+        host_group=runtime.host_group,
+    )

@@ -1,0 +1,145 @@
+"""Initial weights from the seed and the global parameter name, whatever the layout.
+
+Megatron's own initial weights depend on tensor-parallel size, pipeline stage and the order in
+which modules are built. Here every random weight is drawn whole, by the script's own init
+method under a seed of its own, and each rank keeps its shard.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.training.utils import print_rank_0
+
+from megatron_mosaic.host.groups import ModuleGroups
+
+InitMethod = Callable[[torch.Tensor], object]
+
+_LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
+# Linear layers whose weight Megatron scales down with depth.
+_OUTPUT_LINEARS = ("linear_proj", "linear_fc2")
+
+
+def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGroups) -> None:
+    """Overwrites the random weights of a module with values that no layout changes.
+
+    Weights that the script set to a constant (biases, norms) stay. A random weight whose init
+    method is not known stays as the script made it; rank 0 says so once.
+    """
+    owners = dict(module.named_modules())
+    kept = []
+    for name, local, parameter in global_named_parameters(module):
+        owner, _, key = local.rpartition(".")
+        if parameter.numel() == 0 or bool((parameter == parameter.flatten()[0]).all()):
+            continue
+        init_method = _init_method(owners, owner, key)
+        if init_method is None:
+            kept.append(name)
+            continue
+        full = _draw(parameter, init_method, groups=groups, seed=_seed_of(seed, name))
+        with torch.no_grad():
+            parameter.copy_(shard_of(full, parameter, groups=groups))
+    if kept:
+        print_rank_0(f"mosaic: initial weights left as the script made them: {', '.join(kept)}")
+
+
+class NamedParameter(NamedTuple):
+    """A parameter under its name over all pipeline stages and under its name on this rank."""
+
+    name: str
+    local_name: str
+    parameter: torch.nn.Parameter
+
+
+def global_named_parameters(module: torch.nn.Module) -> Iterator[NamedParameter]:
+    """Yields the parameters of a module under names that do not depend on the stage."""
+    renamed = {}
+    for name, layer in module.named_modules():
+        match = _LAYER.match(name)
+        if match and hasattr(layer, "layer_number"):
+            renamed[f"{name}."] = f"{match[1]}{layer.layer_number - 1}."
+    for local_name, parameter in module.named_parameters():
+        prefix = next((local for local in renamed if local_name.startswith(local)), "")
+        yield NamedParameter(
+            renamed.get(prefix, "") + local_name[len(prefix) :], local_name, parameter
+        )
+
+
+def partition_of(parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """Returns the dimension along which a parameter is split over TP (or -1) and its stride.
+
+    The stride is 2 for the first linear layer of a gated MLP: gate and up projection are split
+    each for itself.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return -1, 1
+    return parameter.partition_dim, getattr(parameter, "mosaic_stride", parameter.partition_stride)
+
+
+def mark_gated_linears(module: torch.nn.Module) -> None:
+    """Notes on parameters of gated MLPs that their halves are split one by one."""
+    for owner in module.modules():
+        linear = getattr(owner, "linear_fc1", None)
+        if linear is not None and owner.config.gated_linear_unit:
+            for parameter in linear.parameters(recurse=False):
+                parameter.mosaic_stride = 2
+
+
+def shard_of(
+    full: torch.Tensor, parameter: torch.nn.Parameter, *, groups: ModuleGroups
+) -> torch.Tensor:
+    """Returns this rank's part of a whole parameter."""
+    dim, stride = partition_of(parameter)
+    if dim < 0:
+        return full
+    size = groups.placement.tensor_model_parallel_size
+    pieces = full.chunk(size * stride, dim=dim)
+    return torch.cat(pieces[groups.position.tp :: size], dim=dim)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _draw(
+    parameter: torch.nn.Parameter, init_method: InitMethod, *, groups: ModuleGroups, seed: int
+) -> torch.Tensor:
+    dim, _ = partition_of(parameter)
+    shape = list(parameter.shape)
+    if dim >= 0:
+        shape[dim] *= groups.placement.tensor_model_parallel_size
+    full = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+    devices = [parameter.device] if parameter.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        init_method(full)
+    return full
+
+
+def _init_method(owners: dict[str, torch.nn.Module], owner: str, key: str) -> InitMethod | None:
+    """Finds how the script draws a weight."""
+    module = owners[owner]
+    parent, _, name = owner.rpartition(".")
+    if isinstance(owners.get(parent), LanguageModelEmbedding):
+        return owners[parent].config.embedding_init_method
+    if isinstance(module, CLIPViTModel) and key == "class_token":
+        return torch.nn.init.normal_
+    if isinstance(module, torch.nn.Embedding):
+        return torch.nn.init.normal_
+    if isinstance(module, torch.nn.Conv2d):
+        return _conv_init(module)
+    config = getattr(module, "config", None)
+    if config is None or key != "weight":
+        return None
+    return config.output_layer_init_method if name in _OUTPUT_LINEARS else config.init_method
+
+
+def _conv_init(module: torch.nn.Conv2d) -> InitMethod:
+    """torch's default for weight and bias alike: uniform within 1/sqrt(fan_in)."""
+    bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
+    return lambda tensor: torch.nn.init.uniform_(tensor, -bound, bound)

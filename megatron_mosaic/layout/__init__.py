@@ -1,0 +1,1 @@
+"""What runs where: placements, the plan file, ownership of boundary tokens."""

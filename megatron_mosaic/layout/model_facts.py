@@ -1,0 +1,91 @@
+"""Checks a plan against the model that the training script builds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleFacts:
+    """Sizes of one module that limit how it can be split, by Megatron's names.
+
+    Args:
+        vocab_size: Rows of the embedding after padding; ``None`` for a module without one.
+        sequence_length: Tokens of one sample; ``None`` where it varies.
+    """
+
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    hidden_size: int
+    ffn_hidden_size: int
+    vocab_size: int | None = None
+    sequence_length: int | None = None
+
+
+def check_model(plan: Plan, facts: Mapping[str, ModuleFacts]) -> None:
+    """Checks that every module of the model can be split as the plan says.
+
+    Args:
+        plan: The plan.
+        facts: The model's modules by their names in the plan.
+
+    Raises:
+        LayoutError: Plan and model have different modules, or a parallel size does not divide
+            what it splits.
+    """
+    if sorted(facts) != sorted(plan.modules):
+        raise LayoutError(
+            f"modules: names={list(plan.modules)} must be the modules of the model, "
+            f"{sorted(facts)}; add the missing ones or remove the others"
+        )
+    for name, placement in plan.modules.items():
+        _check_tensor_parallel(placement, facts[name])
+        _check_stages(placement, facts[name])
+        _check_sequence(placement, facts[name])
+
+
+def _check_tensor_parallel(placement: ModulePlacement, facts: ModuleFacts) -> None:
+    tp = placement.tensor_model_parallel_size
+    where = f"modules.{placement.name}: tensor_model_parallel_size={tp} must"
+    for field in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
+        size = getattr(facts, field)
+        if size is not None and size % tp:
+            raise LayoutError(f"{where} divide {field}={size}; choose a divisor of it")
+    if facts.num_query_groups % tp and tp % facts.num_query_groups:
+        raise LayoutError(
+            f"{where} divide num_query_groups={facts.num_query_groups} or be a multiple of it; "
+            f"choose such a size"
+        )
+
+
+def _check_stages(placement: ModulePlacement, facts: ModuleFacts) -> None:
+    pp = placement.pipeline_model_parallel_size
+    if placement.layers_per_stage is not None:
+        if sum(placement.layers_per_stage) != facts.num_layers:
+            raise LayoutError(
+                f"modules.{placement.name}: layers_per_stage={list(placement.layers_per_stage)} "
+                f"must sum to num_layers={facts.num_layers}, not "
+                f"{sum(placement.layers_per_stage)}; move the difference to a stage"
+            )
+    elif facts.num_layers % pp:
+        raise LayoutError(
+            f"modules.{placement.name}: pipeline_model_parallel_size={pp} must divide "
+            f"num_layers={facts.num_layers}; choose a divisor of it or write layers_per_stage"
+        )
+
+
+def _check_sequence(placement: ModulePlacement, facts: ModuleFacts) -> None:
+    # Context parallelism cuts a sequence into two chunks per rank; sequence parallelism then
+    # divides what a rank has.
+    tp = placement.tensor_model_parallel_size if placement.sequence_parallel else 1
+    chunks = 2 * placement.context_parallel_size if placement.context_parallel_size > 1 else 1
+    if facts.sequence_length is not None and facts.sequence_length % (tp * chunks):
+        raise LayoutError(
+            f"modules.{placement.name}: sequence_length={facts.sequence_length} must be a multiple "
+            f"of {tp * chunks}, into which sequence and context parallelism cut it; "
+            f"pad the sequence or lower tensor_model_parallel_size or context_parallel_size"
+        )

@@ -1,0 +1,196 @@
+"""The plan: what runs where and in which order, the only thing that planning hands to running."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.layout.fields import nearest, show
+from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.plan_file import FORMAT, read_plan_fields, write_plan_fields
+from megatron_mosaic.layout.rules import check_plan
+from megatron_mosaic.layout.unsupported import refuse_later_kind, refuse_unsupported
+
+ScheduleKind = Literal["no_pipelining", "1f1b", "colocated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleChoice:
+    """Which schedule runs, and its parameters.
+
+    Args:
+        kind: ``no_pipelining``; ``1f1b`` with encoders on ranks of their own; ``colocated`` with
+            encoders that may share ranks with the language model.
+        encoder_group: Microbatches of one encoder task, with ``colocated`` alone; ``None`` is the
+            whole batch.
+
+    Raises:
+        PlanError: The kind does not exist.
+        LayoutError: ``encoder_group`` is not positive, or given for another kind.
+    """
+
+    kind: ScheduleKind
+    encoder_group: int | None = None
+
+    def __post_init__(self) -> None:
+        refuse_later_kind(self.kind)
+        kinds = get_args(ScheduleKind)
+        if self.kind not in kinds:
+            raise PlanError(
+                f"schedule: kind={show(self.kind)} must be one of {', '.join(kinds)}; "
+                f"{nearest(self.kind, kinds, otherwise='choose one of them')}"
+            )
+        if self.encoder_group is None:
+            return
+        if self.kind != "colocated":
+            raise LayoutError(
+                f"schedule: encoder_group={self.encoder_group} must go with kind=colocated, "
+                f"not {self.kind}; remove the key or change the kind"
+            )
+        if self.encoder_group < 1:
+            raise LayoutError(
+                f"schedule: encoder_group={self.encoder_group} must be >= 1; "
+                f"give microbatches, or remove the key for the whole batch"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A complete, consistent plan.
+
+    Args:
+        world_size: Ranks of the run; ranks without a module stay idle.
+        global_batch_size: Samples of one step.
+        micro_batch_size: Samples of one microbatch of one replica of the language model.
+        modules: Placement of every module by name, kept sorted; ``"language"`` is one of them.
+        edges: Pairs of source and destination module.
+        schedule: Order of work.
+        predicted: What the planner expects, kept as it is; without influence on running.
+        inputs: What the planner was given, kept as it is; without influence on running.
+
+    Raises:
+        LayoutError: The parts contradict each other.
+        PlanError: The plan needs a feature that this version lacks.
+    """
+
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    modules: Mapping[str, ModulePlacement]
+    edges: tuple[tuple[str, str], ...] = ()
+    schedule: ScheduleChoice
+    predicted: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        assert all(name == placement.name for name, placement in self.modules.items())
+        object.__setattr__(self, "modules", dict(sorted(self.modules.items())))
+        check_plan(self)
+        refuse_unsupported(self)
+
+    @property
+    def language(self) -> ModulePlacement:
+        """Placement of the language model."""
+        return self.modules["language"]
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Sorted names of the modules beside the language model."""
+        return tuple(name for name in self.modules if name != "language")
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one step."""
+        samples = self.micro_batch_size * self.language.data_parallel_size
+        return self.global_batch_size // samples
+
+    def modules_of(self, rank: int) -> tuple[str, ...]:
+        """Sorted names of the modules on a rank; none if it is idle."""
+        return tuple(name for name, module in self.modules.items() if rank in module.ranks)
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all that influences the run.
+
+        Spelling, comments, defaults and the planner's own notes do not change it.
+        """
+        content = asdict(self)
+        del content["predicted"], content["inputs"]
+        canonical = json.dumps({"format": FORMAT, **content}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads and checks a plan file.
+
+        Raises:
+            PlanError: The file is unreadable or not of the form, or needs a later version.
+            LayoutError: Its parts contradict each other.
+        """
+        try:
+            source = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise PlanError(
+                f"{path}: file must be readable text ({reason}); give the path of a plan file"
+            ) from None
+        return cls.loads(source, where=str(path))
+
+    @classmethod
+    def loads(cls, source: str, where: str) -> Self:
+        """Reads and checks the text of a plan file.
+
+        Args:
+            source: YAML.
+            where: Name of the file in messages.
+
+        Raises:
+            PlanError: The text is not of the form, or needs a later version.
+            LayoutError: Its parts contradict each other.
+        """
+        try:
+            read = read_plan_fields(source)
+            return cls(**{**read, "schedule": ScheduleChoice(**read["schedule"])})
+        except (PlanError, LayoutError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    def to_yaml(self) -> str:
+        """Text of the plan file: ranks as spans, keys with default values left out."""
+        schedule = {key: value for key, value in asdict(self.schedule).items() if value is not None}
+        written = {
+            "world_size": self.world_size,
+            "global_batch_size": self.global_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "modules": self.modules,
+            "edges": [list(edge) for edge in self.edges] or None,
+            "schedule": schedule,
+            "predicted": self.predicted,
+            "inputs": self.inputs,
+        }
+        return write_plan_fields(
+            {key: value for key, value in written.items() if value is not None}
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Writes the plan file."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+def check_world_size(plan: Plan, launched: int, *, where: str = "plan") -> None:
+    """Checks that as many ranks were launched as the plan places.
+
+    Args:
+        plan: The plan.
+        launched: Ranks of the run.
+        where: Name of the plan file in messages.
+
+    Raises:
+        LayoutError: The numbers differ.
+    """
+    if launched != plan.world_size:
+        raise LayoutError(
+            f"{where}: world_size={plan.world_size} must equal the {launched} launched ranks; "
+            f"launch {plan.world_size} ranks or plan for {launched}"
+        )

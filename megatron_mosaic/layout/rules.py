@@ -1,0 +1,138 @@
+"""What must hold between the parts of a plan; each module alone is checked by its placement."""
+
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING
+
+from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.layout.fields import nearest
+from megatron_mosaic.layout.ranks import show_ranks
+
+if TYPE_CHECKING:
+    from megatron_mosaic.layout.plan import Plan
+
+
+def check_plan(plan: "Plan") -> None:
+    """Checks a plan's parts against each other; the first contradiction wins.
+
+    Raises:
+        LayoutError: Modules, ranks, batch sizes, edges and schedule contradict each other.
+    """
+    _check_modules(plan)
+    _check_batch(plan)
+    _check_edges(plan)
+    _check_connected(plan)
+    _check_acyclic(plan)
+    _check_schedule(plan)
+    _check_encoder_group(plan)
+
+
+def _check_modules(plan: "Plan") -> None:
+    if "language" not in plan.modules:
+        raise LayoutError(
+            f"modules: names={list(plan.modules)} must contain language; "
+            f"name the module that computes the loss language"
+        )
+    if plan.world_size < 1:
+        raise LayoutError(f"world_size={plan.world_size} must be >= 1; give the number of ranks")
+    for name, placement in plan.modules.items():
+        outside = [rank for rank in placement.ranks if rank >= plan.world_size]
+        if outside:
+            raise LayoutError(
+                f"modules.{name}: ranks={show_ranks(placement.ranks)} must be < "
+                f"world_size={plan.world_size}; remove {show_ranks(outside)} or raise world_size"
+            )
+    if all(placement.trainable == () for placement in plan.modules.values()):
+        raise LayoutError(
+            "modules: trainable=[] must not hold for every module; "
+            "name a trainable part, or remove the key from the module to train"
+        )
+
+
+def _check_batch(plan: "Plan") -> None:
+    for field in ("global_batch_size", "micro_batch_size"):
+        if getattr(plan, field) < 1:
+            raise LayoutError(f"{field}={getattr(plan, field)} must be >= 1; give samples")
+    replicas = plan.language.data_parallel_size
+    samples = plan.micro_batch_size * replicas
+    if plan.global_batch_size % samples:
+        lower = plan.global_batch_size // samples * samples
+        raise LayoutError(
+            f"global_batch_size={plan.global_batch_size} must be a multiple of micro_batch_size * "
+            f"data_parallel_size of language={plan.micro_batch_size}*{replicas}={samples}; "
+            f"use {f'{lower} or ' if lower else ''}{lower + samples}, or change a factor"
+        )
+
+
+def _check_edges(plan: "Plan") -> None:
+    seen: set[tuple[str, str]] = set()
+    for edge in plan.edges:
+        source, destination = edge
+        shown = f"edges: edge=[{source}, {destination}]"
+        for name in edge:
+            if name not in plan.modules:
+                advice = nearest(name, plan.modules, otherwise="add the module or remove the edge")
+                raise LayoutError(
+                    f"{shown} must join two of the modules {list(plan.modules)}; {advice}"
+                )
+        if source == destination:
+            raise LayoutError(f"{shown} must join two different modules; remove the edge")
+        if edge in seen:
+            raise LayoutError(f"{shown} must be listed once, not twice; remove the second one")
+        seen.add(edge)
+
+
+def _check_connected(plan: "Plan") -> None:
+    reached = {"language"}
+    # Every round adds the neighbours of the modules reached; no more rounds than modules.
+    for _ in plan.modules:
+        reached |= {name for edge in plan.edges if reached & set(edge) for name in edge}
+    for name in plan.modules:
+        if name not in reached:
+            raise LayoutError(
+                f"modules.{name}: edges={[list(edge) for edge in plan.edges]} must connect "
+                f"{name} with language; add [{name}, language] to edges or remove the module"
+            )
+
+
+def _check_acyclic(plan: "Plan") -> None:
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for source, destination in plan.edges:
+        sorter.add(destination, source)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = " -> ".join(error.args[1])
+        raise LayoutError(
+            f"edges: cycle={cycle} must not exist, data flows one way; remove one of its edges"
+        ) from None
+
+
+def _check_schedule(plan: "Plan") -> None:
+    kind = plan.schedule.kind
+    if kind == "colocated" and not plan.encoders:
+        raise LayoutError(
+            "schedule: kind=colocated must have a module beside language to run; use 1f1b"
+        )
+    for name, placement in plan.modules.items():
+        stages = placement.pipeline_model_parallel_size
+        if kind == "no_pipelining" and stages > 1:
+            raise LayoutError(
+                f"schedule: kind=no_pipelining must meet pipeline_model_parallel_size=1, not "
+                f"{stages} of modules.{name}; use 1f1b or colocated"
+            )
+        shared = sorted(set(placement.ranks) & set(plan.language.ranks))
+        if kind == "1f1b" and name != "language" and shared:
+            raise LayoutError(
+                f"schedule: kind=1f1b must not share ranks {show_ranks(shared)} between "
+                f"modules.{name} and modules.language; use colocated or other ranks"
+            )
+
+
+def _check_encoder_group(plan: "Plan") -> None:
+    group, total = plan.schedule.encoder_group, plan.num_microbatches
+    if group is not None and total % group:
+        lower = next(n for n in range(min(group, total), 0, -1) if total % n == 0)
+        raise LayoutError(
+            f"schedule: encoder_group={group} must divide the {total} microbatches of a step; "
+            f"use {lower}, or remove the key for the whole batch"
+        )

@@ -1,0 +1,94 @@
+"""What a plan may say by design and this version cannot do yet.
+
+Nothing is ignored in silence: each wish is refused by name. Work that adds a feature deletes
+its lines here; no other file assumes these limits.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.layout.fields import show
+from megatron_mosaic.layout.placement import ModulePlacement
+
+if TYPE_CHECKING:
+    from megatron_mosaic.layout.plan import Plan
+
+LATER_MODULE_KEYS: Mapping[str, str] = {
+    "share": "a share of a GPU",
+    "recompute": "recomputation chosen by the plan",
+    "expert_model_parallel_size": "expert parallelism",
+    "expert_tensor_parallel_size": "expert parallelism",
+}
+LATER_SCHEDULE_KEYS: Mapping[str, str] = {"order": "a stored task order"}
+LATER_SCHEDULE_KINDS: Mapping[str, str] = {"bubble_fill": "filling pipeline bubbles"}
+
+
+def refuse_later_keys(where: str, written: Mapping[str, object], later: Mapping[str, str]) -> None:
+    """Refuses keys of the design that this version does not know.
+
+    Raises:
+        PlanError: One of them is written.
+    """
+    for key, feature in later.items():
+        if key in written:
+            raise PlanError(
+                f"{where}: {key}={show(written[key])} must be absent: {feature} is not "
+                f"supported by this version; remove the key"
+            )
+
+
+def refuse_later_kind(kind: str) -> None:
+    """Refuses schedules of the design that this version cannot build.
+
+    Raises:
+        PlanError: ``kind`` is one of them.
+    """
+    if kind in LATER_SCHEDULE_KINDS:
+        raise PlanError(
+            f"schedule: kind={kind} must be another one: {LATER_SCHEDULE_KINDS[kind]} is not "
+            f"supported by this version; use colocated"
+        )
+
+
+def refuse_unsupported(plan: "Plan") -> None:
+    """Refuses a consistent plan that this version cannot run.
+
+    Raises:
+        PlanError: It asks for a feature of a later version.
+    """
+    for placement in plan.modules.values():
+        _refuse_sizes(placement)
+    if len(plan.encoders) > 1:
+        raise PlanError(
+            f"modules: encoders={show(list(plan.encoders))} must be one at most: several encoders "
+            f"are not supported by this version; keep one of them"
+        )
+    for source, destination in plan.edges:
+        if destination != "language":
+            raise PlanError(
+                f"edges: edge=[{source}, {destination}] must end at language: other edges are "
+                f"not supported by this version; remove the edge"
+            )
+
+
+def _refuse_sizes(placement: ModulePlacement) -> None:
+    where = f"modules.{placement.name}"
+    if placement.context_parallel_size > 1:
+        raise PlanError(
+            f"{where}: context_parallel_size={placement.context_parallel_size} must be 1: context "
+            f"parallelism is not supported by this version; give its ranks to another size"
+        )
+    if placement.name == "language":
+        return
+    if placement.pipeline_model_parallel_size > 1:
+        raise PlanError(
+            f"{where}: pipeline_model_parallel_size={placement.pipeline_model_parallel_size} must "
+            f"be 1: an encoder in stages is not supported by this version; "
+            f"raise tensor_model_parallel_size or data_parallel_size instead"
+        )
+    if placement.sequence_parallel:
+        raise PlanError(
+            f"{where}: sequence_parallel=true must be false: an encoder with sequence parallelism "
+            f"is not supported by this version; remove the key"
+        )

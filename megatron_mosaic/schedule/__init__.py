@@ -1,0 +1,1 @@
+"""When it runs: tasks as data, their order, its verification."""

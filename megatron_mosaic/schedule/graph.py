@@ -1,0 +1,77 @@
+"""The module graph as a schedule sees it: order, distances, and who needs a backward pass."""
+
+from graphlib import TopologicalSorter
+from typing import NamedTuple
+
+from megatron_mosaic.layout.plan import Plan
+
+
+class Stage(NamedTuple):
+    """One pipeline stage of a module: a node of the joint pipeline."""
+
+    module: str
+    stage: int
+
+
+def module_order(plan: Plan) -> tuple[str, ...]:
+    """Modules in an order in which every module comes after those that feed it."""
+    feeders: dict[str, list[str]] = {name: [] for name in plan.modules}
+    for source, destination in plan.edges:
+        feeders[destination].append(source)
+    return tuple(TopologicalSorter(feeders).static_order())
+
+
+def stage_order(plan: Plan) -> tuple[Stage, ...]:
+    """All stages of all modules, every stage after those that feed it."""
+    return tuple(
+        Stage(name, stage)
+        for name in module_order(plan)
+        for stage in range(plan.modules[name].pipeline_model_parallel_size)
+    )
+
+
+def stage_distances(plan: Plan) -> dict[Stage, int]:
+    """Longest path, in stages, from every stage to the end of the module graph.
+
+    The last stage of the language model has distance 0, the encoders that feed a language
+    model of ``P`` stages have at least ``P``.
+    """
+    distances: dict[Stage, int] = {}
+    for name in reversed(module_order(plan)):
+        successors = [destination for source, destination in plan.edges if source == name]
+        behind = max((distances[Stage(after, 0)] + 1 for after in successors), default=0)
+        num_stages = plan.modules[name].pipeline_model_parallel_size
+        for stage in range(num_stages):
+            distances[Stage(name, stage)] = behind + num_stages - 1 - stage
+    return distances
+
+
+def upstream(plan: Plan, module: str) -> frozenset[str]:
+    """Modules that feed ``module``, directly or through others."""
+    found: set[str] = set()
+    open_ends = [module]
+    while open_ends:
+        current = open_ends.pop()
+        feeders = {source for source, destination in plan.edges if destination == current}
+        open_ends += sorted(feeders - found)
+        found |= feeders
+    return frozenset(found)
+
+
+def needs_backward(plan: Plan, module: str) -> bool:
+    """Whether a module has something trainable in itself or upstream.
+
+    A frozen module that is fed by a trainable one still passes the gradient on, so it needs a
+    backward pass; one with nothing trainable behind it does not.
+    """
+    behind = upstream(plan, module) | {module}
+    return any(plan.modules[name].trainable != () for name in behind)
+
+
+def hosted_stages(plan: Plan, rank: int) -> tuple[Stage, ...]:
+    """Stages that run on a rank, in plan order; at most one of every module."""
+    return tuple(
+        Stage(name, placement.coordinates(rank).pp)
+        for name, placement in plan.modules.items()
+        if rank in placement.ranks
+    )

@@ -1,0 +1,72 @@
+"""A schedule: for every rank the ordered list of its tasks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward
+from megatron_mosaic.schedule.task import Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """What every rank does in one step, in order.
+
+    Args:
+        num_microbatches: Global microbatches of the step.
+        forward_only: Evaluation: there are no backward tasks.
+        tasks: Task lists by global rank; a rank that hosts nothing has an empty one. Replicas
+            of the same stages have equal lists.
+    """
+
+    num_microbatches: int
+    forward_only: bool
+    tasks: tuple[tuple[Task, ...], ...]
+
+
+def restrict(
+    order: Iterable[Task], *, plan: Plan, num_microbatches: int, forward_only: bool
+) -> Schedule:
+    """Gives every rank the tasks it hosts, in one order common to all ranks.
+
+    Such a schedule cannot deadlock if ``order`` lists every task after those it depends on and
+    every stage's microbatches in ascending order. Take the first task of ``order`` that is not
+    done: each rank that hosts it has finished what precedes it on its own list, so all of them
+    have arrived at it together (a tensor-parallel group too), and every transfer it waits for
+    was posted by all its participants, none of which has an older one unfinished.
+
+    Backward tasks that nobody needs are left out: in evaluation all, else those of modules
+    with nothing trainable at or upstream of them.
+
+    Args:
+        order: Forward and backward tasks of all stages.
+    """
+    backward = {name: not forward_only and needs_backward(plan, name) for name in plan.modules}
+    kept = [task for task in order if task.kind == "F" or backward[task.module]]
+    lists: dict[tuple[Stage, ...], tuple[Task, ...]] = {}
+    tasks = []
+    for rank in range(plan.world_size):
+        hosted = hosted_stages(plan, rank)
+        if hosted not in lists:
+            lists[hosted] = tuple(task for task in kept if (task.module, task.stage) in hosted)
+        tasks.append(lists[hosted])
+    return Schedule(
+        num_microbatches=num_microbatches, forward_only=forward_only, tasks=tuple(tasks)
+    )
+
+
+def peak_live(schedule: Schedule, rank: int, module: str) -> int:
+    """Most tasks of a module whose activations one rank holds at the same time.
+
+    A task holds activations from its forward pass until its backward pass has run. Without a
+    backward pass they go as soon as the forward pass ends. For an encoder whose tasks take a
+    group of microbatches the result counts groups.
+    """
+    tasks = [task for task in schedule.tasks[rank] if task.module == module]
+    if all(task.kind == "F" for task in tasks):
+        return min(len(tasks), 1)
+    live = peak = 0
+    for task in tasks:
+        live += 1 if task.kind == "F" else -1
+        peak = max(peak, live)
+    return peak

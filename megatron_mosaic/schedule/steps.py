@@ -1,0 +1,133 @@
+"""What one rank does in one step, task by task: post transfers, wait for them, compute."""
+
+from typing import Literal, NamedTuple
+
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.graph import needs_backward
+from megatron_mosaic.schedule.schedule import Schedule
+from megatron_mosaic.schedule.task import Task
+
+TransferKind = Literal["activation", "gradient"]
+
+
+class Edge(NamedTuple):
+    """What joins two stages: of one module, or the last of a module and the first of another."""
+
+    source: str
+    source_stage: int
+    destination: str
+    destination_stage: int
+
+    def __str__(self) -> str:
+        return f"{self.source}.{self.source_stage} -> {self.destination}.{self.destination_stage}"
+
+
+class Transfer(NamedTuple):
+    """One microbatch on its way over an edge: activations forward, gradients back."""
+
+    kind: TransferKind
+    edge: Edge
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.microbatch} of {self.edge}"
+
+
+class Compute(NamedTuple):
+    """Run the task."""
+
+    task: Task
+
+
+class Post(NamedTuple):
+    """Issue this rank's sends and receives of the transfer, without waiting.
+
+    Each edge and kind has a communicator of its own, on which every participant posts the
+    microbatches in the same order.
+    """
+
+    transfer: Transfer
+
+
+class Wait(NamedTuple):
+    """Block until what this rank receives in the transfer, posted before, has arrived."""
+
+    transfer: Transfer
+
+
+Step = Compute | Post | Wait
+
+
+def edges_of(plan: Plan) -> tuple[Edge, ...]:
+    """Edges between modules, then those between the stages of each module."""
+    between = [
+        Edge(source, plan.modules[source].pipeline_model_parallel_size - 1, destination, 0)
+        for source, destination in plan.edges
+    ]
+    within = [
+        Edge(name, stage, name, stage + 1)
+        for name, placement in plan.modules.items()
+        for stage in range(placement.pipeline_model_parallel_size - 1)
+    ]
+    return (*between, *within)
+
+
+def participants(plan: Plan, edge: Edge) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ranks of the source stage and of the destination stage, each in grid order."""
+    source = plan.modules[edge.source].stage_ranks(edge.source_stage)
+    destination = plan.modules[edge.destination].stage_ranks(edge.destination_stage)
+    return source, destination
+
+
+def communicators(plan: Plan, edge: Edge) -> tuple[tuple[int, ...], ...]:
+    """Rank lists that take part in a transfer of the edge together.
+
+    Between modules all ranks of both stages do, sorted. Between the stages of one module there is
+    one pair for each position of the tensor, context and data axes.
+    """
+    source, destination = participants(plan, edge)
+    if edge.source == edge.destination:
+        return tuple(zip(source, destination, strict=True))
+    return (tuple(sorted({*source, *destination})),)
+
+
+def has_gradient(plan: Plan, edge: Edge) -> bool:
+    """Whether gradients travel back over the edge: not to a source without backward pass."""
+    return needs_backward(plan, edge.source)
+
+
+def steps_of(plan: Plan, schedule: Schedule, rank: int) -> tuple[Step, ...]:
+    """Expands a rank's tasks into what the engine walks.
+
+    A rank that only receives posts directly before it waits. One that hosts both ends of an edge
+    posts its sends and receives at once, after the task that produces, so it never posts twice.
+    """
+    edges = edges_of(plan)
+    sends_forward = {edge for edge in edges if rank in participants(plan, edge)[0]}
+    sends_back = {edge for edge in edges if rank in participants(plan, edge)[1]}
+    steps: list[Step] = []
+    for task in schedule.tasks[rank]:
+        arriving, leaving = _transfers(plan, edges, task)
+        sends = sends_forward if task.kind == "F" else sends_back
+        steps += [Post(transfer) for transfer in arriving if transfer.edge not in sends]
+        steps += [Wait(transfer) for transfer in arriving]
+        steps.append(Compute(task))
+        steps += [Post(transfer) for transfer in leaving]
+    return tuple(steps)
+
+
+def _transfers(
+    plan: Plan, edges: tuple[Edge, ...], task: Task
+) -> tuple[list[Transfer], list[Transfer]]:
+    """Transfers that a task waits for, and those that carry what it produces."""
+    here = (task.module, task.stage)
+    into = [edge for edge in edges if (edge.destination, edge.destination_stage) == here]
+    out_of = [edge for edge in edges if (edge.source, edge.source_stage) == here]
+    if task.kind == "F":
+        kind, before, after = "activation", into, out_of
+    else:
+        kind, before, after = "gradient", out_of, [e for e in into if has_gradient(plan, e)]
+    return (
+        [Transfer(kind, edge, m) for edge in before for m in task.microbatches],
+        [Transfer(kind, edge, m) for edge in after for m in task.microbatches],
+    )

@@ -1,0 +1,200 @@
+"""Checks that a schedule does the work of its plan, in an order that can run."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.build import max_live
+from megatron_mosaic.schedule.drawing import draw
+from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward, stage_order
+from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks
+from megatron_mosaic.schedule.schedule import Schedule, peak_live
+from megatron_mosaic.schedule.steps import (
+    Edge,
+    Post,
+    Step,
+    TransferKind,
+    communicators,
+    edges_of,
+    steps_of,
+)
+from megatron_mosaic.schedule.task import Task
+
+
+class ScheduleError(PlanError):
+    """A schedule cannot run, or does not do what its plan asks for.
+
+    Args:
+        message: One line.
+        table: The offending rows, drawn.
+    """
+
+    def __init__(self, message: str, *, table: str) -> None:
+        super().__init__(message)
+        self.table = table
+
+
+def verify(plan: Plan, schedule: Schedule) -> None:
+    """Checks a schedule against its plan; the first fault wins.
+
+    Every rank runs each task of the stages it hosts once, after those it depends on; all
+    participants of an edge transfer its microbatches in one order; no rank waits for ever; and no
+    rank holds the activations of more tasks than the schedule's kind promises.
+
+    Raises:
+        ScheduleError: One of these does not hold. The message is one line; ``table`` shows the
+            ranks concerned.
+    """
+    _check_tasks(plan, schedule)
+    _check_order(plan, schedule)
+    steps = [steps_of(plan, schedule, rank) for rank in range(plan.world_size)]
+    _check_transfers(plan, schedule, steps)
+    _check_progress(plan, schedule, steps)
+    _check_live(plan, schedule)
+
+
+def _check_tasks(plan: Plan, schedule: Schedule) -> None:
+    assert len(schedule.tasks) == plan.world_size
+    groups = {name: _groups(plan, schedule, name) for name in plan.modules}
+    for rank, tasks in enumerate(schedule.tasks):
+        hosted = hosted_stages(plan, rank)
+        expected = {
+            Task(kind, *stage, group)
+            for stage in hosted
+            for group in groups[stage.module]
+            for kind in _kinds(plan, schedule, stage.module)
+        }
+        counts = Counter(tasks)
+        for task in counts:
+            if task not in expected:
+                names = ", ".join(f"{name}.{stage}" for name, stage in hosted) or "nothing"
+                rule = f"must be a task that the plan needs of {names}; remove it"
+                raise _error(schedule, [rank], f"task={task} {rule}")
+        for task in sorted(expected):
+            if counts[task] != 1:
+                advice = "add it" if counts[task] == 0 else "remove the others"
+                rule = f"must run once, not {counts[task]} times; {advice}"
+                raise _error(schedule, [rank], f"task={task} {rule}")
+
+
+def _groups(plan: Plan, schedule: Schedule, module: str) -> list[tuple[int, ...]]:
+    """Microbatches of a module's tasks, as its first rank has them."""
+    rank = plan.modules[module].ranks[0]
+    tasks = [task for task in schedule.tasks[rank] if (task.kind, task.module) == ("F", module)]
+    groups = sorted(task.microbatches for task in tasks)
+    if [m for group in groups for m in group] != list(range(schedule.num_microbatches)):
+        shown = " ".join(str(task).split(" ", maxsplit=1)[0] for task in tasks)
+        raise _error(
+            schedule,
+            [rank],
+            f"tasks=[{shown}] of {module} must hold each of the {schedule.num_microbatches} "
+            f"microbatches once; add or remove forward tasks",
+        )
+    return groups
+
+
+def _kinds(plan: Plan, schedule: Schedule, module: str) -> tuple[Literal["F", "B"], ...]:
+    forward_only = schedule.forward_only or not needs_backward(plan, module)
+    return ("F",) if forward_only else ("F", "B")
+
+
+def _check_order(plan: Plan, schedule: Schedule) -> None:
+    needs = _needs(plan)
+    for rank, tasks in enumerate(schedule.tasks):
+        hosted = hosted_stages(plan, rank)
+        producer = {(task.kind, task[1:3], m): task for task in tasks for m in task.microbatches}
+        done: set[Task] = set()
+        for task in tasks:
+            for kind, stage in needs[task.kind, Stage(task.module, task.stage)]:
+                if stage not in hosted:
+                    continue
+                for m in task.microbatches:
+                    before = producer[kind, stage, m]
+                    if before not in done:
+                        rule = f"must come after {before}; move it behind"
+                        raise _error(schedule, [rank], f"task={task} {rule}")
+            done.add(task)
+
+
+def _needs(plan: Plan) -> dict[tuple[str, Stage], list[tuple[str, Stage]]]:
+    """For each kind and stage the kinds and stages that it takes its input from."""
+    needs: dict[tuple[str, Stage], list[tuple[str, Stage]]] = {}
+    for stage in stage_order(plan):
+        needs["F", stage] = []
+        needs["B", stage] = [("F", stage)]
+    for source, source_stage, destination, destination_stage in edges_of(plan):
+        here, there = Stage(source, source_stage), Stage(destination, destination_stage)
+        needs["F", there].append(("F", here))
+        needs["B", here].append(("B", there))
+    return needs
+
+
+def _check_transfers(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]]) -> None:
+    posts: defaultdict[tuple[int, TransferKind, Edge], list[int]] = defaultdict(list)
+    for rank, steps_of_rank in enumerate(steps):
+        for step in steps_of_rank:
+            if isinstance(step, Post):
+                kind, edge, microbatch = step.transfer
+                posts[rank, kind, edge].append(microbatch)
+    for edge in edges_of(plan):
+        for kind in get_args(TransferKind):
+            for first, *others in communicators(plan, edge):
+                for other in others:
+                    orders = posts[first, kind, edge], posts[other, kind, edge]
+                    _check_equal_order(schedule, f"{kind} {edge}", (first, other), orders)
+
+
+def _check_equal_order(
+    schedule: Schedule, what: str, ranks: tuple[int, int], orders: tuple[list[int], list[int]]
+) -> None:
+    for expected, found in zip(*orders, strict=True):
+        if expected != found:
+            raise _error(
+                schedule,
+                ranks[::-1],
+                f"microbatch={found} of {what} must come after {expected}, as on rank {ranks[0]}; "
+                f"run the tasks of both ranks in the same order",
+            )
+
+
+def _check_progress(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]]) -> None:
+    blocked = {entry.rank: entry for entry in blocked_ranks(plan, steps)}
+    if not blocked:
+        return
+    circle = _circle(blocked)
+    rank, task, _ = circle[0]
+    chain = ", which waits for ".join(f"rank {entry.rank} at {entry.task}" for entry in circle[1:])
+    raise _error(
+        schedule,
+        [entry.rank for entry in circle],
+        f"task={task} must not wait in a circle: for {chain}, which waits for rank {rank}; "
+        f"give these ranks' tasks one common order",
+    )
+
+
+def _circle(blocked: dict[int, Blocked]) -> list[Blocked]:
+    """Ranks each of which waits for the next, and the last for the first."""
+    path = [next(iter(blocked))]
+    while (following := blocked[path[-1]].missing[0]) not in path:
+        path.append(following)
+    return [blocked[rank] for rank in path[path.index(following) :]]
+
+
+def _check_live(plan: Plan, schedule: Schedule) -> None:
+    for rank in range(plan.world_size):
+        for stage in hosted_stages(plan, rank):
+            most = max_live(plan, stage, num_microbatches=schedule.num_microbatches)
+            live = peak_live(schedule, rank, stage.module)
+            if live > most:
+                raise _error(
+                    schedule,
+                    [rank],
+                    f"live={live} tasks of {stage.module} must be <= {most}, the bound of "
+                    f"kind={plan.schedule.kind}; run backward tasks earlier",
+                )
+
+
+def _error(schedule: Schedule, ranks: Sequence[int], rest: str) -> ScheduleError:
+    return ScheduleError(f"schedule.ranks[{ranks[0]}]: {rest}", table=draw(schedule, ranks=ranks))

@@ -1,0 +1,46 @@
+"""Imported once by the process that rank processes are forked from.
+
+Importing torch and Megatron takes seconds, a fork milliseconds. Nothing here may run autograd or
+start a thread: a forked rank would inherit the locks without the threads.
+"""
+
+import importlib
+import traceback
+import warnings
+
+import torch
+
+PRELOADED = (
+    "numpy",
+    "pytest",
+    "hypothesis",
+    "torch.distributed.checkpoint",
+    "torch.testing",
+    "torch.utils.checkpoint",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.models.multimodal.llava_model",
+    "megatron.core.optimizer",
+    "megatron.core.parallel_state",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.training.training",
+)
+
+
+def _preload() -> None:
+    from megatron_mosaic.host.cpu import run_on_cpu
+
+    run_on_cpu()
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
+torch.set_num_threads(1)
+with warnings.catch_warnings():
+    # The host warns about each optional package that is absent.
+    warnings.simplefilter("ignore")
+    try:
+        _preload()
+    except Exception:  # noqa: BLE001 - the server swallows it; ranks would be slow without a word
+        traceback.print_exc()

@@ -1,0 +1,177 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mosaic.cli import main
+
+BROKEN_PLANS = sorted((Path(__file__).parent / "broken_plans").glob("*.yaml"))
+
+GOOD_PLAN = """\
+format: 1
+world_size: 10
+global_batch_size: 64
+micro_batch_size: 2
+modules:
+  vision: {ranks: [0, 2-6], data_parallel_size: 6, trainable: [projector]}
+  language:
+    ranks: 0-7
+    tensor_model_parallel_size: 2
+    pipeline_model_parallel_size: 2
+    data_parallel_size: 2
+edges: [[vision, language]]
+schedule: {kind: colocated, encoder_group: 4}
+"""
+
+
+@pytest.fixture
+def good_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("plan.yaml")
+    path.write_text(GOOD_PLAN)
+    return str(path)
+
+
+def run_process(*arguments):
+    command = [sys.executable, "-m", "megatron_mosaic.cli", *map(str, arguments)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=root
+    )
+
+
+def test_broken_plans_are_more_than_thirty():
+    assert len(BROKEN_PLANS) >= 30
+
+
+@pytest.mark.parametrize("path", BROKEN_PLANS, ids=lambda path: path.stem)
+def test_check_explains_broken_plan_in_one_line(path, capsys):
+    expected = path.read_text().splitlines()[0].removeprefix("# expect: ")
+
+    status = main(["check", str(path)])
+
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith(f"error: {path}: ")
+    assert re.search(expected, captured.err)
+    assert re.search(r" must .*; \S", captured.err), "names no remedy"
+
+
+def test_check_prints_the_layout(good_plan, capsys):
+    status = main(["check", good_plan, "--world-size", "10"])
+
+    # 64 / (2 * 2) = 16 microbatches; 4 of them are 16 samples, over 6 encoder replicas 2 or 3.
+    summary, table = capsys.readouterr().out.split("\n\n")
+    assert status == 0
+    assert summary.splitlines()[:3] == [
+        "64 samples per step: 16 microbatches of 4 samples",
+        "schedule colocated on 10 ranks",
+        "idle ranks 8-9",
+    ]
+    assert [line.split() for line in table.splitlines()] == [
+        ["module", "ranks", "tp", "cp", "dp", "pp", "microbatches/task", "samples/task"],
+        ["language", "0-7", "2", "1", "2", "2", "1", "2"],
+        ["vision", "[0,", "2-6]", "1", "1", "6", "1", "4", "2-3"],
+    ]
+
+
+def test_check_refuses_another_number_of_launched_ranks(good_plan, capsys):
+    status = main(["check", good_plan, "--world-size", "8"])
+
+    assert status == 2
+    assert capsys.readouterr().err == (
+        "error: plan.yaml: world_size=10 must equal the 8 launched ranks; "
+        "launch 10 ranks or plan for 8\n"
+    )
+
+
+def test_check_reports_missing_file(capsys):
+    status = main(["check", "no.yaml"])
+
+    assert status == 2
+    assert capsys.readouterr().err == (
+        "error: no.yaml: file must be readable text (No such file or directory); "
+        "give the path of a plan file\n"
+    )
+
+
+def test_check_reports_directory(tmp_path, capsys):
+    status = main(["check", str(tmp_path)])
+
+    assert status == 2
+    assert "file must be readable text (Is a directory)" in capsys.readouterr().err
+
+
+def test_check_reports_binary_file(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+
+    status = main(["check", str(path)])
+
+    assert status == 2
+    assert "file must be readable text (not UTF-8 text)" in capsys.readouterr().err
+
+
+def test_check_reports_control_characters_in_one_line(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text("format: 1\nworld_size: \x07\n")
+
+    status = main(["check", str(path)])
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert re.search(r"text must be YAML \(.*special characters", error)
+
+
+def test_show_reports_broken_plan_in_one_line(capsys):
+    status = main(["show", "no.yaml"])
+
+    assert status == 2
+    assert capsys.readouterr().err.startswith("error: no.yaml: file must be readable text")
+
+
+def test_show_draws_a_line_for_every_rank(good_plan, capsys):
+    status = main(["show", good_plan])
+
+    assert status == 0
+    assert len(re.findall(r"(?m)^rank\s+\d+", capsys.readouterr().out)) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["cheque"], "invalid choice: 'cheque'"),
+        (["check"], "the following arguments are required: plan"),
+        (["check", "plan.yaml", "--world-size", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_cli_reports_wrong_command_line_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert re.search(r"; run 'megatron-mosaic.* --help'", error)
+
+
+def test_cli_process_succeeds_on_good_plan(good_plan):
+    process = run_process("check", Path(good_plan).resolve())
+
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "language" in process.stdout
+
+
+def test_cli_process_fails_in_one_line_on_broken_plan():
+    process = run_process("check", BROKEN_PLANS[0])
+
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert re.fullmatch(r"error: .*; .*\n", process.stderr)
