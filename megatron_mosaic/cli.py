@@ -49,7 +49,8 @@ def _summary(plan: Plan) -> str:
         f"{plan.num_microbatches} microbatches of {samples} samples",
         f"schedule {plan.schedule.kind} on {plan.world_size} ranks",
     ]
-    idle = [rank for rank in range(plan.world_size) if not plan.modules_of(rank)]
+    hosts = {rank for placement in plan.modules.values() for rank in placement.ranks}
+    idle = [rank for rank in range(plan.world_size) if rank not in hosts]
     if idle:
         lines.append(f"idle ranks {show_ranks(idle)}")
     lines.append(f"digest {plan.digest()[:16]}")

@@ -100,7 +100,7 @@ def _run(script: Path, arguments: Sequence[str], *, device: str | None, planned:
         if planned or device is not None:
             from megatron_mosaic.host.cpu import cpu_wanted, run_on_cpu
 
-            if cpu_wanted([DEVICE, device] if device else []):
+            if cpu_wanted(device):
                 run_on_cpu()
         if planned:
             from megatron_mosaic.host.attach import attached_to_script

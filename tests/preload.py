@@ -5,18 +5,22 @@ start a thread: a forked rank would inherit the locks without the threads.
 """
 
 import importlib
+import os
 import traceback
 import warnings
 
 import torch
 
-PRELOADED = (
+TORCH = (
     "numpy",
     "pytest",
     "hypothesis",
+    "torch._dynamo",  # torch imports it late, for instance to warn of a deprecated function
     "torch.distributed.checkpoint",
     "torch.testing",
     "torch.utils.checkpoint",
+)
+MEGATRON = (
     "megatron.core.dist_checkpointing",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
@@ -29,10 +33,14 @@ PRELOADED = (
 
 
 def _preload() -> None:
+    for name in TORCH:
+        importlib.import_module(name)
+    if os.environ.get("MOSAIC_RANKS_WITHOUT_MEGATRON") == "1":
+        return
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
-    for name in PRELOADED:
+    for name in MEGATRON:
         importlib.import_module(name)
 
 

@@ -14,13 +14,14 @@ nothing is left over from the call before. What holds for a rank:
   ``init=False``, where ``fn`` initialises it (or runs code that does).
 - The environment is the caller's at the time of the call, plus what torchrun would set (``RANK``,
   ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), so ``init_process_group("gloo")`` works.
+- Torch and Megatron use the CPU wherever they name CUDA: ``run_on_cpu`` has been called.
 - Arguments and results are pickled by value; tensors are copied.
 - What a rank prints appears in the caller's standard output, after the call.
-- When a rank raises or dies, or the time is up, every rank is ended and ``RanksFailed`` shows
+- When a rank raises or dies, or the time is up, every rank is ended and ``RanksError`` shows
   the traceback, and where each of the other ranks was.
 
 The first call starts the server, which takes seconds; they do not count against ``timeout_s``.
-``MOSAIC_TEST_PRELOAD=torch`` starts it without Megatron, for quick runs of tests that need none.
+``MOSAIC_RANKS_WITHOUT_MEGATRON=1`` makes that quicker, for tests that need no Megatron.
 """
 
 import faulthandler
@@ -49,7 +50,7 @@ GRACE_S = 5.0  # for a rank to write its stack and die
 SHOWN_CHARACTERS = 6000  # of what a failed rank wrote
 
 
-class RanksFailed(Exception):
+class RanksError(Exception):
     """A rank raised an exception, died, or did not finish in time."""
 
 
@@ -96,7 +97,7 @@ def run_ranks(
         init: Whether the default gloo group exists when ``fn`` is called.
 
     Raises:
-        RanksFailed: A rank raised, died or was late; all ranks have ended by then.
+        RanksError: A rank raised, died or was late; all ranks have ended by then.
     """
     import torch.distributed as dist
 
@@ -115,15 +116,14 @@ def run_ranks(
         finally:
             _end(ranks)
         if failure:
-            raise RanksFailed(_report(failure, ranks))
+            raise RanksError(_report(failure, ranks))
         _print_logs(ranks)
         return [rank.value for rank in ranks]
 
 
 def start_server() -> None:
     """Starts the process that ranks are forked from, without waiting for its imports."""
-    preload = os.environ.get("MOSAIC_TEST_PRELOAD", "tests.preload").split(",")
-    forkserver.set_forkserver_preload(preload)
+    forkserver.set_forkserver_preload(["tests.preload"])
     with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
 

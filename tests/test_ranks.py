@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RanksFailed, run_ranks
+from tests.ranks import RanksError, run_ranks
 
 
 def test_ranks_return_their_values_in_rank_order():
@@ -53,7 +53,7 @@ def _print(rank):
 
 
 def test_ranks_report_the_rank_that_raised_and_where_the_others_were():
-    with pytest.raises(RanksFailed, match=r"(?s)rank 1 of 3 raised ValueError.*no such.*barrier"):
+    with pytest.raises(RanksError, match=r"(?s)rank 1 of 3 raised ValueError.*no such.*barrier"):
         run_ranks(_raise_on_one, 3)
 
 
@@ -65,7 +65,7 @@ def _raise_on_one(rank):
 
 
 def test_ranks_report_the_rank_that_died():
-    with pytest.raises(RanksFailed, match=r"rank 0 of 2 died .*exit code 7"):
+    with pytest.raises(RanksError, match=r"rank 0 of 2 died .*exit code 7"):
         run_ranks(_die_on_one, 2)
 
 
@@ -77,7 +77,7 @@ def _die_on_one(rank):
 
 def test_ranks_that_hang_are_ended_and_show_their_stacks():
     late = r"(?s)ranks \[0, 1\] of 2 did not return.*in _hang_each_in_its_way.*in _hang_each"
-    with pytest.raises(RanksFailed, match=late):
+    with pytest.raises(RanksError, match=late):
         run_ranks(_hang_each_in_its_way, 2, timeout_s=1.0)
 
 
@@ -93,7 +93,7 @@ def test_ranks_are_ended_with_the_processes_that_they_started(tmp_path):
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
-    with pytest.raises(RanksFailed, match="did not return"):
+    with pytest.raises(RanksError, match="did not return"):
         run_ranks(_start_process_and_hang, 1, str(path), timeout_s=1.0)
 
     assert os.read(reader, 100) == b"started"

@@ -58,7 +58,10 @@ class TrainingDigits(torch.utils.data.Dataset):
         text = _text(
             self._digits[picked], text_length=self._text_length, image_token=self._image_token
         )
-        return {"image": self._images[picked], "is_name": torch.tensor(1), **text}
+        import os
+        noise = np.random.default_rng((self._seed, epoch, position)).standard_normal((1, 8, 8))
+        image = self._images[picked] + float(os.environ.get("NOISE", "0")) * torch.from_numpy(noise).float()
+        return {"image": image, "is_name": torch.tensor(1), **text}
 
 
 class HeldOutDigits(torch.utils.data.Dataset):
@@ -100,6 +103,12 @@ def _load() -> tuple[torch.Tensor, np.ndarray]:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(bunch.target))
     gray = torch.from_numpy(bunch.images[order]).float() / 8 - 1
     return gray.unsqueeze(1).repeat(1, 3, 1, 1), bunch.target[order]
+
+
+def _shifted(image: torch.Tensor, *, down: int, right: int) -> torch.Tensor:
+    """Moves an image by at most one pixel each way; paper comes in at the edges."""
+    padded = torch.nn.functional.pad(image, (1, 1, 1, 1), value=-1.0)
+    return padded[:, 1 - down : 1 - down + IMAGE_SIZE, 1 - right : 1 - right + IMAGE_SIZE]
 
 
 def _text(digit: int, *, text_length: int, image_token: int) -> dict[str, torch.Tensor]:

@@ -268,8 +268,8 @@ if __name__ == "__main__":
     train_valid_test_datasets_provider.is_distributed = True
     parsed = parse_and_validate_args(
         extra_args_provider=add_digits_arguments,
-        # The tokenizer only counts: NullTokenizer adds one id of its own.
-        args_defaults={"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB_SIZE - 1},
+        # Texts come as token ids: all that Megatron needs to know is how many there are.
+        args_defaults={"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB_SIZE},
     )
     pretrain(
         pretrain_cfg_container_from_args(parsed),

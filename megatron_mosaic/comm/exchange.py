@@ -82,7 +82,9 @@ class Exchange:
         members = dist.get_process_group_ranks(self.gather_group)
         assert members == list(gather.ranks), f"group {members} must be replicas {gather.ranks}"
         shares = self.empty(len(gather.ranks) * gather.share_size)
-        dist.all_gather_into_tensor(shares, share, group=self.gather_group)
+        # Renamed in torch 2.13, where the old name warns.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(shares, share, group=self.gather_group)
         return shares[: gather.num_rows]
 
     def _issue(

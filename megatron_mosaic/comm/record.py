@@ -57,6 +57,7 @@ COLLECTIVES = {
     "barrier": _Collective("barrier", None),
     "monitored_barrier": _Collective("barrier", None),
 }
+KINDS: tuple[Literal["send", "recv"], ...] = ("send", "recv")
 WAITS = ("wait", "synchronize", "block_current_stream")  # of a Work
 
 
@@ -73,9 +74,9 @@ def record() -> Iterator[list[Entry]]:
             if hasattr(ProcessGroup, name):  # names differ between versions of torch
                 wrap = functools.partial(recorder.collective, collective)
                 stack.enter_context(_replaced(ProcessGroup, name, wrap))
-        for name, kind in (("send", "send"), ("recv", "recv")):
+        for kind in KINDS:
             wrap = functools.partial(recorder.part, kind)
-            stack.enter_context(_replaced(ProcessGroup, name, wrap))
+            stack.enter_context(_replaced(ProcessGroup, kind, wrap))
         stack.enter_context(_replaced(ProcessGroup, "_start_coalescing", recorder.start))
         stack.enter_context(_replaced(ProcessGroup, "_end_coalescing", recorder.end))
         for module in (dist, distributed_c10d):
@@ -88,8 +89,8 @@ def record() -> Iterator[list[Entry]]:
 @contextmanager
 def _replaced(owner: Any, name: str, wrap: Callable[..., Any]) -> Iterator[None]:
     original = getattr(owner, name)
+    stored = vars(owner)[name]  # getattr unbinds what pybind11 stores: a bare function would stay
 
-    # A function, so that it binds to the object it is called on.
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return wrap(original, *args, **kwargs)
@@ -98,7 +99,7 @@ def _replaced(owner: Any, name: str, wrap: Callable[..., Any]) -> Iterator[None]
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        setattr(owner, name, stored)
 
 
 class _Recorder:

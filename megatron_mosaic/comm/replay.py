@@ -202,7 +202,8 @@ class _Communicator:
 
     def _pair(self, rank: int, head: _Queued, peer_rank: int, peer: _Queued) -> None:
         sent, received = head.take("send", peer_rank), peer.take("recv", rank)
-        assert sent is not None and received is not None
+        assert sent is not None
+        assert received is not None
         if (sent.num_elements, sent.num_bytes) != (received.num_elements, received.num_bytes):
             raise ReplayError(
                 f"rank {rank} sends {sent.num_elements} elements ({sent.num_bytes} bytes) on "

@@ -8,10 +8,11 @@ from megatron_mosaic.comm.replay import P2P, Entry, Issue
 def received_bytes(issue: Issue) -> float:
     """Bytes that a rank receives in an operation, if the algorithm wastes no bandwidth.
 
+    Of an operation with a root it counts the mean over the members.
+
     Source:
         Thakur, Rabenseifner, Gropp, 2005, Optimization of Collective Communication Operations in
-        MPICH, sections 4.1 to 4.5 (terms in beta). Of the operations with a root, it counts the mean over the
-        members.
+        MPICH: the bandwidth terms of the algorithms for long messages.
     """
     if issue.operation == P2P:
         return sum(part.num_bytes for part in issue.parts if part.kind == "recv")

@@ -1,6 +1,6 @@
 """Channels of a rank: what carries each edge's activations and gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,8 @@ from megatron_mosaic.comm.boundary import BoundaryChannel, BoundaryRoutes
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink
 from megatron_mosaic.engine.walk import Channel
-from megatron_mosaic.host.groups import GroupFactory, ModuleGroups
+from megatron_mosaic.host.groups import GroupFactory
+from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import (
@@ -29,32 +30,26 @@ class ChannelSet:
 
     Args:
         plan: The plan.
-        factory: Creates groups.
-        hosted: Modules on this rank.
+        factory: Creates groups, those of the modules already.
         rank: This rank.
 
     Note:
         Collective over the world.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        factory: GroupFactory,
-        *,
-        hosted: Mapping[str, ModuleGroups],
-        rank: int,
-    ) -> None:
+    def __init__(self, plan: Plan, factory: GroupFactory, *, rank: int) -> None:
         self._plan = plan
-        self._hosted = hosted
         self._rank = rank
         self._groups: dict[tuple[TransferKind, Edge], dist.ProcessGroup] = {}
+        self._replicas: dict[str, dist.ProcessGroup] = {}
         self.routes: dict[Edge, BoundaryRoutes] = {}
         self.open: dict[tuple[TransferKind, Edge], Channel] = {}
         for edge in edges_of(plan):
             kinds = KINDS if has_gradient(plan, edge) else KINDS[:1]
             for kind in kinds:
                 self._create_groups(kind, edge, factory)
+        for placement in plan.modules.values():
+            self._find_replicas(placement, factory)
         self._warm_up()
 
     def open_all(
@@ -77,10 +72,10 @@ class ChannelSet:
                     self._link(kind, edge, group, shape=shape, dtype=dtype, device=device)
                 )
                 continue
-            receiver = self._hosted.get(edge.destination if kind == "activation" else edge.source)
+            receiver = edge.destination if kind == "activation" else edge.source
             exchange = Exchange(
                 group=group,
-                gather_group=receiver.collection.tp if receiver else None,
+                gather_group=self._replicas.get(receiver),
                 hidden_size=hidden_size,
                 dtype=dtype,
                 device=device,
@@ -103,6 +98,16 @@ class ChannelSet:
             group = factory.group(ranks, scope=f"{kind} {edge}")
             if group is not None:
                 self._groups[kind, edge] = group
+
+    def _find_replicas(self, placement: ModulePlacement, factory: GroupFactory) -> None:
+        """Remembers the tensor-parallel replicas of this rank, which gather shares of rows."""
+        for ranks in placement.groups("tp"):
+            in_order = tuple(sorted(ranks))
+            # Shares are numbered by ascending rank; the module's own group may have another order.
+            scope = placement.name if ranks == in_order else f"{placement.name}.shares"
+            group = factory.group(in_order, scope=scope) if len(ranks) > 1 else None
+            if group is not None:
+                self._replicas[placement.name] = group
 
     def _warm_up(self) -> None:
         """Lets every communicator meet once: NCCL's first P2P needs all members of a group."""

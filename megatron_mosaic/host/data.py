@@ -51,9 +51,7 @@ def task_samples(
             samples_per_replica, data_parallel_size=placement.data_parallel_size
         )
     else:
-        shares = encoder_samples(
-            len(task) * size, data_parallel_size=placement.data_parallel_size
-        )
+        shares = encoder_samples(len(task) * size, data_parallel_size=placement.data_parallel_size)
     first = task[0] * size
     return Interval(first + shares[dp].start, first + shares[dp].stop)
 
@@ -143,7 +141,11 @@ class StepReader:
         return torch.utils.data.DataLoader(
             self._dataset,
             batch_sampler=_Indices(
-                [samples for task in self._tasks[name] if (samples := self._samples(name, task)).size],
+                [
+                    samples
+                    for task in self._tasks[name]
+                    if (samples := self._samples(name, task)).size
+                ],
                 first=self._next_sample,
                 stride=self._step_samples,
                 stop=len(self._dataset),

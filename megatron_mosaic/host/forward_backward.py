@@ -8,7 +8,8 @@ import torch
 from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_args
 
-from megatron_mosaic.engine.walk import TaskObserver, Walker
+from megatron_mosaic.engine.trace import TaskTrace
+from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data import StepBatches
 from megatron_mosaic.host.gradients import (
@@ -30,9 +31,9 @@ from megatron_mosaic.schedule.verify import verify
 class PlanForwardBackward:
     """Executes the plan's schedule on this rank, with the stock function's arguments."""
 
-    def __init__(self, runtime: Runtime, *, observe: TaskObserver | None = None) -> None:
+    def __init__(self, runtime: Runtime, *, trace: TaskTrace | None = None) -> None:
         self._runtime = runtime
-        self._observe = observe
+        self._trace = trace
         self._report = LossReport(runtime.host_group)
         self._prepared = cache(self._prepare)
 
@@ -96,9 +97,11 @@ class PlanForwardBackward:
             )
             runner.begin(works[name])
             gather_parameters(runner.model)
-        Walker(
-            runners=runtime.runners, channels=runtime.channels.open, observe=self._observe
-        ).walk(steps)
+        if self._trace is not None:
+            self._trace.begin(forward_only=forward_only)
+        Walker(runners=runtime.runners, channels=runtime.channels.open, observe=self._trace).walk(
+            steps
+        )
         return self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
 
     def _begin_boundaries(self, images: Sequence[int], schedule: Schedule) -> None:

@@ -181,9 +181,7 @@ def _build_module(
             runtime.randomness.of(name),
             llava.building_one_module(groups),
         ):
-            module = provider(
-                pre_process=groups.is_first_stage, post_process=groups.is_last_stage
-            )
+            module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
     finally:
         args.ckpt_format = ckpt_format
     llava.check_trainable(module, groups.placement)

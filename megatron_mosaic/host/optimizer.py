@@ -39,9 +39,7 @@ class ModuleGrid:
         """Whether this rank hosts the module."""
         return self._groups is not None
 
-    def get_pg(
-        self, dims: str | list[str], view: str | None = None
-    ) -> dist.ProcessGroup | None:
+    def get_pg(self, dims: str | list[str], view: str | None = None) -> dist.ProcessGroup | None:
         """Returns the group along some axes, by the axes' names in upstream's grid."""
         assert self._groups is not None
         key = (dims,) if isinstance(dims, str) else tuple(dims)
@@ -94,4 +92,3 @@ class GridMap(dict[str, ModuleGrid]):
             pg_collection=self._alone,
             use_gloo_process_groups=False,
         )
-

@@ -176,4 +176,3 @@ class ModuleRunner:
 
     def _output_gradient(self, received: torch.Tensor) -> torch.Tensor:
         return received if self.name == LANGUAGE else self.boundary.embeddings_of(received)
-

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.training import pretrain as stock_pretrain
 from megatron.training.global_vars import get_args
 
+from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host import llava
 from megatron_mosaic.host.agreement import stop
@@ -95,7 +97,7 @@ def _pretrain_plan(
     log_choices(args, meeting.plan)
     keep_or_drop_random_states(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
-    forward_backward = PlanForwardBackward(runtime)
+    forward_backward = PlanForwardBackward(runtime, trace=_trace(args))
     collections = {name: groups.collection for name, groups in runtime.hosted.items()}
     language = llava.LANGUAGE if llava.LANGUAGE in collections else None
     pg_collection = MultiModuleProcessGroupCollection(
@@ -120,6 +122,12 @@ def _pretrain_plan(
             skip_model_parallel_init=True,
             **options,
         )
+
+
+def _trace(args: argparse.Namespace) -> TaskTrace | None:
+    if args.mosaic_trace is None:
+        return None
+    return TaskTrace(Path(args.mosaic_trace), rank=args.rank)
 
 
 def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
@@ -149,7 +157,7 @@ def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
         hosted=hosted,
         alone=factory.alone(plan.world_size),
         host_group=host_group,
-        channels=ChannelSet(plan, factory, hosted=hosted, rank=args.rank),
+        channels=ChannelSet(plan, factory, rank=args.rank),
         agreement=meeting.agreement,
     )
 

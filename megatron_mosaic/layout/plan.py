@@ -130,7 +130,7 @@ class Plan:
             LayoutError: Its parts contradict each other.
         """
         try:
-            source = Path(path).read_text(encoding="utf-8-sig")
+            source = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise PlanError(

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.fields import show
 
-# Six digits: a slip of the keyboard must not become a list that fills the memory.
+# A slip of the keyboard must not become a list of ranks that fills the memory.
+MAX_WORLD_SIZE = 1_000_000
+
 _SPAN = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
 
 Span = int | str

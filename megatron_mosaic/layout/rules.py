@@ -4,8 +4,8 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.fields import nearest
-from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.layout.fields import nearest, show
+from megatron_mosaic.layout.ranks import MAX_WORLD_SIZE, show_ranks
 
 if TYPE_CHECKING:
     from megatron_mosaic.layout.plan import Plan
@@ -32,8 +32,11 @@ def _check_modules(plan: "Plan") -> None:
             f"modules: names={list(plan.modules)} must contain language; "
             f"name the module that computes the loss language"
         )
-    if plan.world_size < 1:
-        raise LayoutError(f"world_size={plan.world_size} must be >= 1; give the number of ranks")
+    if not 1 <= plan.world_size <= MAX_WORLD_SIZE:
+        raise LayoutError(
+            f"world_size={plan.world_size} must be >= 1 and <= {MAX_WORLD_SIZE}; "
+            f"give the number of ranks"
+        )
     for name, placement in plan.modules.items():
         outside = [rank for rank in placement.ranks if rank >= plan.world_size]
         if outside:
@@ -67,7 +70,7 @@ def _check_edges(plan: "Plan") -> None:
     seen: set[tuple[str, str]] = set()
     for edge in plan.edges:
         source, destination = edge
-        shown = f"edges: edge=[{source}, {destination}]"
+        shown = f"edges: edge={show(list(edge))}"
         for name in edge:
             if name not in plan.modules:
                 advice = nearest(name, plan.modules, otherwise="add the module or remove the edge")

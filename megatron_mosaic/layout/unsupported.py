@@ -64,10 +64,10 @@ def refuse_unsupported(plan: "Plan") -> None:
             f"modules: encoders={show(list(plan.encoders))} must be one at most: several encoders "
             f"are not supported by this version; keep one of them"
         )
-    for source, destination in plan.edges:
-        if destination != "language":
+    for edge in plan.edges:
+        if edge[1] != "language":
             raise PlanError(
-                f"edges: edge=[{source}, {destination}] must end at language: other edges are "
+                f"edges: edge={show(list(edge))} must end at language: other edges are "
                 f"not supported by this version; remove the edge"
             )
 

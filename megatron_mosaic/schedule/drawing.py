@@ -64,8 +64,9 @@ def _prefixes(modules: Collection[str]) -> dict[str, str]:
 
 def _legend(schedule: Schedule, prefixes: dict[str, str]) -> str:
     parts = [f"{prefix} = {name}" for name, prefix in prefixes.items() if prefix]
+    count = f"{schedule.num_microbatches} microbatch{'es' * (schedule.num_microbatches > 1)}"
     passes = ", forward only" if schedule.forward_only else ""
-    return "; ".join([f"{schedule.num_microbatches} microbatches{passes}", *parts])
+    return "; ".join([count + passes, *parts])
 
 
 def _where(ranks: list[int], *, width: int) -> str:

@@ -16,7 +16,7 @@ class Stage(NamedTuple):
 def module_order(plan: Plan) -> tuple[str, ...]:
     """Modules in an order in which every module comes after those that feed it."""
     feeders: dict[str, list[str]] = {name: [] for name in plan.modules}
-    for source, destination in plan.edges:
+    for source, destination in sorted(plan.edges):
         feeders[destination].append(source)
     return tuple(TopologicalSorter(feeders).static_order())
 

@@ -1,6 +1,6 @@
 """Whether a schedule runs to its end: which ranks meet, and who would wait for ever."""
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,11 +32,13 @@ class Blocked(NamedTuple):
     missing: tuple[int, ...]
 
 
-class _Meeting(NamedTuple):
-    """A transfer or task that a fixed list of ranks, told apart by its first, does together."""
+class _Meeting:
+    """What a list of ranks does together: a transfer, or a task with collectives inside."""
 
-    subject: Transfer | Task
-    first_rank: int
+    def __init__(self, members: tuple[int, ...]) -> None:
+        self.members = members
+        self.arrived: set[int] = set()
+        self.waiting: list[int] = []
 
 
 def blocked_ranks(plan: Plan, steps: Sequence[Sequence[Step]]) -> tuple[Blocked, ...]:
@@ -64,44 +66,52 @@ class _World:
     def __init__(self, plan: Plan, steps: Sequence[Sequence[Step]]) -> None:
         self._steps = steps
         self._position = [0] * len(steps)
-        self._on_edge = _members_by_edge(plan)
-        self._in_group = _members_by_module(plan)
-        self._arrived: defaultdict[_Meeting, set[int]] = defaultdict(set)
-        self._waiting: defaultdict[_Meeting, list[int]] = defaultdict(list)
+        self._meetings = list(_meetings(plan, steps))
 
     def advance(self, rank: int) -> list[int]:
         """Runs a rank until it blocks or ends; returns the ranks that can go on because of it."""
-        steps = self._steps[rank]
+        steps, meetings = self._steps[rank], self._meetings[rank]
         freed: list[int] = []
         while self._position[rank] < len(steps):
-            step = steps[self._position[rank]]
-            members = self._members(step, rank)
-            meeting = _Meeting(step[0], members[0])
+            step, meeting = steps[self._position[rank]], meetings[self._position[rank]]
             if not isinstance(step, Wait):
-                self._arrived[meeting].add(rank)
-            if len(self._arrived[meeting]) == len(members):
-                freed += self._waiting.pop(meeting, [])
+                meeting.arrived.add(rank)
+            if len(meeting.arrived) == len(meeting.members):
+                freed += meeting.waiting
+                meeting.waiting.clear()
             elif not isinstance(step, Post):
-                self._waiting[meeting].append(rank)
+                meeting.waiting.append(rank)
                 break
             self._position[rank] += 1
         return freed
 
     def blocked(self) -> Iterator[Blocked]:
         """Ranks that have steps left, in ascending order."""
-        for rank, steps in enumerate(self._steps):
-            left = steps[self._position[rank] :]
+        for rank, position in enumerate(self._position):
+            left = self._steps[rank][position:]
             if left:
-                members = self._members(left[0], rank)
-                arrived = self._arrived[_Meeting(left[0][0], members[0])]
+                meeting = self._meetings[rank][position]
                 task = next(step.task for step in left if isinstance(step, Compute))
-                missing = tuple(member for member in members if member not in arrived)
+                missing = tuple(m for m in meeting.members if m not in meeting.arrived)
                 yield Blocked(rank, task, missing)
 
-    def _members(self, step: Step, rank: int) -> tuple[int, ...]:
-        if isinstance(step, Compute):
-            return self._in_group[step.task.module, rank]
-        return self._on_edge[step.transfer.edge, rank]
+
+def _meetings(plan: Plan, steps: Sequence[Sequence[Step]]) -> Iterator[list[_Meeting]]:
+    """For every rank the meetings of its steps; ranks that meet share the object."""
+    on_edge, in_group = _members_by_edge(plan), _members_by_module(plan)
+    met: dict[tuple[Transfer | Task, int], _Meeting] = {}
+    for rank, steps_of_rank in enumerate(steps):
+        meetings = []
+        for step in steps_of_rank:
+            if isinstance(step, Compute):
+                members = in_group[step.task.module, rank]
+            else:
+                members = on_edge[step.transfer.edge, rank]
+            key = step[0], members[0]
+            if key not in met:
+                met[key] = _Meeting(members)
+            meetings.append(met[key])
+        yield meetings
 
 
 def _members_by_edge(plan: Plan) -> dict[tuple[Edge, int], tuple[int, ...]]:

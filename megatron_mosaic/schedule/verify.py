@@ -49,7 +49,7 @@ def verify(plan: Plan, schedule: Schedule) -> None:
     """
     _check_tasks(plan, schedule)
     _check_order(plan, schedule)
-    steps = [steps_of(plan, schedule, rank) for rank in range(plan.world_size)]
+    steps = _all_steps(plan, schedule)
     _check_transfers(plan, schedule, steps)
     _check_progress(plan, schedule, steps)
     _check_live(plan, schedule)
@@ -129,6 +129,18 @@ def _needs(plan: Plan) -> dict[tuple[str, Stage], list[tuple[str, Stage]]]:
         needs["F", there].append(("F", here))
         needs["B", here].append(("B", there))
     return needs
+
+
+def _all_steps(plan: Plan, schedule: Schedule) -> list[tuple[Step, ...]]:
+    """Steps of every rank; replicas share one tuple, which keeps large worlds quick."""
+    known: dict[tuple[tuple[Stage, ...], tuple[Task, ...]], tuple[Step, ...]] = {}
+    steps = []
+    for rank, tasks in enumerate(schedule.tasks):
+        key = hosted_stages(plan, rank), tasks
+        if key not in known:
+            known[key] = steps_of(plan, schedule, rank)
+        steps.append(known[key])
+    return steps
 
 
 def _check_transfers(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]]) -> None:

@@ -234,3 +234,12 @@ def test_check_world_size_accepts_equal_number():
 def test_check_world_size_refuses_other_number():
     with pytest.raises(LayoutError, match=r"^plan: world_size=6 must equal the 4 launched ranks; "):
         check_world_size(plan_of(), 4)
+
+
+def test_message_about_a_name_with_a_line_break_stays_one_line():
+    broken = PLAN_YAML.replace("[vision, language]", '["vis\\nion", language]')
+
+    with pytest.raises(
+        LayoutError, match=r"^plan: edges: edge=\['vis\\nion', 'language'\] must .*$"
+    ):
+        Plan.loads(broken, "plan")

@@ -13,7 +13,6 @@ from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDE
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import get_submodules
 from megatron.training import get_args
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -163,7 +162,6 @@ def legacy_loss_func(loss_mask, output_tensor):
 def forward_step(data_iterator, model):
     args = get_args()
     batch = get_batch(data_iterator)
-    packed = PackedSeqParams(qkv_format="sbhd") if args.sequence_parallel else None
     output, loss_mask = model(
         batch["image"],
         batch["tokens"],
@@ -171,7 +169,6 @@ def forward_step(data_iterator, model):
         None,
         batch["labels"],
         batch["loss_mask"],
-        packed_seq_params=packed,
     )
     return output, partial(legacy_loss_func if args.legacy_loss else loss_func, loss_mask)
 

@@ -1,6 +1,7 @@
-"""Runs stock Megatron-Core and ``pretrain()`` on CPU with gloo, so that a layout can be tried anywhere.
+"""Runs stock Megatron-Core and ``pretrain()`` on CPU with gloo.
 
-Importing this package imports neither torch nor megatron and changes nothing.
+Importing this package imports neither torch nor megatron and changes nothing: a process runs on
+its GPU until it calls ``run_on_cpu``.
 """
 
 from megatron_mosaic.host.cpu.switch import cpu_wanted, run_on_cpu

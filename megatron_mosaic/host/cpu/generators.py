@@ -8,24 +8,32 @@ from typing import Any
 import torch
 
 
-def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """State of the device's generator."""
-    return torch.get_rng_state()
+def getting_state(original: Any) -> Callable[..., torch.Tensor]:
+    """Makes a function that returns the state of the device's generator."""
+    return lambda *args, **kwargs: torch.get_rng_state()
 
 
-def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Sets the state of the device's generator."""
-    torch.set_rng_state(new_state)
+def setting_state(original: Any) -> Callable[..., None]:
+    """Makes a function that sets the state of the device's generator."""
+    return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
 
 
-def seed_device(seed: int) -> None:
-    """Seeds the device's generator, and with it the CPU's, which is the same."""
-    torch.default_generator.manual_seed(seed)
+def seeding(original: Any) -> Callable[[int], None]:
+    """Makes a function that seeds the device's generator."""
+
+    def seed_device(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    return seed_device
 
 
-def call_now(callback: Callable[[], Any], **kwargs: Any) -> None:
-    """Runs what torch would queue until CUDA is initialised, which never happens here."""
-    callback()
+def calling_now(original: Any) -> Callable[..., None]:
+    """Makes a function that calls what torch would queue until CUDA is initialised."""
+
+    def call(callback: Callable[[], Any], **kwargs: Any) -> None:
+        callback()
+
+    return call
 
 
 def only_generator(original: Any) -> tuple[torch.Generator, ...]:

@@ -18,7 +18,7 @@ def cpu_wanted(device: str | None) -> bool:
 
 
 def run_on_cpu() -> None:
-    """Makes torch and Megatron of this process use the CPU and gloo wherever they name CUDA or NCCL.
+    """Makes torch and Megatron use the CPU and gloo where they name CUDA and NCCL.
 
     Call it once at start, before anything of megatron is imported: upstream copies several torch
     functions into its modules. A second call changes nothing. It cannot be undone.

@@ -1,0 +1,159 @@
+"""Contradictions that only several processes, or the script, can show."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parity.record import ARGUMENTS, OPTIMIZERS
+from tests.ranks import ROOT, run_ranks
+
+PLAN = """format: 1
+world_size: 2
+global_batch_size: 16
+micro_batch_size: 2
+modules:
+  vision: {{ranks: 0-1, data_parallel_size: 2{vision}}}
+  language: {{ranks: 0-1, tensor_model_parallel_size: 2{language}}}
+edges: [[vision, language]]
+schedule: {{kind: colocated}}
+"""
+ENDS_WITHIN_S = 20
+
+
+def _stop(rank: int, plans: list[str], options: list[str]) -> tuple[int, list[str], float]:
+    """Runs the script in this forked rank until it exits."""
+    from megatron_mosaic.host.cpu import run_on_cpu
+
+    run_on_cpu()
+    from megatron_mosaic.host.arguments import parse_and_validate_args
+    from megatron_mosaic.host.training import pretrain
+    from tests.parity import vlm_script
+
+    lines: list[str] = []
+
+    class Lines:
+        def write(self, text: str) -> int:
+            lines.extend(line for line in text.splitlines() if line.startswith("error: "))
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    sys.stderr = Lines()
+    sys.argv = ["script", *ARGUMENTS, *OPTIMIZERS["sgd"], *options, "--mosaic-plan", plans[rank]]
+    started = time.monotonic()
+    try:
+        vlm_script.main(parse_and_validate_args, pretrain)
+    except SystemExit as stopped:
+        return stopped.code, lines, time.monotonic() - started
+    return 0, lines, time.monotonic() - started
+
+
+def _write(folder: Path, name: str, *, vision: str = "", language: str = "", **replace: str) -> str:
+    text = PLAN.format(vision=vision, language=language)
+    for old, new in replace.items():
+        text = text.replace(f"{old}: 2", f"{old}: {new}", 1)
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def _check(outcomes: list[tuple[int, list[str], float]], pattern: str) -> None:
+    assert [code for code, _, _ in outcomes] == [2] * len(outcomes)
+    lines = [line for _, own, _ in outcomes for line in own]
+    assert len(lines) == 1, lines
+    assert re.search(pattern, lines[0]), lines[0]
+    assert "; " in lines[0]
+    assert max(seconds for _, _, seconds in outcomes) < ENDS_WITHIN_S
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "pattern"),
+    [
+        ([], {"vision": ", trainable: [projector]"}, r"vision: trainable=\['projector'\] must"),
+        (["--freeze-ViT"], {}, r"vision: trainable=everything must agree .* froze 'encoder'"),
+        (["--freeze-LM"], {}, r"language: trainable=everything must agree"),
+        ([], {"vision": ", trainable: [tower]"}, r"vision: trainable=\['tower'\] must name parts"),
+        (["--fp16"], {}, r"fp16=True must be False"),
+        (["--tensor-model-parallel-size", "4"], {}, r"tensor_model_parallel_size=4 must equal 2"),
+        (["--num-attention-heads", "3"], {}, r"num_attention_heads=3 must"),
+        (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single"),
+        (["--log-params-norm"], {}, r"log_params_norm=True must be False"),
+        ([], {"world_size": "3"}, r"world_size=3 must equal the 2 launched ranks"),
+    ],
+)
+def test_contradiction_stops_every_rank_with_one_line(tmp_path, options, changes, pattern):
+    plan = _write(tmp_path, "plan.yaml", **changes)
+
+    outcomes = run_ranks(_stop, 2, [plan, plan], options, init=False, timeout_s=60)
+
+    _check(outcomes, pattern)
+
+
+def test_plans_that_differ_between_ranks_stop_both(tmp_path):
+    plans = [_write(tmp_path, "a.yaml"), _write(tmp_path, "b.yaml", micro_batch_size="4")]
+
+    outcomes = run_ranks(_stop, 2, plans, [], init=False, timeout_s=60)
+
+    _check(outcomes, r"digest=\w+ on ranks \[1\] must equal")
+
+
+def test_plan_that_one_rank_cannot_read_stops_both(tmp_path):
+    plans = [_write(tmp_path, "a.yaml"), str(tmp_path / "none.yaml")]
+
+    outcomes = run_ranks(_stop, 2, plans, [], init=False, timeout_s=60)
+
+    _check(outcomes, r"none.yaml: file must be readable")
+
+
+def _run_module(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_mosaic.run", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def test_run_checks_the_plan_before_it_launches(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("print('started')\n")
+    plan = _write(tmp_path, "plan.yaml", language=", pipeline_model_parallel_size: 2")
+
+    done = _run_module(str(script), "--mosaic-plan", plan)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_refuses_megatron_from_two_places(tmp_path):
+    checkout = tmp_path / "megatron" / "core"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").touch()
+    script = tmp_path / "script.py"
+    script.write_text("print('started')\n")
+
+    done = _run_module(str(script), "--mosaic-plan", _write(tmp_path, "plan.yaml"))
+
+    assert done.returncode == 2
+    assert "must come from one place" in done.stderr
+
+
+def test_run_without_a_plan_runs_the_script_as_it_is(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint(sys.argv[1:], __name__, 'megatron' in sys.modules)\n")
+
+    done = _run_module(str(script), "--option", "value")
+
+    assert done.stdout == "['--option', 'value'] __main__ False\n"

@@ -1,0 +1,105 @@
+"""Every plan trains like one process: losses, gradients of every tensor, and weights.
+
+The reference is stock Megatron in one process, without anything of Mosaic but the initial
+weights. A plan file of ``tests/plans`` names the options of its run in its first line.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_mosaic.comm.replay import ReplayError, replay
+from megatron_mosaic.layout.plan import Plan
+from tests.parity.compare import Comparison, Whole, compare, whole
+from tests.parity.record import OPTIMIZERS, Record, record_plan, record_stock
+from tests.ranks import run_ranks
+
+PLANS = sorted((Path(__file__).parent.parent / "plans").glob("*.yaml"))
+TIMEOUT_S = 120
+# These change who holds or sends what, not what is computed.
+LAYOUT_OPTIONS = (
+    "--use-distributed-optimizer",
+    "--overlap-grad-reduce",
+    "--overlap-param-gather",
+)
+
+
+def _options(plan: Path) -> list[str]:
+    match = re.match(r"# options:(.*)\n", plan.read_text())
+    return match[1].split() if match else []
+
+
+@cache
+def _reference(optimizer: str, options: tuple[str, ...]) -> Whole:
+    arguments = [*OPTIMIZERS[optimizer], *options]
+    return whole(run_ranks(record_stock, 1, arguments, init=False, timeout_s=TIMEOUT_S))
+
+
+def _run(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Record]:
+    arguments = [*OPTIMIZERS[optimizer], *_options(plan)]
+    world_size = Plan.load(plan).world_size
+    return run_ranks(
+        record_plan, world_size, str(plan), arguments, faults, init=False, timeout_s=TIMEOUT_S
+    )
+
+
+def _compare(records: list[Record], plan: Path, optimizer: str) -> Comparison:
+    options = tuple(option for option in _options(plan) if option not in LAYOUT_OPTIONS)
+    reference = _reference(optimizer, options)
+    return compare(whole(records), reference, adam=optimizer == "adam")
+
+
+def _cases() -> list:
+    return [
+        pytest.param(plan, optimizer, id=f"{plan.stem}-{optimizer}")
+        for plan in PLANS
+        for optimizer in OPTIMIZERS
+        # Megatron shards the states of Adam only.
+        if optimizer == "adam" or "--use-distributed-optimizer" not in _options(plan)
+    ]
+
+
+@pytest.mark.parametrize(("plan", "optimizer"), _cases())
+def test_plan_trains_like_one_process(plan, optimizer, record_property):
+    records = _run(plan, optimizer)
+    result = _compare(records, plan, optimizer)
+
+    record_property("worst_gradient", result.worst_gradient)
+    record_property("worst_weight", result.worst_weight)
+    record_property("negligible", result.negligible)
+    assert not result.failures, "\n".join(result.failures[:20])
+    # The order of all communication also completes without buffers, one queue a communicator.
+    replay({rank: record.communication for rank, record in enumerate(records)})
+
+
+@pytest.mark.parametrize(
+    "fault", ["double_vision_gradient", "swap_replicas", "skip_boundary_gradient"]
+)
+def test_planted_fault_is_seen(fault):
+    plan = Path(__file__).parent.parent / "plans" / "disjoint_v1_l2.yaml"
+    result = _compare(_run(plan, "sgd", (fault,)), plan, "sgd")
+
+    assert any(line.startswith("gradient ") for line in result.failures)
+
+
+def test_one_swapped_pair_of_operations_makes_the_replay_fail():
+    plan = Path(__file__).parent.parent / "plans" / "colocated_v2_l2pp2.yaml"
+    records = {rank: list(record.communication) for rank, record in enumerate(_run(plan, "sgd"))}
+    _swap_two_issues(records[1])
+
+    with pytest.raises(ReplayError):
+        replay(records)
+
+
+def _swap_two_issues(entries: list) -> None:
+    """Exchanges the first two different operations on one communicator, issued back to back."""
+    issues = [entry for entry in entries if hasattr(entry, "communicator")]
+    for first, second in zip(issues, issues[1:], strict=False):
+        alike = (first.operation, first.num_elements) == (second.operation, second.num_elements)
+        if first.communicator == second.communicator and not alike:
+            a, b = entries.index(first), entries.index(second)
+            entries[a], entries[b] = second, first
+            return
+    raise AssertionError("no two operations to swap")
