@@ -95,7 +95,8 @@ def _run(script: Path, arguments: Sequence[str], *, device: str | None, planned:
     # Python puts the script's folder first; so does it for a script in a checkout of Megatron.
     sys.path.insert(0, str(script.resolve().parent))
     sys.argv = list(arguments)
-    _check_one_megatron(script)
+    if planned:
+        _check_one_megatron(script)
     with ExitStack() as scope:
         if planned or device is not None:
             from megatron_mosaic.host.cpu import cpu_wanted, run_on_cpu

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from data import NAMES, VOCAB_SIZE, HeldOutDigits, TrainingDigits
+from data import NAMES, VOCAB_SIZE, CandidateNames, NamedDigits, load_split
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
@@ -132,25 +132,20 @@ def _vision_config(language: TransformerConfig, *, num_layers: int) -> Transform
 
 def train_valid_test_datasets_provider(
     num_samples: list[int],
-) -> tuple[TrainingDigits, HeldOutDigits, None]:
-    """Builds the data sets; the held-out digits are the validation set, and there is no third.
+) -> tuple[NamedDigits, CandidateNames, None]:
+    """Builds the data sets; the held-out digits are for validation, and there is no test set.
 
     Args:
         num_samples: Samples of training, validation and test.
     """
     args = get_args()
-    training = TrainingDigits(
-        num_samples=num_samples[0],
-        seed=args.seed,
-        text_length=args.dataloader_seq_length,
-        image_token=DEFAULT_IMAGE_TOKEN_INDEX,
+    training, held_out = load_split()
+    text = {"text_length": args.dataloader_seq_length, "image_token": DEFAULT_IMAGE_TOKEN_INDEX}
+    return (
+        NamedDigits(training, num_samples=num_samples[0], seed=args.seed, **text),
+        CandidateNames(held_out, num_samples=num_samples[1], **text),
+        None,
     )
-    held_out = HeldOutDigits(
-        num_samples=num_samples[1],
-        text_length=args.dataloader_seq_length,
-        image_token=DEFAULT_IMAGE_TOKEN_INDEX,
-    )
-    return training, held_out, None
 
 
 def get_batch(data_iterator: Iterator[Batch] | None) -> Batch:

@@ -140,6 +140,10 @@ class PendingExchange:
         self.arrived = None
         return rows
 
+    def is_done(self) -> bool:
+        """Tells, without waiting, whether nothing is under way any more."""
+        return all(work.is_completed() for work in self.works)
+
     def finish(self) -> None:
         """Blocks until this rank's buffers are free; rows that nobody waited for are dropped."""
         self._wait_for_messages()

@@ -1,40 +1,62 @@
-"""Creates the process groups that boundaries and pipelines communicate on."""
+"""Creates the process groups of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def make_groups(
-    members: Mapping[str, Sequence[int]], *, device: torch.device, backend: str | None = None
-) -> dict[str, dist.ProcessGroup]:
-    """Creates groups and opens their connections; destroys them all if one cannot be made.
+class GroupFactory:
+    """Creates process groups; every rank must ask for the same ones in the same order.
 
-    Args:
-        members: Ranks of every group by its name; the same, in the same order, on every rank.
-        device: Where the tensors of this rank are.
-        backend: Of the groups; None is that of the default group.
-
-    Returns:
-        The groups that this rank is a member of.
-
-    Note:
-        Collective over the world: ranks outside a group take part in making it.
+    Groups with equal members and scope are created once. Modules never share a group, and neither
+    do the two directions of an edge: each has an order of its own, and a communicator has one.
     """
-    groups: dict[str, dist.ProcessGroup] = {}
-    try:
-        for name, ranks in members.items():
-            group = dist.new_group(list(ranks), backend=backend, group_desc=name)
-            if dist.get_rank() in ranks:
-                assert isinstance(group, dist.ProcessGroup)
-                groups[name] = group
-                warm_up(group, device=device)
-    except Exception:
-        for group in groups.values():
-            dist.destroy_process_group(group)
-        raise
-    return groups
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
+
+    def group(
+        self, ranks: Sequence[int], *, scope: str, backend: str | None = None
+    ) -> dist.ProcessGroup | None:
+        """Returns the group of ``ranks``, in that order, or None on a rank outside it.
+
+        Args:
+            ranks: Members.
+            scope: What the group is for; another scope has groups of its own.
+            backend: None is that of the default group.
+
+        Note:
+            Collective over the world: ranks outside a group take part in making it.
+        """
+        key = (scope, tuple(ranks))
+        if key not in self._groups:
+            # Megatron takes a rank's place in a module from its place in the group, so the order
+            # of the plan's list must survive; torch would sort it.
+            order: dict[str, Any] = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
+            created = dist.new_group(
+                list(ranks), backend=backend, group_desc=f"mosaic.{scope}", **order
+            )
+            # On other ranks torch returns a placeholder.
+            self._groups[key] = created if isinstance(created, dist.ProcessGroup) else None
+        return self._groups[key]
+
+    def alone(self, world_size: int) -> dist.ProcessGroup:
+        """Returns this rank's group of one. Collective over the world."""
+        own = None
+        for rank in range(world_size):
+            own = self.group((rank,), scope="alone") or own
+        assert own is not None
+        return own
+
+    def destroy(self) -> None:
+        """Destroys the groups that were created, after a failure midway."""
+        for group in self._groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._groups.clear()
 
 
 def warm_up(group: dist.ProcessGroup, *, device: torch.device) -> None:

@@ -16,6 +16,10 @@ class Pending(Protocol):
         """Blocks until this rank's part has arrived. Returns what the rank keeps."""
         ...
 
+    def is_done(self) -> bool:
+        """Tells, without waiting, whether nothing of the transfer is under way any more."""
+        ...
+
     def finish(self) -> None:
         """Blocks until nothing of the transfer needs this rank's buffers any more."""
         ...

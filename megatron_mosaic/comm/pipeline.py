@@ -68,6 +68,10 @@ class PendingTensor:
         self.finish()
         return message
 
+    def is_done(self) -> bool:
+        """Tells, without waiting, whether nothing is under way any more."""
+        return all(work.is_completed() for work in self.works)
+
     def finish(self) -> None:
         """Blocks until the buffer is free."""
         for work in self.works:

@@ -1,7 +1,7 @@
 """Walks the steps of a rank: computes, posts transfers, waits for them."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -73,26 +73,35 @@ class Walker:
         self._channels = channels
         self._observe = observe
         self._leaving: dict[Transfer, torch.Tensor | None] = {}
-        self._pending: dict[Transfer, Pending] = {}
+        self._awaited: dict[Transfer, Pending] = {}
+        self._under_way: list[Pending] = []
         self._arrived: dict[Transfer, torch.Tensor] = {}
 
-    def walk(self, steps: Iterable[Step]) -> None:
+    def walk(self, steps: Sequence[Step]) -> None:
         """Runs all steps in order, then waits until everything sent has left."""
+        awaited = {step.transfer for step in steps if isinstance(step, Wait)}
         for step in steps:
             match step:
                 case Post(transfer):
-                    self._post(transfer)
+                    self._post(transfer, awaited=transfer in awaited)
                 case Wait(transfer):
-                    self._arrived[transfer] = self._pending[transfer].wait()
+                    pending = self._awaited.pop(transfer)
+                    self._arrived[transfer] = pending.wait()
+                    self._under_way.append(pending)
                 case Compute(task):
                     self._compute(task)
-        for pending in self._pending.values():
+        for pending in self._under_way:
             pending.finish()
 
-    def _post(self, transfer: Transfer) -> None:
+    def _post(self, transfer: Transfer, *, awaited: bool) -> None:
         channel = self._channels[transfer.kind, transfer.edge]
-        leaving = self._leaving.pop(transfer, None)
-        self._pending[transfer] = channel.post(transfer.microbatch, leaving)
+        pending = channel.post(transfer.microbatch, self._leaving.pop(transfer, None))
+        if awaited:
+            self._awaited[transfer] = pending
+        else:
+            self._under_way.append(pending)
+        # What has left frees its buffers now, not at the end of the step.
+        self._under_way = [each for each in self._under_way if not each.is_done()]
 
     def _compute(self, task: Task) -> None:
         start_s = time.perf_counter()

@@ -6,6 +6,7 @@ It works before any process group exists, and no rank waits longer than the time
 import sys
 import time
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -89,7 +90,7 @@ class Agreement:
             time.sleep(0.1)
 
 
-def stop(message: str | None) -> None:
+def stop(message: str | None) -> NoReturn:
     """Ends this process because of what the user gave. Prints one line, if any.
 
     Raises:

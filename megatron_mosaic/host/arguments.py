@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def parse_and_validate_args(
     plan = known.mosaic_meeting.plan
     try:
         _apply_plan(known, plan)
-        _validate(known, plan, defaults)
         check_model(plan, _facts(known))
+        _validate(known, plan, defaults)
     except (PlanError, LayoutError, HostError) as error:
         # Alike on all ranks: they have the same plan and the same arguments.
         stop(str(error) if known.rank == 0 else None)
@@ -125,9 +126,21 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
             f"arguments: mosaic_trace={args.mosaic_trace} must not be given on GPUs, which end a "
             f"task later than the host's clock says; remove it or use --mosaic-device cpu"
         )
+    _check_saving(args, plan)
     # Only this format can be read under another layout than it was written.
     args.ckpt_format = "torch_dist"
     args.dist_ckpt_optim_fully_reshardable = True
+
+
+def _check_saving(args: argparse.Namespace, plan: Plan) -> None:
+    """Megatron's fp32 optimizer leaves its parameter groups to what rank 0 writes for all."""
+    rank_0_knows_all = list(plan.modules_of(0)) == list(plan.modules)
+    if args.save and not (args.bf16 or args.use_distributed_optimizer or rank_0_knows_all):
+        raise HostError(
+            f"arguments: save={args.save} must go with --use-distributed-optimizer in fp32 where "
+            f"rank 0 does not host every module, for Megatron would save rank 0's optimizer only; "
+            f"add --use-distributed-optimizer"
+        )
 
 
 def _has_gpu() -> bool:
@@ -157,7 +170,7 @@ def _validate(args: argparse.Namespace, plan: Plan, defaults: dict[str, Any]) ->
     try:
         stock.validate_args(args, defaults)
     except AssertionError as error:
-        raise HostError(f"arguments: {' '.join(str(error).split())}; change the option") from error
+        raise HostError(f"arguments: {_reason(error)}; change the option") from error
     finally:
         args.world_size, args.rank = world_size, rank
     if args.eval_micro_batch_size != args.micro_batch_size:
@@ -167,18 +180,31 @@ def _validate(args: argparse.Namespace, plan: Plan, defaults: dict[str, Any]) ->
         )
 
 
+def _reason(error: AssertionError) -> str:
+    """Megatron's words on one line, or the condition itself where it has none."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return " ".join(str(error).split()) or f"Megatron must find that {frame.line}"
+
+
 def _facts(args: argparse.Namespace) -> dict[str, ModuleFacts]:
+    """Sizes of the modules; both have the language model's, but for their layers."""
+
     def facts(num_layers: int) -> ModuleFacts:
         return ModuleFacts(
             num_layers=num_layers,
             num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups or args.num_attention_heads,
+            num_query_groups=(
+                args.num_query_groups if args.group_query_attention else args.num_attention_heads
+            ),
             hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size or 4 * args.hidden_size,
         )
 
+    for name in ("encoder_num_layers", "num_attention_heads", "hidden_size"):
+        if getattr(args, name) is None:
+            raise HostError(f"arguments: {name}=None must be given; add --{name.replace('_', '-')}")
     return {
-        "language": facts(args.decoder_num_layers or args.num_layers),
+        "language": facts(args.decoder_num_layers or args.encoder_num_layers),
         "vision": facts(args.encoder_num_layers),
     }
 

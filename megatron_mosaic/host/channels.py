@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from megatron_mosaic.comm.boundary import BoundaryChannel, BoundaryRoutes
 from megatron_mosaic.comm.exchange import Exchange
+from megatron_mosaic.comm.groups import GroupFactory, warm_up
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink
 from megatron_mosaic.engine.walk import Channel
-from megatron_mosaic.host.groups import GroupFactory
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.schedule import Schedule
@@ -110,9 +110,8 @@ class ChannelSet:
                 self._replicas[placement.name] = group
 
     def _warm_up(self) -> None:
-        """Lets every communicator meet once: NCCL's first P2P needs all members of a group."""
         for group in self._groups.values():
-            dist.barrier(group=group)
+            warm_up(group, device=torch.device(torch.cuda.current_device()))
 
     def _routes_of(self, edge: Edge) -> BoundaryRoutes:
         modules = self._plan.modules

@@ -25,7 +25,6 @@ from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 from megatron_mosaic.schedule.task import Task
-from megatron_mosaic.schedule.verify import verify
 
 
 class PlanForwardBackward:
@@ -117,7 +116,6 @@ class PlanForwardBackward:
         schedule = build_schedule(
             plan, num_microbatches=num_microbatches, forward_only=forward_only
         )
-        verify(plan, schedule)
         return schedule, steps_of(plan, schedule, self._runtime.rank)
 
     def _work(

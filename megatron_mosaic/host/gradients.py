@@ -39,23 +39,22 @@ def finalize_gradients(
     """
     for name in sorted(runners):
         runner = runners[name]
-        if not isinstance(runner.model, DistributedDataParallel):
-            continue
-        launch_missing_reductions(runner.model, force_all_reduce=force_all_reduce)
+        model: Any = runner.model
+        launch_missing_reductions(model, force_all_reduce=force_all_reduce)
         with runner.as_process():
             finalize_model_grads(
-                [runner.model],
+                [model],
                 num_tokens=None,
                 pg_collection=runner.groups.collection,
                 force_all_reduce=force_all_reduce,
             )
         if per_token_loss:
-            runner.model.scale_gradients(1.0 / num_tokens.clamp(min=1))
+            model.scale_gradients(1.0 / num_tokens.clamp(min=1))
         elif name != LANGUAGE:
-            runner.model.scale_gradients(1.0 / language_replicas)
+            model.scale_gradients(1.0 / language_replicas)
 
 
-def launch_missing_reductions(model: DistributedDataParallel, *, force_all_reduce: bool) -> None:
+def launch_missing_reductions(model: Any, *, force_all_reduce: bool) -> None:
     """Starts the reductions that no backward pass started.
 
     With ``--overlap-grad-reduce`` a bucket leaves when all its gradients are there. A rank whose
@@ -64,7 +63,7 @@ def launch_missing_reductions(model: DistributedDataParallel, *, force_all_reduc
     """
     if not model.ddp_config.overlap_grad_reduce:
         return
-    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+    for group in _bucket_groups(model):
         if not group.is_first_batch and group.grad_reduce_handle is None:
             group.start_grad_sync(force_all_reduce=force_all_reduce)
 
@@ -75,20 +74,26 @@ def gather_parameters(model: torch.nn.Module) -> None:
     Megatron starts them in forward hooks. A rank whose samples have no image runs no forward
     pass of the encoder, and its replicas would wait for it.
     """
-    if not isinstance(model, DistributedDataParallel) or not model.remove_forward_pre_hook_handles:
+    if not getattr(model, "remove_forward_pre_hook_handles", None):
         return
-    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+    for group in _bucket_groups(model):
         if not group.param_gather_dispatched:
             group.start_param_sync()
 
 
 def finish_gathering_parameters(model: torch.nn.Module) -> None:
     """Waits for gathers that no forward task waited for."""
-    if not isinstance(model, DistributedDataParallel):
-        return
-    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+    for group in _bucket_groups(model):
         if group.param_gather_handle is not None:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _bucket_groups(model: Any) -> list[Any]:
+    """Units of a module's gradient and parameter communication; none if it only evaluates."""
+    if not isinstance(model, DistributedDataParallel):
+        return []
+    wrapper: Any = model
+    return wrapper.bucket_groups + wrapper.expert_parallel_bucket_groups
 
 
 class LossReport:

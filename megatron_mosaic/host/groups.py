@@ -1,11 +1,12 @@
 """Process groups of every module, from the plan's rank lists."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.layout.placement import Axis, Coordinates, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 
@@ -54,44 +55,6 @@ class ModuleGroups:
     def is_last_stage(self) -> bool:
         """Whether the rank is on the last pipeline stage."""
         return self.position.pp == self.placement.pipeline_model_parallel_size - 1
-
-
-class GroupFactory:
-    """Creates process groups; every rank must ask for the same ones in the same order.
-
-    Groups with equal members and scope are created once. Modules never share a group: their
-    collectives have orders of their own, and one communicator has only one order.
-    """
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
-
-    def group(
-        self, ranks: Sequence[int], *, scope: str, backend: str | None = None
-    ) -> dist.ProcessGroup | None:
-        """Returns the group of ``ranks``, or None on a rank outside it.
-
-        Note:
-            Collective over the world.
-        """
-        key = (scope, tuple(ranks))
-        if key not in self._groups:
-            # Megatron takes a rank's place in a module from its place in the group, so the order
-            # of the plan's list must survive; torch would sort it.
-            order = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
-            self._groups[key] = dist.new_group(
-                list(ranks), backend=backend, group_desc=f"mosaic.{scope}", **order
-            )
-        return self._groups[key] if self._rank in ranks else None
-
-    def alone(self, world_size: int) -> dist.ProcessGroup:
-        """Returns this rank's group of one. Collective over the world."""
-        own = None
-        for rank in range(world_size):
-            own = self.group((rank,), scope="alone") or own
-        assert own is not None
-        return own
 
 
 def module_groups(plan: Plan, factory: GroupFactory, *, rank: int) -> dict[str, ModuleGroups]:

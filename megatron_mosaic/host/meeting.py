@@ -9,6 +9,8 @@ import torch.distributed as dist
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.host.agreement import Agreement
 from megatron_mosaic.layout.plan import Plan, check_world_size
+from megatron_mosaic.schedule.build import build_schedule
+from megatron_mosaic.schedule.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,9 @@ def meet(path: Path) -> Meeting:
     try:
         plan = Plan.load(path)
         check_world_size(plan, world_size, where=str(path))
+        if rank == 0:
+            # Plans are compared below, so one rank verifies for all: it takes a while.
+            verify(plan, build_schedule(plan))
     except (PlanError, LayoutError) as plan_error:
         error = str(plan_error)
     store = _store(rank, world_size)

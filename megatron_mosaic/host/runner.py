@@ -158,9 +158,8 @@ class ModuleRunner:
         """Lets gradient buckets leave only in the module's last backward task of the step."""
         if task == self._current_work().last_backward:
             return nullcontext()
-        if not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
+        wrapper: Any = self.model
+        return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
 
     def _input_of(
         self, received: Mapping[str, torch.Tensor]

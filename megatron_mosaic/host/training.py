@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.training import pretrain as stock_pretrain
 from megatron.training.global_vars import get_args
 
+from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host import llava
@@ -23,7 +24,7 @@ from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.checkpoint import keep_or_drop_random_states
 from megatron_mosaic.host.data import StepReader
 from megatron_mosaic.host.forward_backward import PlanForwardBackward
-from megatron_mosaic.host.groups import GroupFactory, lone_collection, module_groups
+from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
@@ -147,17 +148,25 @@ def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
         )
     parallel_state._set_global_memory_buffer()
     factory = GroupFactory(args.rank)
+    try:
+        return _create_runtime(meeting, factory, rank=args.rank)
+    except Exception:
+        factory.destroy()
+        raise
+
+
+def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Runtime:
     plan = meeting.plan
-    hosted = module_groups(plan, factory, rank=args.rank)
+    hosted = module_groups(plan, factory, rank=rank)
     host_group = factory.group(range(plan.world_size), scope="host", backend="gloo")
     assert host_group is not None
     return Runtime(
         plan=plan,
-        rank=args.rank,
+        rank=rank,
         hosted=hosted,
         alone=factory.alone(plan.world_size),
         host_group=host_group,
-        channels=ChannelSet(plan, factory, rank=args.rank),
+        channels=ChannelSet(plan, factory, rank=rank),
         agreement=meeting.agreement,
     )
 

@@ -8,7 +8,7 @@ method under a seed of its own, and each rank keeps its shard.
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -60,8 +60,9 @@ def global_named_parameters(module: torch.nn.Module) -> Iterator[NamedParameter]
     renamed = {}
     for name, layer in module.named_modules():
         match = _LAYER.match(name)
-        if match and hasattr(layer, "layer_number"):
-            renamed[f"{name}."] = f"{match[1]}{layer.layer_number - 1}."
+        number = getattr(layer, "layer_number", None)
+        if match and number is not None:
+            renamed[f"{name}."] = f"{match[1]}{number - 1}."
     for local_name, parameter in module.named_parameters():
         prefix = next((local for local in renamed if local_name.startswith(local)), "")
         yield NamedParameter(
@@ -69,7 +70,7 @@ def global_named_parameters(module: torch.nn.Module) -> Iterator[NamedParameter]
         )
 
 
-def partition_of(parameter: torch.nn.Parameter) -> tuple[int, int]:
+def partition_of(parameter: Any) -> tuple[int, int]:
     """Returns the dimension along which a parameter is split over TP (or -1) and its stride.
 
     The stride is 2 for the first linear layer of a gated MLP: gate and up projection are split
@@ -82,8 +83,9 @@ def partition_of(parameter: torch.nn.Parameter) -> tuple[int, int]:
 
 def mark_gated_linears(module: torch.nn.Module) -> None:
     """Notes on parameters of gated MLPs that their halves are split one by one."""
+    owner: Any
     for owner in module.modules():
-        linear = getattr(owner, "linear_fc1", None)
+        linear: Any = getattr(owner, "linear_fc1", None)
         if linear is not None and owner.config.gated_linear_unit:
             for parameter in linear.parameters(recurse=False):
                 parameter.mosaic_stride = 2
@@ -125,15 +127,16 @@ def _init_method(owners: dict[str, torch.nn.Module], owner: str, key: str) -> In
     """Finds how the script draws a weight."""
     module = owners[owner]
     parent, _, name = owner.rpartition(".")
-    if isinstance(owners.get(parent), LanguageModelEmbedding):
-        return owners[parent].config.embedding_init_method
+    embedding: Any = owners.get(parent)
+    if isinstance(embedding, LanguageModelEmbedding):
+        return embedding.config.embedding_init_method
     if isinstance(module, CLIPViTModel) and key == "class_token":
         return torch.nn.init.normal_
     if isinstance(module, torch.nn.Embedding):
         return torch.nn.init.normal_
     if isinstance(module, torch.nn.Conv2d):
         return _conv_init(module)
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if config is None or key != "weight":
         return None
     return config.output_layer_init_method if name in _OUTPUT_LINEARS else config.init_method

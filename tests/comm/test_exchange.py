@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mosaic.comm.exchange import Exchange
-from megatron_mosaic.comm.groups import make_groups
+from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.comm.record import record
 from megatron_mosaic.comm.replay import P2P, Issue, replay
 from megatron_mosaic.comm.route import Route, gradient_route, route
@@ -254,7 +254,8 @@ def _run_cases(rank: int) -> dict[str, dict]:
         for placement in (case.source, case.destination):
             for ranks in placement.groups("tp"):
                 members.setdefault(f"{placement.name}.tp{sorted(ranks)}", tuple(sorted(ranks)))
-    groups = make_groups(members, device=CPU)
+    factory = GroupFactory(rank)
+    groups = {name: factory.group(ranks, scope=name) for name, ranks in members.items()}
     return {name: _run_case(case, rank, groups) for name, case in CASES.items()}
 
 

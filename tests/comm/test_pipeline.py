@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_mosaic.comm.groups import make_groups
+from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.comm.pipeline import PipelineLink
 from megatron_mosaic.comm.record import record
 from megatron_mosaic.comm.replay import Issue, ReplayError, replay
@@ -54,7 +54,8 @@ def _stage(inputs, stage):
 def _run_stage(rank):
     pairs = [(stage, stage + 1) for stage in range(NUM_STAGES - 1)]
     names = [(kind, pair) for pair in pairs for kind in ("forward", "gradient")]
-    groups = make_groups({f"{kind}{pair}": pair for kind, pair in names}, device=CPU)
+    factory = GroupFactory(rank)
+    groups = {f"{kind}{pair}": factory.group(pair, scope=kind) for kind, pair in names}
 
     def link(kind, low):
         if not 0 <= low < NUM_STAGES - 1:

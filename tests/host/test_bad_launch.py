@@ -81,7 +81,7 @@ def _check(outcomes: list[tuple[int, list[str], float]], pattern: str) -> None:
         ([], {"vision": ", trainable: [tower]"}, r"vision: trainable=\['tower'\] must name parts"),
         (["--fp16"], {}, r"fp16=True must be False"),
         (["--tensor-model-parallel-size", "4"], {}, r"tensor_model_parallel_size=4 must equal 2"),
-        (["--num-attention-heads", "3"], {}, r"num_attention_heads=3 must"),
+        (["--num-attention-heads", "3"], {}, r"parallel_size=2 must divide num_attention_heads=3"),
         (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single"),
         (["--log-params-norm"], {}, r"log_params_norm=True must be False"),
         ([], {"world_size": "3"}, r"world_size=3 must equal the 2 launched ranks"),
@@ -93,6 +93,17 @@ def test_contradiction_stops_every_rank_with_one_line(tmp_path, options, changes
     outcomes = run_ranks(_stop, 2, [plan, plan], options, init=False, timeout_s=60)
 
     _check(outcomes, pattern)
+
+
+def test_save_that_would_lose_an_optimizer_stops_both(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    text = PLAN.format(vision="", language="").replace("0-1, data_parallel_size: 2", "1")
+    plan.write_text(text.replace("0-1, tensor_model_parallel_size: 2", "0"))
+    plans = [str(plan)] * 2
+
+    outcomes = run_ranks(_stop, 2, plans, ["--save", "x"], init=False, timeout_s=60)
+
+    _check(outcomes, r"save=x must go with --use-distributed-optimizer")
 
 
 def test_plans_that_differ_between_ranks_stop_both(tmp_path):

@@ -6,6 +6,7 @@ weights. A plan file of ``tests/plans`` names the options of its run in its firs
 
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ LAYOUT_OPTIONS = (
 )
 
 
-def _options(plan: Path) -> list[str]:
+def options_of(plan: Path) -> list[str]:
     match = re.match(r"# options:(.*)\n", plan.read_text())
     return match[1].split() if match else []
 
@@ -38,7 +39,7 @@ def _reference(optimizer: str, options: tuple[str, ...]) -> Whole:
 
 
 def _run(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Record]:
-    arguments = [*OPTIMIZERS[optimizer], *_options(plan)]
+    arguments = [*OPTIMIZERS[optimizer], *options_of(plan)]
     world_size = Plan.load(plan).world_size
     return run_ranks(
         record_plan, world_size, str(plan), arguments, faults, init=False, timeout_s=TIMEOUT_S
@@ -46,7 +47,7 @@ def _run(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Recor
 
 
 def _compare(records: list[Record], plan: Path, optimizer: str) -> Comparison:
-    options = tuple(option for option in _options(plan) if option not in LAYOUT_OPTIONS)
+    options = tuple(option for option in options_of(plan) if option not in LAYOUT_OPTIONS)
     reference = _reference(optimizer, options)
     return compare(whole(records), reference, adam=optimizer == "adam")
 
@@ -57,7 +58,7 @@ def _cases() -> list:
         for plan in PLANS
         for optimizer in OPTIMIZERS
         # Megatron shards the states of Adam only.
-        if optimizer == "adam" or "--use-distributed-optimizer" not in _options(plan)
+        if optimizer == "adam" or "--use-distributed-optimizer" not in options_of(plan)
     ]
 
 
@@ -96,7 +97,7 @@ def test_one_swapped_pair_of_operations_makes_the_replay_fail():
 def _swap_two_issues(entries: list) -> None:
     """Exchanges the first two different operations on one communicator, issued back to back."""
     issues = [entry for entry in entries if hasattr(entry, "communicator")]
-    for first, second in zip(issues, issues[1:], strict=False):
+    for first, second in pairwise(issues):
         alike = (first.operation, first.num_elements) == (second.operation, second.num_elements)
         if first.communicator == second.communicator and not alike:
             a, b = entries.index(first), entries.index(second)
