@@ -116,6 +116,20 @@ class UpstreamPlugin:
         """Offers what the tests use of pytest-mock, which need not be installed."""
         return unittest.mock
 
+    @pytest.fixture(autouse=True)
+    def ready_for_local_layers(self) -> None:
+        """Prepares what TransformerEngine's layers do without and local ones use.
+
+        Tests that lay out ranks with a grid alone never call what would do it.
+        """
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel import random
+
+        if not random.get_cuda_rng_tracker().get_states():
+            random.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+        if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+            parallel_state._set_global_memory_buffer()
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Notes that a test starts."""
         self._write(nodeid, "start", "", "")

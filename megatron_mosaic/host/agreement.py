@@ -10,7 +10,22 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from megatron_mosaic.errors import HostError
+
 EXIT_BAD_INPUT = 2
+
+
+class RankError(HostError):
+    """An error that one rank found and all ranks know of.
+
+    Args:
+        message: The finder's words; another rank has none of its own.
+        speaker: The rank that found it, and says it.
+    """
+
+    def __init__(self, message: str, *, speaker: int) -> None:
+        super().__init__(message)
+        self.speaker = speaker
 
 
 class Agreement:

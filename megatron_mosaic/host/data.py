@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mosaic.errors import HostError, LayoutError
+from megatron_mosaic.host.agreement import RankError
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.llava import LANGUAGE, images_per_sample
 from megatron_mosaic.layout.ownership import Interval, encoder_samples, language_samples
@@ -181,8 +182,9 @@ class StepReader:
             failure = error
             failed[0] = dist.get_rank()
         dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=self._host_group)
-        if failed.item() < dist.get_world_size():
-            raise failure or HostError(f"data: rank {failed.item()} could not use its batch")
+        speaker = int(failed.item())
+        if speaker < dist.get_world_size():
+            raise RankError(str(failure or f"data: rank {speaker} stopped"), speaker=speaker)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._host_group)
         return _agreed(counts, self._next_sample)
 

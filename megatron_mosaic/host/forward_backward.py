@@ -19,6 +19,7 @@ from megatron_mosaic.host.gradients import (
     gather_parameters,
 )
 from megatron_mosaic.host.llava import LANGUAGE
+from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.schedule.build import build_schedule
@@ -30,8 +31,11 @@ from megatron_mosaic.schedule.task import Task
 class PlanForwardBackward:
     """Executes the plan's schedule on this rank, with the stock function's arguments."""
 
-    def __init__(self, runtime: Runtime, *, trace: TaskTrace | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, *, flops: StepFlops, trace: TaskTrace | None = None
+    ) -> None:
         self._runtime = runtime
+        self._flops = flops
         self._trace = trace
         self._report = LossReport(runtime.host_group)
         self._prepared = cache(self._prepare)
@@ -87,6 +91,8 @@ class PlanForwardBackward:
         batches = next(data_iterator)
         runtime.randomness.unpark()
         self._begin_boundaries(batches.images, schedule)
+        if not forward_only:
+            self._flops.num_images = sum(batches.images)
         works = {}
         for name, runner in runtime.runners.items():
             runner.config.grad_scale_func = top.config.grad_scale_func

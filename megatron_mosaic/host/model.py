@@ -185,6 +185,7 @@ def _build_module(
     finally:
         args.ckpt_format = ckpt_format
     llava.check_trainable(module, groups.placement)
+    _check_stage_trains(module, groups)
     mark_gated_linears(module)
     for part in module.modules():
         # Some upstream modules look their tensor-parallel group up when they are checkpointed.
@@ -192,6 +193,18 @@ def _build_module(
             part.tp_group = groups.collection.tp
     initialize_by_name(module, seed=args.seed, groups=groups)
     return module
+
+
+def _check_stage_trains(module: torch.nn.Module, groups: ModuleGroups) -> None:
+    """Refuses what Megatron's distributed optimizer would fail on when it saves."""
+    args, placement = get_args(), groups.placement
+    idle = not any(parameter.requires_grad for parameter in module.parameters())
+    if idle and placement.trainable != () and args.save and args.use_distributed_optimizer:
+        raise PlanError(
+            f"modules.{placement.name}: trainable={list(placement.trainable or ())} must leave "
+            f"stage {groups.position.pp} a trainable weight, else --save fails with "
+            f"--use-distributed-optimizer; remove one of the two options"
+        )
 
 
 def _ddp_config_of(

@@ -36,8 +36,11 @@ class ModuleGrid:
         self._groups = groups
 
     def is_current_rank_in_grid(self) -> bool:
-        """Whether this rank hosts the module."""
-        return self._groups is not None
+        """Whether this rank optimizes the module: it hosts it, and something in it trains.
+
+        Megatron's optimizer of a module without trainable weights cannot be saved.
+        """
+        return self._groups is not None and self._groups.placement.trainable != ()
 
     def get_pg(self, dims: str | list[str], view: str | None = None) -> dist.ProcessGroup | None:
         """Returns the group along some axes, by the axes' names in upstream's grid."""

@@ -7,21 +7,27 @@ from typing import Any
 from megatron.training.training import num_floating_point_operations as stock_operations
 
 
-def step_flops(
-    args: argparse.Namespace, batch_size: int, *, images_per_sample: float = 1.0, **unused: Any
-) -> float:
-    """Counts the operations of one global batch of a vision-language model.
+class StepFlops:
+    """Stands for Megatron's count of a global batch's operations.
 
     The stock function counts the language model alone, and with LLaVA scripts at the vision
     sequence length, which they write into ``args.seq_length``.
-
-    Args:
-        args: Megatron's arguments.
-        batch_size: Samples.
-        images_per_sample: Images of a sample, on average.
-        unused: Statistics of packed sequences, which these scripts do not have.
     """
-    return language_flops(args, batch_size) + encoder_flops(args, batch_size * images_per_sample)
+
+    def __init__(self) -> None:
+        # Images of the last step; until there was one, an image in each sample.
+        self.num_images: int | None = None
+
+    def __call__(self, args: argparse.Namespace, batch_size: int, **unused: Any) -> float:
+        """Counts forward and backward operations of one global batch.
+
+        Args:
+            args: Megatron's arguments.
+            batch_size: Samples.
+            unused: Statistics of packed sequences, which these scripts do not have.
+        """
+        num_images = batch_size if self.num_images is None else self.num_images
+        return language_flops(args, batch_size) + encoder_flops(args, num_images)
 
 
 def language_flops(args: argparse.Namespace, batch_size: int) -> float:
@@ -32,18 +38,22 @@ def language_flops(args: argparse.Namespace, batch_size: int) -> float:
     return stock_operations(language, batch_size)
 
 
-def encoder_flops(args: argparse.Namespace, num_images: float) -> float:
-    """Counts forward and backward operations of the vision transformer and its projector.
+def encoder_flops(args: argparse.Namespace, num_images: int) -> float:
+    """Counts the operations of the vision transformer and its projector.
 
-    Per layer and token of a sequence of s tokens: 2 * 4 h^2 for the attention's four linear
-    layers, 4 s h for scores and values of full attention, 2 * 2 h f for the MLP of two layers.
-    Backward is twice forward; of frozen weights half of that is not done, and it is not counted.
+    A layer does, for each of the s tokens of an image, 2 h (h + 2 k) for queries, keys and values
+    of width k = groups * head size, 2 h^2 for the output, 4 s h for scores and weighted values of
+    full attention, and 2 h f for each linear layer of its MLP, which has a third one if gated.
+    A backward pass does twice as much; a frozen transformer has none.
     """
-    tokens = args.seq_length + (1 if args.disable_vision_class_token else 0)
+    tokens = args.seq_length + int(args.disable_vision_class_token)
     hidden, ffn = args.hidden_size, args.ffn_hidden_size
-    per_layer = 8 * hidden**2 + 4 * tokens * hidden + 4 * hidden * ffn
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    key_width = groups * args.kv_channels
+    attention = 2 * hidden * (hidden + 2 * key_width) + 2 * hidden**2 + 4 * tokens * hidden
+    mlp = (3 if args.swiglu else 2) * 2 * hidden * ffn
     patches = 2 * hidden * 3 * args.patch_dim**2
-    projector = 4 * hidden * ffn
-    frozen = getattr(args, "freeze_ViT", False)
-    encoder = num_images * tokens * (args.encoder_num_layers * per_layer + patches)
-    return encoder * (1 if frozen else 3) + num_images * args.seq_length * projector * 3
+    transformer = tokens * (args.encoder_num_layers * (attention + mlp) + patches)
+    projector = args.seq_length * mlp
+    passes = 1 if getattr(args, "freeze_ViT", False) else 3
+    return num_images * (passes * transformer + 3 * projector)

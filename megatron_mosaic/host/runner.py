@@ -114,14 +114,17 @@ class ModuleRunner:
         self._keep(task, _Live(source, inputs, output))
         if self._makes_loss():
             return None
-        return self._rows_of(output).detach()
+        # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
+        return self._rows_of(output).detach().to(self.config.params_dtype)
 
     def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """Runs a backward task. Returns the gradient of what its forward task received."""
         live = self._live.pop(task.microbatches)
         if live is None:
             return {}
-        gradient = None if received is None else self._output_gradient(received)
+        gradient = None
+        if received is not None:
+            gradient = self._output_gradient(received).to(live.output.dtype)
         with self.as_process(), self._gradient_sync(task):
             input_gradient = backward_step(live.inputs, live.output, gradient, self.config)
         if live.source is None or live.inputs is None:

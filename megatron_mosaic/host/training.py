@@ -18,7 +18,7 @@ from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host import llava
-from megatron_mosaic.host.agreement import stop
+from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import log_choices
 from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.checkpoint import keep_or_drop_random_states
@@ -28,7 +28,7 @@ from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
-from megatron_mosaic.host.reports import step_flops
+from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.schedule.build import build_schedule
@@ -80,8 +80,9 @@ def pretrain(
             **options,
         )
     except (PlanError, LayoutError, HostError) as error:
-        # Such errors come from data that is equal on all ranks.
-        stop(str(error) if args.rank == 0 else None)
+        # All ranks have the error: it came from equal data, or one told the others.
+        speaker = error.speaker if isinstance(error, RankError) else 0
+        stop(str(error) if args.rank == speaker else None)
 
 
 def _pretrain_plan(
@@ -98,7 +99,8 @@ def _pretrain_plan(
     log_choices(args, meeting.plan)
     keep_or_drop_random_states(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
-    forward_backward = PlanForwardBackward(runtime, trace=_trace(args))
+    flops = StepFlops()
+    forward_backward = PlanForwardBackward(runtime, trace=_trace(args), flops=flops)
     collections = {name: groups.collection for name, groups in runtime.hosted.items()}
     language = llava.LANGUAGE if llava.LANGUAGE in collections else None
     pg_collection = MultiModuleProcessGroupCollection(
@@ -109,7 +111,7 @@ def _pretrain_plan(
     with replaced(
         {
             "megatron.training.training:get_forward_backward_func": forward_backward.select,
-            "megatron.training.training:num_floating_point_operations": step_flops,
+            "megatron.training.training:num_floating_point_operations": flops,
         }
     ):
         stock_pretrain(

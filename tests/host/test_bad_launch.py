@@ -95,6 +95,17 @@ def test_contradiction_stops_every_rank_with_one_line(tmp_path, options, changes
     _check(outcomes, pattern)
 
 
+def test_damaged_sample_stops_every_rank(tmp_path):
+    plan = _write(tmp_path, "plan.yaml")
+
+    # Sample 13 is among the second half of the step, which the encoder reads on rank 1.
+    outcomes = run_ranks(
+        _stop, 2, [plan, plan], ["--damaged-sample", "13"], init=False, timeout_s=60
+    )
+
+    _check(outcomes, r"data: images=\d+ must equal the image tokens=\d+ of the batch")
+
+
 def test_save_that_would_lose_an_optimizer_stops_both(tmp_path):
     plan = tmp_path / "plan.yaml"
     text = PLAN.format(vision="", language="").replace("0-1, data_parallel_size: 2", "1")

@@ -104,3 +104,18 @@ def _swap_two_issues(entries: list) -> None:
             entries[a], entries[b] = second, first
             return
     raise AssertionError("no two operations to swap")
+
+
+def test_bf16_stays_as_near_to_one_process_as_bf16_does_to_fp32():
+    plan = Path(__file__).parent.parent / "plans" / "colocated_v2_l2pp2.yaml"
+    options = ("--images", "ragged")
+    arguments = [*OPTIMIZERS["adam"], *options, "--bf16", "--use-distributed-optimizer"]
+    records = run_ranks(record_plan, 4, str(plan), arguments, init=False, timeout_s=TIMEOUT_S)
+
+    run, fp32 = whole(records), _reference("adam", options)
+    one = _reference("adam", (*options, "--bf16"))
+    for step in range(4):
+        own, alone, exact = (each.losses[step]["lm loss"] for each in (run, one, fp32))
+        # The sum of the losses over about 40 tokens; both runs round to 8 bits.
+        assert abs(own[0] - exact[0]) <= max(3 * abs(alone[0] - exact[0]), 2e-3 * exact[0])
+        assert own[1] == exact[1]

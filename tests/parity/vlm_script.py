@@ -85,6 +85,7 @@ class ImageTextSamples(torch.utils.data.Dataset):
         self._shape = (3, args.img_h, args.img_w)
         self._vocab = args.vocab_size
         self._images_of = images_of
+        self._damaged = args.damaged_sample
 
     def __len__(self):
         return self._num_samples
@@ -100,7 +101,9 @@ class ImageTextSamples(torch.utils.data.Dataset):
         loss_mask[-1] = 1.0
         labels = torch.randint(0, self._vocab, (TEXT_LENGTH,), generator=generator)
         return {
-            "image": torch.randn(num_images, *self._shape, generator=generator),
+            "image": torch.randn(
+                num_images + (index == self._damaged), *self._shape, generator=generator
+            ),
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask * (tokens != DEFAULT_IMAGE_TOKEN_INDEX),
@@ -178,6 +181,7 @@ def add_script_args(parser):
     group.add_argument("--freeze-LM", action="store_true")
     group.add_argument("--freeze-ViT", action="store_true")
     group.add_argument("--freeze-projection", action="store_true")
+    group.add_argument("--damaged-sample", type=int, help="it has an image without a token")
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
     group.add_argument("--images", choices=tuple(IMAGES_OF), default="ragged")
