@@ -14,7 +14,8 @@ nothing is left over from the call before. What holds for a rank:
   ``init=False``, where ``fn`` initialises it (or runs code that does).
 - The environment is the caller's at the time of the call, plus what torchrun would set (``RANK``,
   ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), so ``init_process_group("gloo")`` works.
-- Torch and Megatron use the CPU wherever they name CUDA: ``run_on_cpu`` has been called.
+- Torch and Megatron use the CPU wherever they name CUDA: ``run_on_cpu`` has been called, and a GPU
+  is hidden. With ``fresh=True`` a rank is a new interpreter instead, which may use a GPU.
 - Arguments and results are pickled by value; tensors are copied.
 - What a rank prints appears in the caller's standard output, after the call.
 - When a rank raises or dies, or the time is up, every rank is ended and ``RanksError`` shows
@@ -41,7 +42,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class RanksError(Exception):
 @dataclass(kw_only=True)
 class _Rank:
     index: int
-    process: ForkServerProcess
+    process: BaseProcess
     results: connection.Connection
     log: Path
     returned: bool = False
@@ -86,6 +87,7 @@ def run_ranks(
     *args: Any,
     timeout_s: float = 60.0,
     init: bool = True,
+    fresh: bool = False,
 ) -> list[Any]:
     """Calls ``fn(rank, *args)`` on ``world_size`` processes and returns what each returned.
 
@@ -95,6 +97,7 @@ def run_ranks(
         args: The same for every rank; pickled.
         timeout_s: Seconds from the start of the ranks until all of them must have returned.
         init: Whether the default gloo group exists when ``fn`` is called.
+        fresh: Whether ranks are new interpreters, which import everything themselves.
 
     Raises:
         RanksError: A rank raised, died or was late; all ranks have ended by then.
@@ -103,15 +106,18 @@ def run_ranks(
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = _torchrun_environment(world_size, port=store.port)
+    if not fresh:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        start_server()
+    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
     call = pickle.dumps((fn, args))
-    start_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: list[_Rank] = []
         try:
             for index in range(world_size):
                 log = Path(folder) / f"rank{index}.log"
                 gloo_timeout_s = timeout_s + GRACE_S if init else None
-                ranks.append(_start(index, call, environment, log, gloo_timeout_s))
+                ranks.append(_start(context, index, call, environment, log, gloo_timeout_s))
             failure = _wait(ranks, deadline_s=time.monotonic() + timeout_s, timeout_s=timeout_s)
         finally:
             _end(ranks)
@@ -124,7 +130,7 @@ def run_ranks(
 def start_server() -> None:
     """Starts the process that ranks are forked from, without waiting for its imports."""
     forkserver.set_forkserver_preload(["tests.preload"])
-    with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"):
+    with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
         forkserver.ensure_running()
 
 
@@ -158,13 +164,13 @@ def _torchrun_environment(world_size: int, *, port: int) -> dict[str, str]:
 
 
 def _start(
+    context: Any,
     index: int,
     call: bytes,
     environment: dict[str, str],
     log: Path,
     gloo_timeout_s: float | None,
 ) -> _Rank:
-    context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     environment = environment | {"RANK": str(index), "LOCAL_RANK": str(index)}
     process = context.Process(  # not a daemon: saving a checkpoint starts processes

@@ -1,61 +1,48 @@
-"""Runs Megatron's own tests in one rank, and writes what became of each.
+"""Runs Megatron's own tests in one rank process, and writes what became of each.
 
-The part of ``run_upstream_tests.py`` that runs in the rank processes.
+The part of ``run_upstream_tests.py`` that runs in the ranks.
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import pkgutil
 import sys
 import unittest.mock
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import IO, Any
+from types import ModuleType, SimpleNamespace
+from typing import IO
 
 import pytest
 
-# Tests that build layers from TransformerEngine take the local ones where it is not installed.
-_GPT = "megatron.core.models.gpt.gpt_layer_specs"
-_VIT = "megatron.core.models.vision.vit_layer_specs"
-_TE = "megatron.core.extensions.transformer_engine"
-_LINEAR = "megatron.core.tensor_parallel.layers"
-STAND_INS = {
-    f"{_GPT}:get_gpt_layer_with_transformer_engine_spec": f"{_GPT}:get_gpt_layer_local_spec",
-    f"{_GPT}:get_gpt_layer_with_transformer_engine_submodules": (
-        f"{_GPT}:get_gpt_layer_local_submodules"
-    ),
-    f"{_VIT}:get_vit_layer_with_transformer_engine_spec": f"{_VIT}:get_vit_layer_with_local_spec",
-    f"{_TE}:TEColumnParallelLinear": f"{_LINEAR}:ColumnParallelLinear",
-    f"{_TE}:TERowParallelLinear": f"{_LINEAR}:RowParallelLinear",
-}
+from tools.upstream_stand_ins import install_stand_ins
 
-OPTIONS = (
-    "-q",
-    "--continue-on-collection-errors",
-    "-W",
-    "ignore",
-    "--assert=plain",
-    "-p",
-    "no:faulthandler",
-    "-p",
-    "no:cacheprovider",
-)
+OPTIONS = ("-q", "--continue-on-collection-errors", "--assert=plain", "-W", "ignore")
+# Hangs are the caller's to end, and the checkout stays as it is.
+OPTIONS += ("-p", "no:faulthandler", "-p", "no:cacheprovider")
 
 
-def run_tests(rank: int, tree: str, tests: Sequence[str], folder: str, with_mosaic: bool) -> int:
-    """Runs tests in this rank process. Returns pytest's exit status.
+def run_tests(
+    rank: int,
+    tree: str,
+    tests: Sequence[str],
+    folder: str,
+    with_mosaic: bool,
+    member_groups: bool,
+) -> None:
+    """Runs tests in this rank process, which can run nothing else afterwards.
 
     Args:
         rank: This rank.
         tree: Folder with Megatron's ``tests``; it becomes the process's own.
-        tests: Modules or tests, relative to ``tree``.
+        tests: Modules or tests relative to ``tree``, and options of pytest.
         folder: Where ``rank<r>.jsonl``, the outcomes, and ``rank<r>.log`` go.
         with_mosaic: Whether to import everything of megatron_mosaic first.
+        member_groups: Whether, on CPU, a process group is created by its members alone.
     """
-    _prepare(with_mosaic=with_mosaic)
+    _prepare(with_mosaic=with_mosaic, member_groups=member_groups)
     _enter(tree)
     with (
         (Path(folder) / f"rank{rank}.log").open("w") as log,
@@ -63,18 +50,17 @@ def run_tests(rank: int, tree: str, tests: Sequence[str], folder: str, with_mosa
         redirect_stdout(log),
         redirect_stderr(log),
     ):
-        return pytest.main([*OPTIONS, *tests], plugins=[UpstreamPlugin(outcomes)])
+        pytest.main([*OPTIONS, *tests], plugins=[UpstreamPlugin(outcomes)])
 
 
-def _prepare(*, with_mosaic: bool) -> None:
+def _prepare(*, with_mosaic: bool, member_groups: bool) -> None:
     import torch
 
-    from megatron_mosaic.host.cpu import run_on_cpu
-
     if not torch.cuda.is_available():
+        from megatron_mosaic.host.cpu import run_on_cpu
+
         run_on_cpu()
-    if importlib.util.find_spec("transformer_engine") is None:
-        _use_local_layers()
+    install_stand_ins(member_groups=member_groups)
     if with_mosaic:
         import megatron_mosaic
 
@@ -82,17 +68,11 @@ def _prepare(*, with_mosaic: bool) -> None:
             importlib.import_module(module.name)
 
 
-def _use_local_layers() -> None:
-    for symbol, stand_in in STAND_INS.items():
-        (module, _, name), (source, _, local) = symbol.partition(":"), stand_in.partition(":")
-        setattr(
-            importlib.import_module(module), name, getattr(importlib.import_module(source), local)
-        )
-
-
 def _enter(tree: str) -> None:
-    """Makes ``tests`` mean Megatron's; ``megatron`` stays the installed one."""
+    """Makes ``tests`` and ``examples`` mean Megatron's; ``megatron`` stays the installed one."""
     os.chdir(tree)
+    # Processes that a test spawns would import our main module first.
+    sys.modules["__main__"] = ModuleType("__main__")
     ours = Path(__file__).resolve().parent.parent
     sys.path[:] = [tree, *(place for place in sys.path if Path(place).resolve() != ours)]
     sys.dont_write_bytecode = True
@@ -112,23 +92,15 @@ class UpstreamPlugin:
         self._outcomes = outcomes
 
     @pytest.fixture
-    def mocker(self) -> Any:
+    def mocker(self) -> Iterator[SimpleNamespace]:
         """Offers what the tests use of pytest-mock, which need not be installed."""
-        return unittest.mock
-
-    @pytest.fixture(autouse=True)
-    def ready_for_local_layers(self) -> None:
-        """Prepares what TransformerEngine's layers do without and local ones use.
-
-        Tests that lay out ranks with a grid alone never call what would do it.
-        """
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel import random
-
-        if not random.get_cuda_rng_tracker().get_states():
-            random.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
-        if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-            parallel_state._set_global_memory_buffer()
+        mock = unittest.mock
+        with ExitStack() as patches:
+            yield SimpleNamespace(
+                Mock=mock.Mock,
+                MagicMock=mock.MagicMock,
+                patch=lambda *args, **options: patches.enter_context(mock.patch(*args, **options)),
+            )
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Notes that a test starts."""
@@ -141,7 +113,7 @@ class UpstreamPlugin:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Notes a module that cannot be imported, as a test that failed."""
         if report.failed:
-            self._write(f"{report.nodeid}::import", "call", "failed", report.longreprtext)
+            self._write(f"{report.nodeid}::import", "teardown", "failed", report.longreprtext)
 
     def _write(self, test: str, phase: str, outcome: str, reason: str) -> None:
         self._outcomes.write(json.dumps([test, phase, outcome, reason]) + "\n")

@@ -41,7 +41,7 @@ def main() -> int:
         runs = (_one_process(folder), _planned(HOMOGENEOUS, folder), _planned(PLAN, folder))
         outcomes = {run.title: _train(run, folder=folder, console=console) for run in runs}
     except RunError as error:
-        console.print(f"\nerror: {error}", style="red", markup=False)
+        console.print(f"\nerror: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     console.print()
     console.print(summary(outcomes))

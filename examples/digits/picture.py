@@ -59,6 +59,7 @@ def draw(
             axes = figure.add_subplot(grid[row, :])
             axes.set_xlim(0, longest_ms)
             _draw_step(axes, spans, title=title)
+        axes.set_xlabel("milliseconds since the first task of the step began")
         _add_task_legend(figure)
         figure.savefig(path, dpi=150)
     return path
@@ -78,8 +79,9 @@ def _draw_differences(axes: Axes, logs: Mapping[str, TrainingLog]) -> None:
     (reference, log), *others = logs.items()
     for curve, (title, other) in zip(_CURVES[1:], others, strict=True):
         differences = relative_differences(other, log)
-        shown = [(step, part) for step, part in enumerate(differences, start=1) if part > 0]
-        axes.plot(*zip(*shown, strict=True), ".", markersize=3, color=curve["color"], label=title)
+        steps = [step for step, part in enumerate(differences, start=1) if part > 0]
+        parts = [part for part in differences if part > 0]
+        axes.plot(steps, parts, ".", markersize=3, color=curve["color"], label=title)
     axes.plot(
         (1, COMPARED_STEPS),
         (LARGEST_DIFFERENCE,) * 2,
@@ -88,7 +90,7 @@ def _draw_differences(axes: Axes, logs: Mapping[str, TrainingLog]) -> None:
         label="allowed",
     )
     axes.set_yscale("log")
-    axes.set_title(f"Distance of the loss from {reference}'s, per first loss")
+    axes.set_title(f"Loss difference from {reference}, relative to the first loss")
     axes.set_xlabel("step")
     axes.legend()
 
@@ -115,7 +117,6 @@ def _draw_step(axes: Axes, spans: Sequence[Span], *, title: str) -> None:
     axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
     axes.invert_yaxis()
     axes.set_title(f"{title}, {duration_s(spans) * 1000:.0f} ms")
-    axes.set_xlabel("milliseconds since the first task of the step began")
 
 
 def _add_task_legend(figure: Figure) -> None:

@@ -27,7 +27,7 @@ def summary(outcomes: Mapping[str, Outcome]) -> Table:
 
 def _losses(outcomes: Mapping[str, Outcome]) -> list[Sequence[str]]:
     return [
-        (f"loss at step {step}", *(f"{o.log.losses[step - 1]:.7f}" for o in outcomes.values()))
+        (f"loss at step {step}", *(f"{o.log.losses[step - 1]:.7g}" for o in outcomes.values()))
         for step in SHOWN_STEPS
     ]
 

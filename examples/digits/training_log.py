@@ -31,10 +31,10 @@ class TrainingLog:
     def read(self, line: str) -> bool:
         """Takes a line of the log. Returns whether it told something."""
         if found := _STEP.search(line):
-            step, time_ms, loss = int(found[1]), float(found[2]), float(found[3])
-            assert step == len(self.losses) + 1, "a step is missing in the log"
-            self.step_times_s.append(time_ms / 1000)
-            self.losses.append(loss)
+            # After a line that was lost no other counts, so the number of steps tells.
+            if int(found[1]) == len(self.losses) + 1:
+                self.step_times_s.append(float(found[2]) / 1000)
+                self.losses.append(float(found[3]))
             return True
         if found := _EVALUATION.search(line):
             self.accuracy = float(found[1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_mosaic.comm.groups import wire_of
 from megatron_mosaic.comm.route import Gather, Leg, Route
 from megatron_mosaic.layout.ownership import Interval
 
@@ -43,17 +44,17 @@ class Exchange:
             rows: What this rank holds, ``[rows, h]``, as ``route.held`` says; None if nothing.
                 It must not change until the exchange is finished.
         """
-        rank = dist.get_rank()
+        rank, wire = dist.get_rank(), wire_of(self.group, device=self.device)
         held = route.held.get(rank, Interval(0, 0))
         rows = self.empty(0) if rows is None else rows.detach().contiguous()
         self._check(rows, held)
         outgoing = {
-            peer: _pack([rows[_within(leg.interval, held)] for leg in legs])
+            peer: _pack([rows[_within(leg.interval, held)] for leg in legs]).to(wire)
             for peer, legs in _by_peer(route.legs, sender=rank).items()
         }
         arriving = _by_peer(route.legs, receiver=rank)
         incoming = {
-            peer: self.empty(sum(leg.interval.size for leg in legs))
+            peer: self.empty(sum(leg.interval.size for leg in legs), on=wire)
             for peer, legs in arriving.items()
         }
         arrived: list[Rows] = [
@@ -72,20 +73,21 @@ class Exchange:
             works=self._issue(outgoing, incoming),
         )
 
-    def empty(self, num_rows: int) -> torch.Tensor:
-        """Returns a tensor of rows to be filled."""
-        return torch.empty(num_rows, self.hidden_size, dtype=self.dtype, device=self.device)
+    def empty(self, num_rows: int, *, on: torch.device | None = None) -> torch.Tensor:
+        """Returns a tensor of rows to be filled, on the rows' device unless another is given."""
+        return torch.empty(num_rows, self.hidden_size, dtype=self.dtype, device=on or self.device)
 
     def gather(self, share: torch.Tensor, gather: Gather) -> torch.Tensor:
         """All-gathers the shares of the replicas, ``[share_size, h]`` each."""
         assert self.gather_group is not None, f"replicas {gather.ranks} need a group"
         members = dist.get_process_group_ranks(self.gather_group)
         assert members == list(gather.ranks), f"group {members} must be replicas {gather.ranks}"
-        shares = self.empty(len(gather.ranks) * gather.share_size)
+        wire = wire_of(self.gather_group, device=self.device)
+        shares = self.empty(len(gather.ranks) * gather.share_size, on=wire)
         # Renamed in torch 2.13, where the old name warns.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather(shares, share, group=self.gather_group)
-        return shares[: gather.num_rows]
+        all_gather(shares, share.to(wire), group=self.gather_group)
+        return shares[: gather.num_rows].to(self.device)
 
     def _issue(
         self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
@@ -136,9 +138,10 @@ class PendingExchange:
         """
         assert self.arrived is not None, "these rows were handed over already"
         self._wait_for_messages()
-        rows = self._assemble(self.arrived)
+        device = self.exchange.device
+        arrived = [(interval, values.to(device)) for interval, values in self.arrived]
         self.arrived = None
-        return rows
+        return self._assemble(arrived)
 
     def is_done(self) -> bool:
         """Tells, without waiting, whether nothing is under way any more."""

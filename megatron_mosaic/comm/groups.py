@@ -59,6 +59,16 @@ class GroupFactory:
         self._groups.clear()
 
 
+def wire_of(group: dist.ProcessGroup, *, device: torch.device) -> torch.device:
+    """Returns where the messages of a group lie: gloo sends and receives host memory only.
+
+    Args:
+        group: The group.
+        device: Where the tensors come from and go to.
+    """
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+
+
 def warm_up(group: dist.ProcessGroup, *, device: torch.device) -> None:
     """Makes every member of a group take part in it once.
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_mosaic.comm.groups import wire_of
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineLink:
@@ -36,18 +38,20 @@ class PipelineLink:
             tensor: What the source sends, which must not change until the transfer is finished;
                 None at the destination.
         """
+        wire = wire_of(self.group, device=self.device)
         if dist.get_rank() == self.source:
             assert tensor is not None, f"rank {self.source} has nothing to send"
             assert tensor.shape == self.shape, f"{tuple(tensor.shape)} on a link of {self.shape}"
             assert tensor.dtype == self.dtype, f"{tensor.dtype} on a link of {self.dtype}"
-            message = tensor.detach().contiguous()
+            message = tensor.detach().contiguous().to(wire)
             operation = dist.P2POp(dist.isend, message, self.destination, group=self.group)
         else:
-            message = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            message = torch.empty(self.shape, dtype=self.dtype, device=wire)
             operation = dist.P2POp(dist.irecv, message, self.source, group=self.group)
         # A batch of one runs on the group's own communicator; NCCL opens another one for each
         # pair of ranks that sends without a batch.
-        return PendingTensor(message=message, works=dist.batch_isend_irecv([operation]))
+        works = dist.batch_isend_irecv([operation])
+        return PendingTensor(message=message, device=self.device, works=works)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +63,7 @@ class PendingTensor:
     """
 
     message: torch.Tensor | None
+    device: torch.device
     works: Sequence[dist.Work]
 
     def wait(self) -> torch.Tensor:
@@ -66,7 +71,7 @@ class PendingTensor:
         message = self.message
         assert message is not None, "this tensor was handed over already"
         self.finish()
-        return message
+        return message.to(self.device)
 
     def is_done(self) -> bool:
         """Tells, without waiting, whether nothing is under way any more."""

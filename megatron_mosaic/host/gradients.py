@@ -150,4 +150,4 @@ class LossReport:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    return torch.device(torch.cuda.current_device())

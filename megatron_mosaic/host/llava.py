@@ -7,7 +7,7 @@ model. Scripts ask for both, so while a module is built the constructor gets the
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -195,6 +195,3 @@ def images_per_sample(batch: Mapping[str, torch.Tensor], *, image_token: int) ->
             f"batch; give every image one token {image_token}"
         )
     return counts
-
-
-ModelProvider = Callable[..., torch.nn.Module]

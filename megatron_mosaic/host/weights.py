@@ -116,7 +116,8 @@ def _draw(
     if dim >= 0:
         shape[dim] *= groups.placement.tensor_model_parallel_size
     full = torch.empty(shape, dtype=torch.float32, device=parameter.device)
-    devices = [parameter.device] if parameter.is_cuda else []
+    # Seeding the host seeds the device too.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         init_method(full)

@@ -210,6 +210,24 @@ def test_exchange_issues_one_batch_for_a_microbatch_and_none_without_rows(outcom
     assert num_batches(4, "equal ranks, equal layouts") == 0
 
 
+def test_exchange_over_gloo_carries_host_memory_and_delivers_on_its_device():
+    # A tensor on "meta" has no memory: gloo could not have received into it.
+    assert run_ranks(_receive_on_meta, 2) == [("cpu", 0), ("meta", 4)]
+
+
+def _receive_on_meta(rank: int) -> tuple[str, int]:
+    case = CASES["one to one"]
+    exchange = Exchange(
+        group=GroupFactory(rank).group((0, 1), scope="boundary"),
+        gather_group=None,
+        hidden_size=HIDDEN,
+        dtype=torch.float32,
+        device=CPU if rank == 0 else torch.device("meta"),
+    )
+    rows = exchange.post(route(*case.owners(0)), _inputs(case) if rank == 0 else None).wait()
+    return str(rows.device), rows.shape[0]
+
+
 def _unsharded(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, weight = _inputs(case), _weight()
     inputs.requires_grad_()

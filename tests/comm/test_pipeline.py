@@ -43,6 +43,23 @@ def test_pipeline_order_with_one_pair_swapped_would_hang(outcomes):
         replay(records)
 
 
+def test_link_over_gloo_carries_host_memory_and_delivers_on_its_device():
+    # A tensor on "meta" has no memory: gloo could not have received into it.
+    assert run_ranks(_receive_on_meta, 2) == ["cpu", "meta"]
+
+
+def _receive_on_meta(rank):
+    link = PipelineLink(
+        group=GroupFactory(rank).group((0, 1), scope="link"),
+        source=0,
+        destination=1,
+        shape=SHAPE,
+        dtype=torch.float32,
+        device=CPU if rank == 0 else torch.device("meta"),
+    )
+    return str(link.post(_inputs(0) if rank == 0 else None).wait().device)
+
+
 def _inputs(microbatch):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(microbatch))
 

@@ -112,12 +112,18 @@ class Record:
 
 
 def record_plan(
-    rank: int, plan_path: str, options: list[str], faults: tuple[str, ...] = ()
+    rank: int,
+    plan_path: str,
+    options: list[str],
+    faults: tuple[str, ...] = (),
+    *,
+    on_cpu: bool = True,
 ) -> Record:
     """Trains under a plan. Called on every rank."""
     from megatron_mosaic.host.cpu import run_on_cpu
 
-    run_on_cpu()
+    if on_cpu:
+        run_on_cpu()
     from megatron_mosaic.comm.record import record as recording
     from megatron_mosaic.host import training
     from megatron_mosaic.host.arguments import parse_and_validate_args
@@ -260,7 +266,7 @@ def _shards(model: torch.nn.Module, read: Any, groups: Any = None) -> Iterator[t
                 tp=position.tp if position else 0,
                 dp=position.dp if position else 0,
                 summed=summed,
-                values=values.detach().float().numpy().copy(),
+                values=values.detach().float().cpu().numpy().copy(),
             ),
         )
 
@@ -287,6 +293,6 @@ def _own_part(group: Any, bucket: Any, parameter: Any) -> torch.Tensor:
     rank = group.intra_distributed_optimizer_instance_rank
     share = bucket.grad_data.numel() // size
     start, stop = bucket.param_to_index[parameter]
-    index = torch.arange(start, stop)
+    index = torch.arange(start, stop, device=parameter.device)
     own = (index >= rank * share) & (index < (rank + 1) * share)
     return parameter.main_grad * own.view_as(parameter)

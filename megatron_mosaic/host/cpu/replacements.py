@@ -132,7 +132,7 @@ TORCH_REPLACEMENTS = (
 
 def megatron_replacements() -> tuple[Replacement, ...]:
     """Rows for Megatron itself. Imports it, which has to wait for the rows for torch."""
-    return (*_set_up(), *_layers(), *_optimizer())
+    return (*_set_up(), *wheel_replacements(), *layer_replacements(), *adam_replacements())
 
 
 def _set_up() -> tuple[Replacement, ...]:
@@ -150,6 +150,14 @@ def _set_up() -> tuple[Replacement, ...]:
             upstream.without_cuda,
             "the same, where pretrain() calls it",
         ),
+    )
+
+
+def wheel_replacements() -> tuple[Replacement, ...]:
+    """Rows for a Megatron that is installed as a wheel; a GPU changes nothing about them."""
+    from megatron_mosaic.host.cpu import upstream
+
+    return (
         Replacement(
             "megatron.core.datasets.utils.compile_helpers",
             upstream.if_not_compiled,
@@ -158,8 +166,11 @@ def _set_up() -> tuple[Replacement, ...]:
     )
 
 
-def _layers() -> tuple[Replacement, ...]:
-    """Rows for local layer specs: the CPU has no TransformerEngine and no Apex."""
+def layer_replacements() -> tuple[Replacement, ...]:
+    """Rows for local layer specs, where neither TransformerEngine nor Apex is installed.
+
+    The CPU never has them; a GPU without them needs the same rows.
+    """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_mosaic.host.cpu import upstream
@@ -203,7 +214,8 @@ def _layers() -> tuple[Replacement, ...]:
     )
 
 
-def _optimizer() -> tuple[Replacement, ...]:
+def adam_replacements() -> tuple[Replacement, ...]:
+    """Rows for an Adam like Apex's and TransformerEngine's, where neither is installed."""
     return (
         Replacement(
             "megatron.core.optimizer.Adam",
