@@ -232,6 +232,7 @@ def _run(suite: Suite, modules: Sequence[str], machine: Machine, *, with_mosaic:
                     fresh=machine.num_gpus > 0,
                 )
         except RanksError as error:
+            (folder / "error.txt").write_text(str(error))
             print(f"{modules[0]} and others: {str(error).splitlines()[0]}", file=sys.stderr)
         return read_outcomes(folder)
 
