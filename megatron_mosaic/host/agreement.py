@@ -1,6 +1,7 @@
-"""Makes an error of one rank an error of all, through the rendezvous store.
+"""Makes an error of one rank an error of all.
 
-It works before any process group exists, and no rank waits longer than the time limit.
+Before any process group exists that goes through the rendezvous store, and no rank waits longer
+than the time limit; later through a process group.
 """
 
 import sys
@@ -8,6 +9,7 @@ import time
 from datetime import timedelta
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from megatron_mosaic.errors import HostError
@@ -103,6 +105,27 @@ class Agreement:
             for rank in range(1, self._world_size):
                 self._read(f"{stage}/left/{rank}")
             time.sleep(0.1)
+
+
+def raise_together(failure: HostError | None, *, group: dist.ProcessGroup) -> None:
+    """Goes on if no rank has an error.
+
+    Args:
+        failure: This rank's error; None if all is well.
+        group: Process group of all ranks, for tensors of the CPU.
+
+    Raises:
+        RankError: Some rank has one, on every rank; the first such rank says it.
+
+    Note:
+        Collective over the world.
+    """
+    world_size = dist.get_world_size()
+    first = torch.tensor([dist.get_rank() if failure else world_size])
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
+    speaker = int(first.item())
+    if speaker < world_size:
+        raise RankError(str(failure or f"run: rank {speaker} stopped"), speaker=speaker)
 
 
 def stop(message: str | None) -> NoReturn:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mosaic.errors import HostError, LayoutError
-from megatron_mosaic.host.agreement import RankError
+from megatron_mosaic.host.agreement import raise_together
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.llava import LANGUAGE, images_per_sample
 from megatron_mosaic.layout.ownership import Interval, encoder_samples, language_samples
@@ -167,7 +167,6 @@ class StepReader:
     ) -> tuple[int, ...]:
         """Tells every rank the images of every sample; errors become errors of all ranks."""
         counts = torch.full((2, self._step_samples), -1, dtype=torch.int64)
-        failed = torch.tensor([dist.get_world_size()], dtype=torch.int64)
         failure = None
         try:
             for name, tasks in batches.items():
@@ -180,11 +179,7 @@ class StepReader:
                     counts[row, start:stop] = torch.tensor(own)
         except HostError as error:
             failure = error
-            failed[0] = dist.get_rank()
-        dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=self._host_group)
-        speaker = int(failed.item())
-        if speaker < dist.get_world_size():
-            raise RankError(str(failure or f"data: rank {speaker} stopped"), speaker=speaker)
+        raise_together(failure, group=self._host_group)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._host_group)
         return _agreed(counts, self._next_sample)
 

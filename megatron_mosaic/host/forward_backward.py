@@ -164,6 +164,7 @@ class PlanForwardBackward:
             language.losses if language is not None and speaks else [],
             num_tokens=language.num_tokens if language is not None and speaks else 0,
             replicas=replicas,
+            forward_only=forward_only,
         )
         for runner in runtime.runners.values():
             finish_gathering_parameters(runner.model)

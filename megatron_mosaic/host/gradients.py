@@ -8,6 +8,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
+from megatron_mosaic.errors import HostError
+from megatron_mosaic.host.agreement import raise_together
 from megatron_mosaic.host.llava import LANGUAGE
 from megatron_mosaic.host.runner import ModuleRunner
 
@@ -104,10 +106,16 @@ class LossReport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._host_group = group
-        self._sizes: dict[str, int] | None = None
+        # By whether it is a step of evaluation: scripts report more there.
+        self._sizes: dict[bool, dict[str, int]] = {}
 
     def reduce(
-        self, losses: Sequence[Mapping[str, torch.Tensor]], *, num_tokens: Any, replicas: int
+        self,
+        losses: Sequence[Mapping[str, torch.Tensor]],
+        *,
+        num_tokens: Any,
+        replicas: int,
+        forward_only: bool,
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """Makes this step's losses global.
 
@@ -115,38 +123,55 @@ class LossReport:
             losses: One entry for each microbatch on ranks that report; empty elsewhere.
             num_tokens: Tokens that count in the loss of this rank; 0 where it does not report.
             replicas: Ranks that report.
+            forward_only: Whether the step evaluates.
 
         Returns:
             One entry with the same keys, on every rank: sums of loss and tokens where the loss
             function gives both, else the mean. And the tokens of the whole batch.
 
+        Raises:
+            RankError: A loss function changed what it reports.
+
         Note:
             Collective over the world.
         """
-        sizes = self._loss_sizes(losses)
-        parts = [torch.as_tensor(num_tokens, device=_device()).reshape(1).double()]
+        own = {key: value.numel() for key, value in losses[0].items()} if losses else {}
+        sizes = self._agreed_sizes(own, forward_only=forward_only)
+        changed = bool(losses) and own != sizes
+        parts = [
+            torch.as_tensor(num_tokens, device=_device()).reshape(1).double(),
+            torch.tensor([changed], dtype=torch.float64, device=_device()),
+        ]
         for key, size in sizes.items():
-            if not losses:
+            if not losses or changed:
                 parts.append(torch.zeros(size, dtype=torch.float64, device=_device()))
                 continue
             values = torch.stack([entry[key].detach().reshape(-1).double() for entry in losses])
             parts.append(values.sum(dim=0) if size == 2 else values.mean(dim=0) / replicas)
         total = torch.cat(parts)
         dist.all_reduce(total)
-        report, offset = {}, 1
+        if total[1] > 0:
+            raise_together(_changed(own, sizes) if changed else None, group=self._host_group)
+        report, offset = {}, 2
         for key, size in sizes.items():
             report[key] = total[offset : offset + size].float()
             offset += size
         return ([report] if report else []), total[0].float()
 
-    def _loss_sizes(self, losses: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, int]:
+    def _agreed_sizes(self, own: dict[str, int], *, forward_only: bool) -> dict[str, int]:
         """Agrees on the losses' names, once: ranks without the loss do not know them."""
-        if self._sizes is None:
-            own = {key: value.numel() for key, value in losses[0].items()} if losses else {}
+        if forward_only not in self._sizes:
             every: list[dict[str, int]] = [{}] * dist.get_world_size()
             dist.all_gather_object(every, own, group=self._host_group)
-            self._sizes = {key: sizes[key] for sizes in every for key in sizes}
-        return self._sizes
+            self._sizes[forward_only] = {key: sizes[key] for sizes in every for key in sizes}
+        return self._sizes[forward_only]
+
+
+def _changed(own: Mapping[str, int], sizes: Mapping[str, int]) -> HostError:
+    return HostError(
+        f"loss function: reported={sorted(own)} must be what it reported in the first step, "
+        f"{sorted(sizes)}, with as many values; let it report the same in every step"
+    )
 
 
 def _device() -> torch.device:

@@ -106,6 +106,16 @@ def test_damaged_sample_stops_every_rank(tmp_path):
     _check(outcomes, r"data: images=\d+ must equal the image tokens=\d+ of the batch")
 
 
+def test_loss_that_changes_its_report_stops_every_rank(tmp_path):
+    plan = _write(tmp_path, "plan.yaml")
+
+    outcomes = run_ranks(
+        _stop, 2, [plan, plan], ["--report-more-at", "1"], init=False, timeout_s=60
+    )
+
+    _check(outcomes, r"loss function: reported=\['largest loss', 'lm loss'\] must be what .*first")
+
+
 def test_save_that_would_lose_an_optimizer_stops_both(tmp_path):
     plan = tmp_path / "plan.yaml"
     text = PLAN.format(vision="", language="").replace("0-1, data_parallel_size: 2", "1")

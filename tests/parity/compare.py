@@ -101,6 +101,7 @@ def compare(run: Whole, reference: Whole, *, adam: bool) -> Comparison:
 
 def _compare_losses(run: Whole, reference: Whole, result: Comparison) -> None:
     for kind in ("losses", "evaluations"):
+        assert getattr(reference, kind), f"the reference has no {kind}"
         for step, (own, other) in enumerate(
             zip(getattr(run, kind), getattr(reference, kind), strict=True)
         ):

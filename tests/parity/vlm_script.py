@@ -156,6 +156,12 @@ def loss_func(loss_mask, output_tensor):
     return loss, num_tokens, {"lm loss": report}
 
 
+def evaluation_loss_func(loss_mask, output_tensor):
+    """Reports more than the training loss does, as scripts may."""
+    loss, num_tokens, report = loss_func(loss_mask, output_tensor)
+    return loss, num_tokens, report | {"largest loss": output_tensor.float().max().view(1)}
+
+
 def legacy_loss_func(loss_mask, output_tensor):
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask) / mask.sum()
@@ -173,6 +179,8 @@ def forward_step(data_iterator, model):
         batch["labels"],
         batch["loss_mask"],
     )
+    if not model.training or args.curr_iteration == args.report_more_at:
+        return output, partial(evaluation_loss_func, loss_mask)
     return output, partial(legacy_loss_func if args.legacy_loss else loss_func, loss_mask)
 
 
@@ -182,6 +190,7 @@ def add_script_args(parser):
     group.add_argument("--freeze-ViT", action="store_true")
     group.add_argument("--freeze-projection", action="store_true")
     group.add_argument("--damaged-sample", type=int, help="it has an image without a token")
+    group.add_argument("--report-more-at", type=int, help="a step that reports another loss")
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
     group.add_argument("--images", choices=tuple(IMAGES_OF), default="ragged")
