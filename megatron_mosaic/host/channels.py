@@ -1,6 +1,6 @@
 """Channels of a rank: what carries each edge's activations and gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,12 +53,19 @@ class ChannelSet:
         self._warm_up()
 
     def open_all(
-        self, *, hidden_size: int, sequence_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        hidden_size: int,
+        row_widths: Mapping[str, int],
+        sequence_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Opens this rank's channels, once the sizes of what they carry are known.
 
         Args:
-            hidden_size: Width of boundary rows and hidden states.
+            hidden_size: Width of the language model's hidden states.
+            row_widths: Width of the rows that each module makes.
             sequence_length: Tokens of a sample in the language model's pipeline.
             dtype: Type of all activations.
             device: Where they live.
@@ -76,17 +83,17 @@ class ChannelSet:
             exchange = Exchange(
                 group=group,
                 gather_group=self._replicas.get(receiver),
-                hidden_size=hidden_size,
+                hidden_size=row_widths[edge.source],
                 dtype=dtype,
                 device=device,
             )
             routes = self.routes.setdefault(edge, self._routes_of(edge))
             self.open[kind, edge] = BoundaryChannel(kind, routes, exchange, rank=self._rank)
 
-    def begin(self, rows: tuple[int, ...], *, schedule: Schedule) -> None:
-        """Takes the boundary rows of every sample of the next step."""
+    def begin(self, rows: Mapping[str, tuple[int, ...]], *, schedule: Schedule) -> None:
+        """Takes the rows that each module makes of every sample of the next step."""
         for edge, routes in self.routes.items():
-            routes.begin(rows, groups=_tasks_of(schedule, self._plan, edge.source))
+            routes.begin(rows[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
 
     def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
         """Boundary rows that this rank makes in one task of an encoder."""

@@ -9,14 +9,13 @@ import torch.distributed as dist
 
 from megatron_mosaic.errors import HostError, LayoutError
 from megatron_mosaic.host.agreement import raise_together
+from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.llava import LANGUAGE, images_per_sample
 from megatron_mosaic.layout.ownership import Interval, encoder_samples, language_samples
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.schedule.schedule import Schedule
 
 Microbatches = tuple[int, ...]
-Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +24,12 @@ class StepBatches:
 
     Args:
         batches: Batch of every forward task, by module; None where nothing is read.
-        images: Images of every sample of the step, on all ranks alike.
+        rows: Boundary rows of every sample of the step by the module that makes them, on all
+            ranks alike.
     """
 
     batches: Mapping[str, Mapping[Microbatches, Batch | None]]
-    images: tuple[int, ...]
+    rows: Mapping[str, tuple[int, ...]]
 
 
 def task_samples(
@@ -61,14 +61,15 @@ class StepReader:
     """Iterates over steps; hands every forward task of this rank the batch it reads.
 
     Only tensor-parallel rank 0 of a replica reads, as in a stock run: the script's own
-    ``get_batch`` sends the data on. Image counts of all samples are exchanged on the host, for
+    ``get_batch`` sends the data on. Row counts of all samples are exchanged on the host, for
     nobody reads every sample.
 
     Args:
         dataset: Map-style data set, or None where this rank reads nothing.
         schedule: Order of the tasks of a step; equal on all ranks.
         hosted: Modules on this rank.
-        image_token: Token id that stands for an image.
+        sources: Modules that make boundary rows, on all ranks alike.
+        boundaries: Translators of the modules on this rank; they count rows.
         samples_per_replica: Samples of a microbatch of one language replica.
         first_sample: Samples consumed before.
         num_workers: Loader processes.
@@ -85,7 +86,8 @@ class StepReader:
         schedule: Schedule,
         hosted: Mapping[str, ModuleGroups],
         language: ModulePlacement,
-        image_token: int,
+        sources: Sequence[str],
+        boundaries: Mapping[str, ModuleBoundary],
         samples_per_replica: int,
         first_sample: int,
         num_workers: int,
@@ -93,7 +95,8 @@ class StepReader:
     ) -> None:
         self._dataset = dataset
         self._hosted = hosted
-        self._image_token = image_token
+        self._sources = list(sources)
+        self._boundaries = boundaries
         self._host_group = host_group
         self._mbs = samples_per_replica
         self._size = samples_per_replica * language.data_parallel_size
@@ -124,9 +127,9 @@ class StepReader:
             name: {task: self._read(name, task) for task in tasks}
             for name, tasks in self._tasks.items()
         }
-        images = self._exchange_counts(batches)
+        rows = self._exchange_counts(batches)
         self._next_sample += self._step_samples
-        return StepBatches(batches=batches, images=images)
+        return StepBatches(batches=batches, rows=rows)
 
     def _samples(self, name: str, task: Microbatches) -> Interval:
         groups = self._hosted[name]
@@ -164,24 +167,28 @@ class StepReader:
 
     def _exchange_counts(
         self, batches: Mapping[str, Mapping[Microbatches, Batch | None]]
-    ) -> tuple[int, ...]:
-        """Tells every rank the images of every sample; errors become errors of all ranks."""
-        counts = torch.full((2, self._step_samples), -1, dtype=torch.int64)
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Tells every rank the rows of every sample; errors become errors of all ranks."""
+        # What the module that makes the rows counts, and what the modules that it feeds do.
+        counts = torch.full((2, len(self._sources), self._step_samples), -1, dtype=torch.int64)
         failure = None
         try:
             for name, tasks in batches.items():
-                row = 0 if name == LANGUAGE else 1
                 for task, batch in tasks.items():
                     if batch is None:
                         continue
                     start, stop = self._samples(name, task)
-                    own = images_per_sample(batch, image_token=self._image_token)
-                    counts[row, start:stop] = torch.tensor(own)
+                    for source, own in self._boundaries[name].row_counts(batch).items():
+                        side = 0 if source == name else 1
+                        counts[side, self._sources.index(source), start:stop] = torch.tensor(own)
         except HostError as error:
             failure = error
         raise_together(failure, group=self._host_group)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._host_group)
-        return _agreed(counts, self._next_sample)
+        return {
+            source: _agreed(source, counts[:, index], self._next_sample)
+            for index, source in enumerate(self._sources)
+        }
 
 
 class _Indices:
@@ -201,13 +208,13 @@ class _Indices:
             first += self._stride
 
 
-def _agreed(counts: torch.Tensor, first_sample: int) -> tuple[int, ...]:
+def _agreed(source: str, counts: torch.Tensor, first_sample: int) -> tuple[int, ...]:
     differing = (counts[0] != counts[1]).nonzero().flatten().tolist()
     if differing:
         sample = differing[0]
         raise LayoutError(
-            f"data: images={counts[1, sample].item()} that the encoder reads for sample "
-            f"{first_sample + sample} must equal the {counts[0, sample].item()} that the language "
-            f"model reads; make the data set return the same sample for the same index"
+            f"data: rows={counts[0, sample].item()} that {source} makes of sample "
+            f"{first_sample + sample} must equal the {counts[1, sample].item()} that the module it "
+            f"feeds reads; make the data set return the same sample for the same index"
         )
     return tuple(counts[0].tolist())

@@ -18,10 +18,10 @@ from megatron_mosaic.host.gradients import (
     finish_gathering_parameters,
     gather_parameters,
 )
-from megatron_mosaic.host.llava import LANGUAGE
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
@@ -75,7 +75,7 @@ class PlanForwardBackward:
 
         Raises:
             HostError: Non-loss data is asked for.
-            LayoutError: Modules read different images for a sample.
+            LayoutError: Modules count different rows of a sample.
 
         Note:
             Collective over the world.
@@ -90,9 +90,11 @@ class PlanForwardBackward:
         schedule, steps = self._prepared(num_microbatches, forward_only)
         batches = next(data_iterator)
         runtime.randomness.unpark()
-        self._begin_boundaries(batches.images, schedule)
+        runtime.channels.begin(batches.rows, schedule=schedule)
         if not forward_only:
-            self._flops.num_images = sum(batches.images)
+            self._flops.of_rows = sum(
+                sum(counts) * runtime.row_facts[name].flops for name, counts in batches.rows.items()
+            )
         works = {}
         for name, runner in runtime.runners.items():
             runner.config.grad_scale_func = top.config.grad_scale_func
@@ -108,12 +110,6 @@ class PlanForwardBackward:
             steps
         )
         return self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
-
-    def _begin_boundaries(self, images: Sequence[int], schedule: Schedule) -> None:
-        runner = next(iter(self._runtime.runners.values()), None)
-        if runner is not None:
-            rows = tuple(count * runner.boundary.rows_per_image for count in images)
-            self._runtime.channels.begin(rows, schedule=schedule)
 
     def _prepare(
         self, num_microbatches: int, forward_only: bool

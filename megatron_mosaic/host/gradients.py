@@ -10,8 +10,8 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.agreement import raise_together
-from megatron_mosaic.host.llava import LANGUAGE
 from megatron_mosaic.host.runner import ModuleRunner
+from megatron_mosaic.layout.placement import LANGUAGE
 
 
 def finalize_gradients(

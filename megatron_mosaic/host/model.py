@@ -22,12 +22,14 @@ from megatron.training.models.dist_utils import (
 from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.host import llava
+from megatron_mosaic.host.families.family import building_one_module, check_trainable, family_of
+from megatron_mosaic.host.families.registry import known_families
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
 from megatron_mosaic.host.runner import ModuleRunner
-from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.host.runtime import Runtime, share_row_facts
 from megatron_mosaic.host.weights import initialize_by_name, mark_gated_linears
+from megatron_mosaic.layout.placement import LANGUAGE
 
 
 class MosaicModel(MimoModel):
@@ -50,14 +52,14 @@ class MosaicModel(MimoModel):
 
     def add(self, name: str, module: torch.nn.Module) -> None:
         """Adds a module of this rank under its name in the plan."""
-        if name == llava.LANGUAGE:
+        if name == LANGUAGE:
             self.language_model = module
         else:
             self.modality_submodules[name] = module
 
     def hosted(self) -> dict[str, torch.nn.Module]:
         """Modules on this rank by their names in the plan."""
-        language = {} if self.language_model is None else {llava.LANGUAGE: self.language_model}
+        language = {} if self.language_model is None else {LANGUAGE: self.language_model}
         return language | dict(self.modality_submodules.items())
 
     def sharded_state_dict(
@@ -153,11 +155,16 @@ class MosaicBuilder(ModelBuilder):
             )
             model.add(name, wrapped)
             runtime.runners[name] = ModuleRunner(
-                wrapped, groups=groups, randomness=runtime.randomness
+                wrapped,
+                groups=groups,
+                boundary=family_of(module, known_families()).boundary(wrapped, name),
+                randomness=runtime.randomness,
             )
+        share_row_facts(runtime, args)
         if built:
             runtime.channels.open_all(
                 hidden_size=args.hidden_size,
+                row_widths={name: facts.width for name, facts in runtime.row_facts.items()},
                 sequence_length=args.decoder_seq_length or args.seq_length,
                 dtype=args.params_dtype,
                 device=torch.device(torch.cuda.current_device()),
@@ -179,12 +186,13 @@ def _build_module(
         with (
             runtime.scope_of(name).active(),
             runtime.randomness.of(name),
-            llava.building_one_module(groups),
+            building_one_module(known_families(), groups, modules=list(runtime.plan.modules)),
         ):
             module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
     finally:
         args.ckpt_format = ckpt_format
-    llava.check_trainable(module, groups.placement)
+    parts = family_of(module, known_families()).parts(module, name)
+    check_trainable(module, groups.placement, parts)
     _check_stage_trains(module, groups)
     mark_gated_linears(module)
     for part in module.modules():
@@ -213,7 +221,7 @@ def _ddp_config_of(
     own = deepcopy(ddp_config)
     # The engine starts parameter gathers itself, before the first task (see gradients.py).
     own.align_param_gather = own.overlap_param_gather
-    if name != llava.LANGUAGE:
+    if name != LANGUAGE:
         own.average_in_collective = False
     return own
 

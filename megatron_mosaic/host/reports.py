@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, the encoder's included."""
+"""Floating-point operations of a step, the encoders' included."""
 
 import argparse
 import copy
@@ -15,8 +15,8 @@ class StepFlops:
     """
 
     def __init__(self) -> None:
-        # Images of the last step; until there was one, an image in each sample.
-        self.num_images: int | None = None
+        # Operations behind the boundary rows of the last step.
+        self.of_rows = 0.0
 
     def __call__(self, args: argparse.Namespace, batch_size: int, **unused: Any) -> float:
         """Counts forward and backward operations of one global batch.
@@ -26,8 +26,7 @@ class StepFlops:
             batch_size: Samples.
             unused: Statistics of packed sequences, which these scripts do not have.
         """
-        num_images = batch_size if self.num_images is None else self.num_images
-        return language_flops(args, batch_size) + encoder_flops(args, num_images)
+        return language_flops(args, batch_size) + self.of_rows
 
 
 def language_flops(args: argparse.Namespace, batch_size: int) -> float:

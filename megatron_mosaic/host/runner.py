@@ -10,13 +10,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
 from megatron.core.utils import get_model_config
 
+from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.llava import LANGUAGE, LlavaBoundary
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.task import Task
-
-Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -48,10 +47,9 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """Ends of the autograd graph of one forward task, and who sent its input."""
+    """Ends of the autograd graph of one forward task: what it received, by sender, and made."""
 
-    source: str | None
-    inputs: torch.Tensor | None
+    received: Mapping[str, torch.Tensor]
     output: torch.Tensor
 
 
@@ -59,13 +57,18 @@ class ModuleRunner:
     """One module on this rank."""
 
     def __init__(
-        self, model: torch.nn.Module, *, groups: ModuleGroups, randomness: ModuleRandomness
+        self,
+        model: torch.nn.Module,
+        *,
+        groups: ModuleGroups,
+        boundary: ModuleBoundary,
+        randomness: ModuleRandomness,
     ) -> None:
         self.model = model
         self.groups = groups
         self.name = groups.placement.name
         self.config = get_model_config(model)
-        self.boundary = LlavaBoundary(model)
+        self.boundary = boundary
         self._scope = ParallelStateScope(groups.collection)
         self._randomness = randomness
         self._live: dict[tuple[int, ...], _Live | None] = {}
@@ -95,14 +98,14 @@ class ModuleRunner:
             # No image among the samples of this rank: its replicas run without it.
             self._keep(task, None)
             return None
-        source, inputs = self._input_of(received)
+        leaves = {source: self._leaf(values) for source, values in received.items()}
         with self.as_process(), self._gradient_sync(task):
             output, num_tokens = forward_step(
                 work.forward_step_func,
                 self._reader(work.batches[task.microbatches]),
                 self.model,
                 work.num_microbatches,
-                inputs,
+                self._inputs_of(leaves),
                 work.losses,
                 self.config,
                 cp_group_size=self.groups.collection.cp.size(),
@@ -111,30 +114,29 @@ class ModuleRunner:
                 is_last_stage=self._makes_loss(),
             )
         work.num_tokens = work.num_tokens + num_tokens
-        self._keep(task, _Live(source, inputs, output))
         if self._makes_loss():
+            self._keep(task, _Live(leaves, output))
             return None
         # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
-        return self._rows_of(output).detach().to(self.config.params_dtype)
+        leaving = self._leaving(output).to(self.config.params_dtype)
+        self._keep(task, _Live(leaves, leaving))
+        return leaving.detach()
 
     def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """Runs a backward task. Returns the gradient of what its forward task received."""
         live = self._live.pop(task.microbatches)
         if live is None:
             return {}
-        gradient = None
-        if received is not None:
-            gradient = self._output_gradient(received).to(live.output.dtype)
+        sources = list(live.received)
         with self.as_process(), self._gradient_sync(task):
-            input_gradient = backward_step(live.inputs, live.output, gradient, self.config)
-        if live.source is None or live.inputs is None:
-            return {}
-        if input_gradient is None:
-            # No row of the input had a part in the loss.
-            input_gradient = torch.zeros_like(live.inputs)
-        if live.source == self.name:
-            return {live.source: input_gradient}
-        return {live.source: self.boundary.rows_of(input_gradient)}
+            gradients = backward_step(
+                [live.received[source] for source in sources], live.output, received, self.config
+            )
+        return {
+            # No gradient: nothing of it had a part in the loss.
+            source: torch.zeros_like(live.received[source]) if gradient is None else gradient
+            for source, gradient in zip(sources, gradients, strict=True)
+        }
 
     def _current_work(self) -> StepWork:
         assert self._work is not None, "begin() comes before the first task"
@@ -164,17 +166,14 @@ class ModuleRunner:
         wrapper: Any = self.model
         return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
 
-    def _input_of(
-        self, received: Mapping[str, torch.Tensor]
-    ) -> tuple[str, torch.Tensor] | tuple[None, None]:
-        if not received:
-            return None, None
-        ((source, rows),) = received.items()
-        inputs = rows if source == self.name else self.boundary.embeddings_of(rows)
-        return source, inputs.detach().requires_grad_(not self._current_work().forward_only)
+    def _leaf(self, values: torch.Tensor) -> torch.Tensor:
+        return values.detach().requires_grad_(not self._current_work().forward_only)
 
-    def _rows_of(self, output: torch.Tensor) -> torch.Tensor:
+    def _inputs_of(self, leaves: Mapping[str, torch.Tensor]) -> Any:
+        """Returns what ``set_input_tensor`` takes: a hidden state, or what rows stand for."""
+        if not leaves:
+            return None
+        return leaves[self.name] if self.name in leaves else self.boundary.inputs_of(leaves)
+
+    def _leaving(self, output: Any) -> torch.Tensor:
         return output if self.name == LANGUAGE else self.boundary.rows_of(output)
-
-    def _output_gradient(self, received: torch.Tensor) -> torch.Tensor:
-        return received if self.name == LANGUAGE else self.boundary.embeddings_of(received)

@@ -1,7 +1,8 @@
 """What a rank holds while a plan runs."""
 
+import argparse
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
@@ -14,6 +15,18 @@ from megatron_mosaic.layout.plan import Plan
 
 if TYPE_CHECKING:
     from megatron_mosaic.host.runner import ModuleRunner
+
+
+class RowFacts(NamedTuple):
+    """What every rank knows of the rows that a module makes.
+
+    Args:
+        width: Values of a row.
+        flops: Operations of forward and backward pass behind a row.
+    """
+
+    width: int
+    flops: float
 
 
 @dataclass(kw_only=True)
@@ -29,6 +42,7 @@ class Runtime:
         channels: Edges that begin or end on this rank.
         agreement: Makes an error on one rank an error on all.
         runners: Modules on this rank, once they are built.
+        row_facts: Rows of every module of the plan, once all are built.
     """
 
     plan: Plan
@@ -40,7 +54,24 @@ class Runtime:
     agreement: Agreement
     randomness: ModuleRandomness = field(default_factory=ModuleRandomness)
     runners: "dict[str, ModuleRunner]" = field(default_factory=dict)
+    row_facts: dict[str, RowFacts] = field(default_factory=dict)
 
     def scope_of(self, module: str) -> ParallelStateScope:
         """Parallel state of one module on this rank."""
         return ParallelStateScope(self.hosted[module].collection)
+
+
+def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
+    """Tells every rank what the rows of all modules are: who receives some did not build them.
+
+    Note:
+        Collective over the world.
+    """
+    own = {
+        name: RowFacts(runner.boundary.width, runner.boundary.flops_per_row(args))
+        for name, runner in runtime.runners.items()
+        if runner.groups.is_last_stage
+    }
+    every: list[dict[str, RowFacts]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, own, group=runtime.host_group)
+    runtime.row_facts = {name: facts for some in every for name, facts in some.items()}

@@ -17,7 +17,6 @@ from megatron.training.global_vars import get_args
 from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
-from megatron_mosaic.host import llava
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import log_choices
 from megatron_mosaic.host.channels import ChannelSet
@@ -31,6 +30,7 @@ from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.build import build_schedule
 
 DatasetProvider = Callable[..., tuple[Any, Any, Any]]
@@ -68,7 +68,6 @@ def pretrain(
         )
         return
     try:
-        llava.check_modules(list(meeting.plan.modules))
         check_seams()
         _pretrain_plan(
             cfg_container,
@@ -102,7 +101,7 @@ def _pretrain_plan(
     flops = StepFlops()
     forward_backward = PlanForwardBackward(runtime, trace=_trace(args), flops=flops)
     collections = {name: groups.collection for name, groups in runtime.hosted.items()}
-    language = llava.LANGUAGE if llava.LANGUAGE in collections else None
+    language = LANGUAGE if LANGUAGE in collections else None
     pg_collection = MultiModuleProcessGroupCollection(
         # An idle rank has no module, and the type wants one.
         module_pgs=collections or {"idle": lone_collection(runtime.alone)},
@@ -215,13 +214,13 @@ def _reader(
     schedule = build_schedule(
         plan, num_microbatches=samples // per_microbatch, forward_only=not training
     )
-    runner = next(iter(runtime.runners.values()), None)
     return StepReader(
         dataset,
         schedule=schedule,
         hosted=runtime.hosted,
         language=plan.language,
-        image_token=runner.boundary.image_token if runner else 0,
+        sources=sorted({source for source, _ in plan.edges}),
+        boundaries={name: runner.boundary for name, runner in runtime.runners.items()},
         samples_per_replica=args.micro_batch_size,
         first_sample=first,
         num_workers=args.num_workers,

@@ -11,6 +11,8 @@ from megatron_mosaic.layout.ranks import show_ranks
 
 Axis = Literal["tp", "cp", "dp", "pp"]
 
+LANGUAGE = "language"  # the plan's name of the module that every other one is connected with
+
 AXES: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")  # fastest first, Megatron's order
 
 

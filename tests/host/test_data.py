@@ -35,6 +35,11 @@ class _Samples(torch.utils.data.Dataset):
         return {"tokens": torch.tensor([-200, index]), "image": torch.zeros(3, 1, 1)}
 
 
+class _OneRowPerImage:
+    def row_counts(self, batch):
+        return {"vision": (batch["tokens"] == -200).sum(dim=1).tolist()}
+
+
 def _read_two_steps(rank):
     from megatron_mosaic.host.cpu import run_on_cpu
 
@@ -60,7 +65,8 @@ def _read_two_steps(rank):
         schedule=build_schedule(plan),
         hosted=hosted,
         language=plan.language,
-        image_token=-200,
+        sources=["vision"],
+        boundaries=dict.fromkeys(hosted, _OneRowPerImage()),
         samples_per_replica=2,
         first_sample=0,
         num_workers=0,
@@ -76,7 +82,7 @@ def _read_two_steps(rank):
         ]
         for name in hosted
     }
-    return tokens, sorted(dataset.read), [step.images for step in steps]
+    return tokens, sorted(dataset.read), [step.rows for step in steps]
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +110,9 @@ def test_reader_reads_nothing_else(outcomes):
         assert read == sorted(wanted)
 
 
-def test_reader_tells_every_rank_the_images_of_all_samples(outcomes):
-    for _, _, images in outcomes:
-        assert images == [(1,) * 8, (1,) * 8]
+def test_reader_tells_every_rank_the_rows_of_all_samples(outcomes):
+    for _, _, rows in outcomes:
+        assert rows == [{"vision": (1,) * 8}, {"vision": (1,) * 8}]
 
 
 @settings(deadline=None)

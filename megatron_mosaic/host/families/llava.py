@@ -4,11 +4,12 @@ Upstream's class can build either half: the vision encoder with its projector, o
 model. Scripts ask for both, so while a module is built the constructor gets the half's flags.
 """
 
+import argparse
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.host.reports import encoder_flops
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 
-VISION, LANGUAGE = "vision", "language"
+VISION = "vision"
 
 # Where a part of the plan's ``trainable`` lies in the model.
 PARTS: Mapping[str, Mapping[str, str]] = {
@@ -34,7 +36,27 @@ PARTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def check_modules(names: list[str]) -> None:
+class LlavaFamily:
+    """LLaVAModel: one vision encoder with its projector, and the language model."""
+
+    model_class = LLaVAModel
+
+    def building_one_module(
+        self, groups: ModuleGroups, *, modules: Sequence[str]
+    ) -> AbstractContextManager[None]:
+        """Makes LLaVAModel build one half only."""
+        return building_one_module(groups, modules=modules)
+
+    def parts(self, model: torch.nn.Module, name: str) -> Mapping[str, str]:
+        """Tells where the parts of a half lie."""
+        return PARTS[name]
+
+    def boundary(self, model: torch.nn.Module, name: str) -> "LlavaBoundary":
+        """Returns the translator of a half."""
+        return LlavaBoundary(model, name)
+
+
+def check_modules(names: Sequence[str]) -> None:
     """Checks that a plan names the modules that the model has.
 
     Raises:
@@ -48,7 +70,7 @@ def check_modules(names: list[str]) -> None:
 
 
 @contextmanager
-def building_one_module(groups: ModuleGroups) -> Iterator[None]:
+def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iterator[None]:
     """Makes LLaVAModel build one module only, on that module's groups and sizes.
 
     ``pretrain_vlm.py`` hard-codes ``add_decoder=True`` and gives both halves the language
@@ -59,6 +81,7 @@ def building_one_module(groups: ModuleGroups) -> Iterator[None]:
 
     @functools.wraps(original)
     def build_half(self: LLaVAModel, *args: Any, **kwargs: Any) -> None:
+        check_modules(modules)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         bound.arguments.update(_overrides(bound.arguments, groups))
@@ -118,61 +141,42 @@ def _retarget(config: TransformerConfig, placement: ModulePlacement) -> Transfor
     return config
 
 
-def trainable_parts(module: torch.nn.Module, name: str) -> dict[str, bool | None]:
-    """Tells which parts that this rank holds are trainable; None means partly."""
-    found: dict[str, bool | None] = {}
-    for part, path in PARTS[name].items():
-        node: Any = module
-        for attribute in path.split("."):
-            node = getattr(node, attribute, None)
-        flags = {parameter.requires_grad for parameter in node.parameters()} if node else set()
-        if flags:
-            found[part] = flags.pop() if len(flags) == 1 else None
-    return found
-
-
-def check_trainable(module: torch.nn.Module, placement: ModulePlacement) -> None:
-    """Checks that the script froze what the plan says is frozen.
-
-    Raises:
-        PlanError: A part is trainable in one of the two only, or the plan names no such part.
-    """
-    where = f"modules.{placement.name}"
-    listed = placement.trainable
-    unknown = sorted(set(listed or ()) - set(PARTS[placement.name]))
-    if unknown:
-        raise PlanError(
-            f"{where}: trainable={list(listed or ())} must name parts out of "
-            f"{list(PARTS[placement.name])}; remove {unknown}"
-        )
-    for part, trainable in trainable_parts(module, placement.name).items():
-        wanted = listed is None or part in listed
-        if trainable != wanted:
-            state = {True: "trains", False: "froze", None: "trains only some weights of"}[trainable]
-            raise PlanError(
-                f"{where}: trainable={'everything' if listed is None else list(listed)} must agree "
-                f"with the script, which {state} {part!r}; change the plan or the script's freezing"
-            )
-
-
 class LlavaBoundary:
-    """Translates between LLaVA's tensors and boundary rows ``[tokens, h]``."""
+    """Translates between LLaVA's tensors and boundary rows ``[rows, h]``.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: A built half, which may be wrapped.
+        name: Which one.
+    """
+
+    def __init__(self, model: torch.nn.Module, name: str) -> None:
         inner = unwrap_model(model)
         self.rows_per_image: int = inner.img_seq_len
         self.image_token: int = inner.image_token_index
+        # Only the half with the encoder has a projection, and makes rows.
+        self.width: int = (inner.vision_projection or inner).config.hidden_size
+        self._name = name
 
-    def rows_of(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
-        return embeddings.transpose(0, 1).reshape(-1, embeddings.shape[-1])
+        return output.transpose(0, 1).reshape(-1, output.shape[-1])
 
-    def embeddings_of(self, rows: torch.Tensor) -> torch.Tensor:
+    def inputs_of(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``."""
-        if rows.shape[0] == 0:
-            return rows.reshape(0, 0, rows.shape[-1])
-        images = rows.reshape(-1, self.rows_per_image, rows.shape[-1])
+        (embeddings,) = rows.values()
+        if embeddings.shape[0] == 0:
+            return embeddings.reshape(0, 0, embeddings.shape[-1])
+        images = embeddings.reshape(-1, self.rows_per_image, embeddings.shape[-1])
         return images.transpose(0, 1).contiguous()
+
+    def row_counts(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[int]]:
+        """Counts the image rows of every sample of a batch by its image tokens."""
+        images = images_per_sample(batch, image_token=self.image_token)
+        return {VISION: [count * self.rows_per_image for count in images]}
+
+    def flops_per_row(self, args: argparse.Namespace) -> float:
+        """Counts the encoder's operations behind one of an image's rows."""
+        return encoder_flops(args, 1) / self.rows_per_image if self._name == VISION else 0.0
 
 
 def images_per_sample(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list[int]:

@@ -1,0 +1,142 @@
+"""What the runtime asks of a kind of model, so that it need not know any."""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.placement import ModulePlacement
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class ModuleBoundary(Protocol):
+    """Translates between one module's tensors and boundary rows ``[rows, width]``.
+
+    Autograd runs through the translation: the gradient of rows are rows.
+    """
+
+    width: int
+    """Width of the rows that the module makes."""
+
+    def rows_of(self, output: Any) -> torch.Tensor:
+        """Turns what the module returned into rows, sample after sample."""
+        ...
+
+    def inputs_of(self, rows: Mapping[str, torch.Tensor]) -> Any:
+        """Turns rows, by the module that made them, into what ``set_input_tensor`` takes."""
+        ...
+
+    def row_counts(self, batch: Batch) -> Mapping[str, Sequence[int]]:
+        """Counts the rows of every sample of a batch that this module reads.
+
+        Returns:
+            Rows by the module that makes them: this one, and those that feed it.
+
+        Raises:
+            HostError: The batch contradicts itself, or lacks what is counted.
+        """
+        ...
+
+    def flops_per_row(self, args: argparse.Namespace) -> float:
+        """Counts the operations of forward and backward pass behind one row of this module."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """A kind of model: how it is built in parts, and what the parts are called."""
+
+    model_class: type[torch.nn.Module]
+    """What a script's ``model_provider`` returns."""
+
+    def building_one_module(
+        self, groups: ModuleGroups, *, modules: Sequence[str]
+    ) -> AbstractContextManager[None]:
+        """Makes the class build one module only, on that module's groups and sizes.
+
+        Args:
+            groups: Groups of the module.
+            modules: All modules of the plan.
+
+        Raises:
+            PlanError: The model has other modules than the plan; raised by the constructor.
+        """
+        ...
+
+    def parts(self, model: torch.nn.Module, name: str) -> Mapping[str, str]:
+        """Tells where the parts of a plan's ``trainable`` lie in the built module."""
+        ...
+
+    def boundary(self, model: torch.nn.Module, name: str) -> ModuleBoundary:
+        """Returns the translator of a built module, which may be wrapped."""
+        ...
+
+
+@contextmanager
+def building_one_module(
+    families: Sequence[ModelFamily], groups: ModuleGroups, *, modules: Sequence[str]
+) -> Iterator[None]:
+    """Makes the model class of every family build one module only, whichever the script uses."""
+    with ExitStack() as stack:
+        for family in families:
+            stack.enter_context(family.building_one_module(groups, modules=modules))
+        yield
+
+
+def family_of(model: torch.nn.Module, families: Sequence[ModelFamily]) -> ModelFamily:
+    """Finds the family of what a script's provider built.
+
+    Raises:
+        PlanError: No family knows it.
+    """
+    for family in families:
+        if isinstance(model, family.model_class):
+            return family
+    known = [family.model_class.__name__ for family in families]
+    raise PlanError(
+        f"script: model={type(model).__name__} must be one of {known} under a plan; "
+        f"return one of them from model_provider"
+    )
+
+
+def trainable_parts(model: torch.nn.Module, parts: Mapping[str, str]) -> dict[str, bool | None]:
+    """Tells which parts that this rank holds are trainable; None means partly."""
+    found: dict[str, bool | None] = {}
+    for part, path in parts.items():
+        node: Any = model
+        for attribute in path.split("."):
+            node = getattr(node, attribute, None)
+        flags = {parameter.requires_grad for parameter in node.parameters()} if node else set()
+        if flags:
+            found[part] = flags.pop() if len(flags) == 1 else None
+    return found
+
+
+def check_trainable(
+    model: torch.nn.Module, placement: ModulePlacement, parts: Mapping[str, str]
+) -> None:
+    """Checks that the script froze what the plan says is frozen.
+
+    Raises:
+        PlanError: A part is trainable in one of the two only, or the plan names no such part.
+    """
+    where = f"modules.{placement.name}"
+    listed = placement.trainable
+    unknown = sorted(set(listed or ()) - set(parts))
+    if unknown:
+        raise PlanError(
+            f"{where}: trainable={list(listed or ())} must name parts out of "
+            f"{list(parts)}; remove {unknown}"
+        )
+    for part, trainable in trainable_parts(model, parts).items():
+        wanted = listed is None or part in listed
+        if trainable != wanted:
+            state = {True: "trains", False: "froze", None: "trains only some weights of"}[trainable]
+            raise PlanError(
+                f"{where}: trainable={'everything' if listed is None else list(listed)} must agree "
+                f"with the script, which {state} {part!r}; change the plan or the script's freezing"
+            )

@@ -1,0 +1,9 @@
+"""The families that a run may meet."""
+
+from megatron_mosaic.host.families.family import ModelFamily
+from megatron_mosaic.host.families.llava import LlavaFamily
+
+
+def known_families() -> tuple[ModelFamily, ...]:
+    """All families; which one a run has shows when the script's provider builds its class."""
+    return (LlavaFamily(),)
