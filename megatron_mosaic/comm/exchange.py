@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from megatron_mosaic.comm.groups import wire_of
 from megatron_mosaic.comm.route import Gather, Leg, Route
-from megatron_mosaic.layout.ownership import Interval
+from megatron_mosaic.layout.rows import Interval, Places, Rows
 
-Rows = tuple[Interval, torch.Tensor]  # values of an interval of rows
+Values = tuple[Interval, torch.Tensor]  # of consecutive rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +45,12 @@ class Exchange:
                 It must not change until the exchange is finished.
         """
         rank, wire = dist.get_rank(), wire_of(self.group, device=self.device)
-        held = route.held.get(rank, Interval(0, 0))
+        held = route.held.get(rank, Rows())
         rows = self.empty(0) if rows is None else rows.detach().contiguous()
         self._check(rows, held)
+        places = Places(held)
         outgoing = {
-            peer: _pack([rows[_within(leg.interval, held)] for leg in legs]).to(wire)
+            peer: _pack([rows[places.slice(leg.interval)] for leg in legs]).to(wire)
             for peer, legs in _by_peer(route.legs, sender=rank).items()
         }
         arriving = _by_peer(route.legs, receiver=rank)
@@ -57,8 +58,8 @@ class Exchange:
             peer: self.empty(sum(leg.interval.size for leg in legs), on=wire)
             for peer, legs in arriving.items()
         }
-        arrived: list[Rows] = [
-            (leg.interval, rows[_within(leg.interval, held)])
+        arrived: list[Values] = [
+            (leg.interval, rows[places.slice(leg.interval)])
             for leg in route.legs
             if leg.source == leg.destination == rank
         ]
@@ -66,7 +67,7 @@ class Exchange:
             arrived += _unpack(incoming[peer], legs)
         return PendingExchange(
             exchange=self,
-            wanted=route.wanted.get(rank, Interval(0, 0)),
+            wanted=route.wanted.get(rank, Rows()),
             gather=route.gather_of(rank),
             arrived=arrived,
             outgoing=list(outgoing.values()),
@@ -87,7 +88,7 @@ class Exchange:
         # Renamed in torch 2.13, where the old name warns.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(shares, share.to(wire), group=self.gather_group)
-        return shares[: gather.num_rows].to(self.device)
+        return shares[: gather.rows.size].to(self.device)
 
     def _issue(
         self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
@@ -105,7 +106,7 @@ class Exchange:
     ) -> dist.P2POp:
         return dist.P2POp(kind, message, peer, group=self.group)
 
-    def _check(self, rows: torch.Tensor, held: Interval) -> None:
+    def _check(self, rows: torch.Tensor, held: Rows) -> None:
         expected = (held.size, self.hidden_size)
         assert rows.shape == expected, f"rows are {tuple(rows.shape)}, the route says {expected}"
         assert rows.dtype == self.dtype, f"rows are {rows.dtype}, the exchange has {self.dtype}"
@@ -120,9 +121,9 @@ class PendingExchange:
     """
 
     exchange: Exchange
-    wanted: Interval
+    wanted: Rows
     gather: Gather | None
-    arrived: Sequence[Rows] | None
+    arrived: Sequence[Values] | None
     outgoing: Sequence[torch.Tensor]
     works: Sequence[dist.Work]
 
@@ -157,7 +158,7 @@ class PendingExchange:
             work.wait()
         self.works = self.outgoing = ()
 
-    def _assemble(self, arrived: Sequence[Rows]) -> torch.Tensor:
+    def _assemble(self, arrived: Sequence[Values]) -> torch.Tensor:
         whole = list(arrived)
         if self.gather is not None:
             gathered, whole = self._gather(arrived, self.gather)
@@ -167,19 +168,22 @@ class PendingExchange:
                 first += interval.size
         return _sum(whole, over=self.wanted, empty=self.exchange.empty(0))
 
-    def _gather(self, arrived: Sequence[Rows], gather: Gather) -> tuple[torch.Tensor, list[Rows]]:
+    def _gather(
+        self, arrived: Sequence[Values], gather: Gather
+    ) -> tuple[torch.Tensor, list[Values]]:
         """Returns the gathered rows, and what arrived beside them."""
-        whole: list[Rows] = []
-        parts: list[Rows] = []
+        whole: list[Values] = []
+        parts: list[Values] = []
+        places = Places(gather.rows)
         for interval, values in arrived:
-            first = gather.offset(interval.start)
+            first = places.find(interval.start)
             if first is None:
                 whole.append((interval, values))
             else:
                 parts.append((Interval(first, first + interval.size), values))
         share = gather.share(gather.ranks.index(dist.get_rank()))
         padded = Interval(share.start, share.start + gather.share_size)
-        own = _sum(parts, over=padded, empty=self.exchange.empty(0))
+        own = _sum(parts, over=Rows([padded]), empty=self.exchange.empty(0))
         return self.exchange.gather(own, gather), whole
 
 
@@ -197,31 +201,27 @@ def _by_peer(
     return by_peer
 
 
-def _within(interval: Interval, outer: Interval) -> slice:
-    return slice(interval.start - outer.start, interval.stop - outer.start)
-
-
 def _pack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _unpack(message: torch.Tensor, legs: Sequence[Leg]) -> list[Rows]:
+def _unpack(message: torch.Tensor, legs: Sequence[Leg]) -> list[Values]:
     parts = message.split([leg.interval.size for leg in legs])
     return [(leg.interval, part) for leg, part in zip(legs, parts, strict=True)]
 
 
-def _sum(parts: Sequence[Rows], *, over: Interval, empty: torch.Tensor) -> torch.Tensor:
+def _sum(parts: Sequence[Values], *, over: Rows, empty: torch.Tensor) -> torch.Tensor:
     """Adds parts up, each at its rows; rows without a part are zero.
 
     Most often the parts lie side by side: then nothing is added, and a single part not even
     copied.
     """
     parts = sorted(parts, key=lambda part: part[0])
-    starts = [over.start, *(interval.stop for interval, _ in parts)]
-    stops = [*(interval.start for interval, _ in parts), over.stop]
-    if starts == stops:
+    sizes = sum(interval.size for interval, _ in parts)
+    if sizes == over.size and Rows.of(interval for interval, _ in parts) == over:
         return _pack([values for _, values in parts]) if parts else empty
     total = empty.new_zeros(over.size, empty.size(1))
+    places = Places(over)
     for interval, values in parts:
-        total[_within(interval, over)] += values
+        total[places.slice(interval)] += values
     return total

@@ -6,15 +6,16 @@ from data equal on every rank, so all ranks derive the same route without talkin
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.ownership import Interval, Ownership, split_evenly
+from megatron_mosaic.layout.ownership import Ownership
+from megatron_mosaic.layout.rows import Interval, Places, Rows, split_evenly
 
-Part = Mapping[int, Interval]  # ranks and the rows that they hold; equal rows, equal values
+Part = Mapping[int, Rows]  # ranks and the rows that they hold; equal rows, equal values
 NodeOf = Callable[[int], int]  # node of a global rank
 
 
@@ -32,35 +33,21 @@ class Gather:
 
     Args:
         ranks: The replicas, ascending. Legs bring ``share(t)`` to the ``t``-th of them.
-        rows: Row intervals, ascending and disjoint; together they form the gathered tensor.
+        rows: Rows of the boundary tensor that form the gathered tensor.
     """
 
     ranks: tuple[int, ...]
-    rows: tuple[Interval, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the gathered tensor."""
-        return sum(interval.size for interval in self.rows)
+    rows: Rows
 
     @property
     def share_size(self) -> int:
         """Rows of one share: equal for all, as an all-gather needs it; the last may have fewer."""
-        return -(-self.num_rows // len(self.ranks))
+        return -(-self.rows.size // len(self.ranks))
 
     def share(self, index: int) -> Interval:
         """Rows of the gathered tensor that the replica at ``index`` receives from elsewhere."""
         share = Interval(index * self.share_size, (index + 1) * self.share_size)
-        return share.clip(Interval(0, self.num_rows))
-
-    def offset(self, row: int) -> int | None:
-        """Position in the gathered tensor of a row of the boundary tensor."""
-        first = 0
-        for interval in self.rows:
-            if interval.start <= row < interval.stop:
-                return first + row - interval.start
-            first += interval.size
-        return None
+        return share.clip(Interval(0, self.rows.size))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +55,15 @@ class Route:
     """How rows get from the ranks that hold them to the ranks that want them.
 
     Args:
-        held: Rows in the tensor of every rank that may send.
+        held: Rows that every rank which may send has.
         wanted: Rows that each receiving rank has in the end.
         legs: In the order in which every rank issues its own. A row that reaches a rank by
             several legs is the sum of what they bring; one that no leg brings is zero.
         gathers: What is all-gathered after the legs; a rank is in one at most.
     """
 
-    held: Mapping[int, Interval]
-    wanted: Mapping[int, Interval]
+    held: Mapping[int, Rows]
+    wanted: Mapping[int, Rows]
     legs: tuple[Leg, ...]
     gathers: tuple[Gather, ...]
 
@@ -95,11 +82,11 @@ def route(produced: Ownership, kept: Ownership, *, node_of: NodeOf | None = None
     Raises:
         LayoutError: A kept row is not produced by any rank.
     """
-    builder = _RouteBuilder(parts=(produced.intervals,), node_of=node_of or _one_node)
+    builder = _RouteBuilder(parts=(produced.rows,), node_of=node_of or _one_node)
     _check_produced(produced, kept)
     for replicas in _sorted_sets(kept):
-        builder.deliver(replicas, kept.intervals[replicas[0]])
-    return builder.route(wanted=kept.intervals)
+        builder.deliver(replicas, kept.rows[replicas[0]])
+    return builder.route(wanted=kept.rows)
 
 
 def gradient_route(produced: Ownership, kept: Ownership, *, node_of: NodeOf | None = None) -> Route:
@@ -108,13 +95,11 @@ def gradient_route(produced: Ownership, kept: Ownership, *, node_of: NodeOf | No
     Replicas of a destination hold the same gradient, so one speaks for all of them. Where
     several sets of replicas kept a row, each has a part of its gradient and all are brought.
     """
-    parts = tuple(
-        {rank: kept.intervals[rank] for rank in replicas} for replicas in _sorted_sets(kept)
-    )
+    parts = tuple({rank: kept.rows[rank] for rank in replicas} for replicas in _sorted_sets(kept))
     builder = _RouteBuilder(parts=parts, node_of=node_of or _one_node)
     for replicas in _sorted_sets(produced):
-        builder.deliver(replicas, produced.intervals[replicas[0]])
-    return builder.route(wanted=produced.intervals)
+        builder.deliver(replicas, produced.rows[replicas[0]])
+    return builder.route(wanted=produced.rows)
 
 
 def _one_node(rank: int) -> int:
@@ -126,15 +111,15 @@ def _sorted_sets(ownership: Ownership) -> list[tuple[int, ...]]:
 
 
 def _check_produced(produced: Ownership, kept: Ownership) -> None:
-    available = list(_merged(produced.intervals.values()))
-    for rank, interval in kept.intervals.items():
-        covered = sum(interval.clip(rows).size for rows in available)
-        if covered < interval.size:
-            raise LayoutError(
-                f"boundary: rows={list(interval)} kept by rank {rank} must be among the rows "
-                f"{[list(rows) for rows in available]} that are produced; "
-                f"derive both from the same token counts"
-            )
+    available = Rows.of(interval for rows in produced.rows.values() for interval in rows)
+    for rank, rows in kept.rows.items():
+        for interval in rows:
+            if sum(part.size for part in available.inside(interval)) < interval.size:
+                raise LayoutError(
+                    f"boundary: rows={list(interval)} kept by rank {rank} must be among the rows "
+                    f"{[list(each) for each in available]} that are produced; "
+                    f"derive both from the same row counts"
+                )
 
 
 class _Piece(NamedTuple):
@@ -155,16 +140,16 @@ class _RouteBuilder:
         self.gathers: list[Gather] = []
         self.load: dict[int, int] = {}  # rows that a rank sends to others
 
-    def route(self, *, wanted: Mapping[int, Interval]) -> Route:
+    def route(self, *, wanted: Mapping[int, Rows]) -> Route:
         held = {rank: rows for part in self.parts for rank, rows in part.items()}
         return Route(
             held=held, wanted=dict(wanted), legs=tuple(self.legs), gathers=tuple(self.gathers)
         )
 
-    def deliver(self, replicas: tuple[int, ...], rows: Interval) -> None:
+    def deliver(self, replicas: tuple[int, ...], rows: Rows) -> None:
         """Brings the sum of all parts of ``rows`` to each of the replicas."""
         shared = []
-        for piece in _inside(rows, self.pieces):
+        for piece in (piece for interval in rows for piece in _inside(interval, self.pieces)):
             if len(replicas) == 1:
                 self._bring_whole(piece, replicas)
             elif len(piece.holders) == 1 and not set(piece.holders[0]).isdisjoint(replicas):
@@ -186,7 +171,7 @@ class _RouteBuilder:
                     self._fetch(rank, piece.rows, near or holders, num_sharing=len(lacking))
 
     def _bring_shares(self, pieces: Sequence[_Piece], replicas: tuple[int, ...]) -> None:
-        gather = Gather(ranks=replicas, rows=tuple(_merged(piece.rows for piece in pieces)))
+        gather = Gather(ranks=replicas, rows=Rows.of(piece.rows for piece in pieces))
         self.gathers.append(gather)
         for index, rank in enumerate(replicas):
             for piece, rows in _share_pieces(gather, index, pieces):
@@ -205,7 +190,7 @@ class _RouteBuilder:
         by_load = sorted(holders, key=lambda holder: (self.load.get(holder, 0), holder))
         sources = by_load[: -(-len(holders) // num_sharing)]
         for source, part in zip(sources, split_evenly(rows.size, len(sources)), strict=True):
-            self._add(source, rank, Interval(rows.start + part.start, rows.start + part.stop))
+            self._add(source, rank, part.shift(rows.start))
 
     def _add(self, source: int, destination: int, rows: Interval) -> None:
         if not rows.size:
@@ -217,12 +202,15 @@ class _RouteBuilder:
 
 def _pieces(parts: Sequence[Part]) -> list[_Piece]:
     """Cuts all rows where their holders change; ascending."""
-    cuts = sorted({bound for part in parts for rows in part.values() for bound in rows})
+    cuts = sorted(
+        {bound for part in parts for rows in part.values() for each in rows for bound in each}
+    )
     holders: list[dict[int, list[int]]] = [{} for _ in cuts]  # of the rows that follow each cut
     for index, part in enumerate(parts):
         for rank, rows in sorted(part.items()):
-            for cut in range(bisect_left(cuts, rows.start), bisect_left(cuts, rows.stop)):
-                holders[cut].setdefault(index, []).append(rank)
+            for start, stop in rows:
+                for cut in range(bisect_left(cuts, start), bisect_left(cuts, stop)):
+                    holders[cut].setdefault(index, []).append(rank)
     return [
         _Piece(Interval(*bounds), tuple(tuple(ranks) for ranks in of_parts.values()))
         for bounds, of_parts in zip(pairwise(cuts), holders, strict=False)
@@ -231,39 +219,21 @@ def _pieces(parts: Sequence[Part]) -> list[_Piece]:
 
 
 def _inside(rows: Interval, pieces: Sequence[_Piece]) -> Iterator[_Piece]:
-    if not rows.size:
-        return
     first = bisect_right(pieces, rows.start, key=lambda piece: piece.rows.stop)
     last = bisect_left(pieces, rows.stop, key=lambda piece: piece.rows.start)
     for piece in pieces[first:last]:
         yield piece._replace(rows=piece.rows.clip(rows))
 
 
-def _merged(intervals: Iterable[Interval]) -> Iterator[Interval]:
-    """Joins intervals that touch or overlap."""
-    start = stop = None
-    for interval in sorted(interval for interval in intervals if interval.size):
-        if start is None or stop is None:
-            start, stop = interval
-        elif interval.start <= stop:
-            stop = max(stop, interval.stop)
-        else:
-            yield Interval(start, stop)
-            start, stop = interval
-    if start is not None and stop is not None:
-        yield Interval(start, stop)
-
-
 def _share_pieces(
     gather: Gather, index: int, pieces: Sequence[_Piece]
 ) -> Iterator[tuple[_Piece, Interval]]:
     """Rows of each piece that belong to one share."""
-    share = gather.share(index)
+    share, places = gather.share(index), Places(gather.rows)
     for piece in pieces:
-        first = gather.offset(piece.rows.start)
+        first = places.find(piece.rows.start)
         assert first is not None, "the pieces are the rows of the gather"
         inside = Interval(first, first + piece.rows.size).clip(share)
-        shift = piece.rows.start - first
-        rows = Interval(inside.start + shift, inside.stop + shift)
+        rows = inside.shift(piece.rows.start - first)
         if rows.size:
             yield piece, rows

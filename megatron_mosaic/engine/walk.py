@@ -51,6 +51,10 @@ class Channel(Protocol):
         """Cuts what one task produced into the parts of its microbatches."""
         ...
 
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Puts what arrived for the microbatches of one task together."""
+        ...
+
     def post(self, microbatch: int, leaving: torch.Tensor | None) -> Pending:
         """Issues this rank's sends and receives of one transfer, without waiting."""
         ...
@@ -156,7 +160,7 @@ class Walker:
         self, kind: TransferKind, edge: Edge, microbatches: Sequence[int]
     ) -> torch.Tensor | None:
         parts = [self._arrived.pop(Transfer(kind, edge, m)) for m in microbatches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._channels[kind, edge].join(parts)
 
     def _hand_over(
         self, kind: TransferKind, edge: Edge, task: Task, leaving: torch.Tensor | None

@@ -29,7 +29,6 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("pipeline_model_parallel_layout", None, "the plan says layers_per_stage"),
     ("decoder_first_pipeline_num_layers", None, "the plan says layers_per_stage"),
     ("decoder_last_pipeline_num_layers", None, "the plan says layers_per_stage"),
-    ("context_parallel_size", 1, "context parallelism is not planned yet"),
     ("num_experts", None, "mixture of experts is not planned yet"),
     ("rampup_batch_size", None, "a plan has one global_batch_size"),
     ("train_sync_interval", None, "the stock loop would wait on groups of one module"),
@@ -106,6 +105,7 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     language = plan.language
     _decide(args, "tensor_model_parallel_size", language.tensor_model_parallel_size, unset=1)
     _decide(args, "pipeline_model_parallel_size", language.pipeline_model_parallel_size, unset=1)
+    _decide(args, "context_parallel_size", language.context_parallel_size, unset=1)
     _decide(args, "sequence_parallel", language.sequence_parallel, unset=False)
     _decide(args, "micro_batch_size", plan.micro_batch_size, unset=None)
     _decide(args, "global_batch_size", plan.global_batch_size, unset=None)

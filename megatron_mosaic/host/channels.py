@@ -1,17 +1,26 @@
 """Channels of a rank: what carries each edge's activations and gradients."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.comm.boundary import BoundaryChannel, BoundaryRoutes
+from megatron_mosaic.comm.boundary import (
+    BoundaryChannel,
+    BoundaryRoutes,
+    BoundaryShape,
+    ItemShape,
+    Samples,
+)
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.groups import GroupFactory, warm_up
-from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink
+from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink, Shape
 from megatron_mosaic.engine.walk import Channel
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.sharding import SequenceSharding
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import (
     Edge,
@@ -23,6 +32,25 @@ from megatron_mosaic.schedule.steps import (
 )
 
 KINDS: tuple[TransferKind, ...] = ("activation", "gradient")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationSizes:
+    """Sizes of what the channels carry.
+
+    Args:
+        hidden_size: Width of the language model's hidden states.
+        sequence_length: Tokens of a sample in the language model.
+        row_widths: Width of the rows that each module makes.
+        items: What each encoder turns into rows.
+        dtype: Type of all activations.
+    """
+
+    hidden_size: int
+    sequence_length: int
+    row_widths: Mapping[str, int]
+    items: Mapping[str, ItemShape]
+    dtype: torch.dtype
 
 
 class ChannelSet:
@@ -52,53 +80,54 @@ class ChannelSet:
             self._find_replicas(placement, factory)
         self._warm_up()
 
-    def open_all(
-        self,
-        *,
-        hidden_size: int,
-        row_widths: Mapping[str, int],
-        sequence_length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def open_all(self, sizes: ActivationSizes, *, device: torch.device) -> None:
         """Opens this rank's channels, once the sizes of what they carry are known.
 
         Args:
-            hidden_size: Width of the language model's hidden states.
-            row_widths: Width of the rows that each module makes.
-            sequence_length: Tokens of a sample in the language model's pipeline.
-            dtype: Type of all activations.
+            sizes: Sizes of activations.
             device: Where they live.
         """
+        for edge in edges_of(self._plan):
+            hosts = {edge.source, edge.destination} & set(self._plan.modules_of(self._rank))
+            if edge.source != edge.destination and hosts:
+                self.routes[edge] = self._routes_of(edge, sizes)
         for (kind, edge), group in self._groups.items():
             if edge.source == edge.destination:
-                placement = self._plan.modules[edge.source]
-                shard = placement.tensor_model_parallel_size if placement.sequence_parallel else 1
-                shape = (sequence_length // shard, self._plan.micro_batch_size, hidden_size)
-                self.open[kind, edge] = PipelineChannel(
-                    self._link(kind, edge, group, shape=shape, dtype=dtype, device=device)
-                )
+                link = self._link(kind, edge, group, dtype=sizes.dtype, device=device)
+                shape_of = partial(self._hidden_shape, edge.source, sizes)
+                self.open[kind, edge] = PipelineChannel(link, shape_of=shape_of)
                 continue
             receiver = edge.destination if kind == "activation" else edge.source
             exchange = Exchange(
                 group=group,
                 gather_group=self._replicas.get(receiver),
-                hidden_size=row_widths[edge.source],
-                dtype=dtype,
+                hidden_size=sizes.row_widths[edge.source],
+                dtype=sizes.dtype,
                 device=device,
             )
-            routes = self.routes.setdefault(edge, self._routes_of(edge))
-            self.open[kind, edge] = BoundaryChannel(kind, routes, exchange, rank=self._rank)
+            self.open[kind, edge] = BoundaryChannel(
+                kind, self.routes[edge], exchange, rank=self._rank
+            )
 
-    def begin(self, rows: Mapping[str, tuple[int, ...]], *, schedule: Schedule) -> None:
-        """Takes the rows that each module makes of every sample of the next step."""
+    def begin(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
+        """Takes where the rows belong that each module makes of every sample of the next step."""
         for edge, routes in self.routes.items():
-            routes.begin(rows[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
+            routes.begin(samples[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
 
-    def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
-        """Boundary rows that this rank makes in one task of an encoder."""
+    def items_made(self, module: str, microbatches: Sequence[int]) -> int:
+        """Items, such as images, that this rank's replica of an encoder takes in one task."""
         routes = next(routes for edge, routes in self.routes.items() if edge.source == module)
-        return sum(routes.rows_made(m, rank=self._rank) for m in microbatches)
+        dp = self._plan.modules[module].coordinates(self._rank).dp
+        return sum(routes.items_made(m, dp=dp) for m in microbatches)
+
+    def samples_kept(self, module: str, microbatches: Sequence[int]) -> dict[str, Samples]:
+        """Where the rows belong that reach this rank's replica of a module for one task."""
+        dp = self._plan.modules[module].coordinates(self._rank).dp
+        return {
+            edge.source: tuple(runs for m in microbatches for runs in routes.samples(m, dp=dp))
+            for edge, routes in self.routes.items()
+            if edge.destination == module
+        }
 
     def _create_groups(self, kind: TransferKind, edge: Edge, factory: GroupFactory) -> None:
         for ranks in communicators(self._plan, edge):
@@ -120,13 +149,24 @@ class ChannelSet:
         for group in self._groups.values():
             warm_up(group, device=torch.device(torch.cuda.current_device()))
 
-    def _routes_of(self, edge: Edge) -> BoundaryRoutes:
+    def _routes_of(self, edge: Edge, sizes: ActivationSizes) -> BoundaryRoutes:
         modules = self._plan.modules
-        return BoundaryRoutes(
-            modules[edge.source],
-            modules[edge.destination],
+        source, destination = modules[edge.source], modules[edge.destination]
+        shape = BoundaryShape(
             samples_per_replica=self._plan.micro_batch_size,
+            sharding=SequenceSharding.of(destination, sequence_length=sizes.sequence_length),
+            item=sizes.items[edge.source],
         )
+        return BoundaryRoutes(source, destination, shape=shape)
+
+    def _hidden_shape(self, module: str, sizes: ActivationSizes, microbatch: int) -> Shape:
+        """Shape ``[s, b, h]`` of a hidden state between two stages of a module."""
+        if module != LANGUAGE:
+            item = sizes.items[module]
+            return (item.tokens, self.items_made(module, (microbatch,)), item.hidden_size)
+        sharding = SequenceSharding.of(self._plan.language, sequence_length=sizes.sequence_length)
+        tokens = sizes.sequence_length if sharding is None else sharding.local_length
+        return (tokens, self._plan.micro_batch_size, sizes.hidden_size)
 
     def _link(
         self,
@@ -134,7 +174,6 @@ class ChannelSet:
         edge: Edge,
         group: dist.ProcessGroup,
         *,
-        shape: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> PipelineLink:
@@ -149,7 +188,6 @@ class ChannelSet:
             group=group,
             source=source,
             destination=destination,
-            shape=shape,
             dtype=dtype,
             device=device,
         )

@@ -11,8 +11,9 @@ from megatron_mosaic.errors import HostError, LayoutError
 from megatron_mosaic.host.agreement import raise_together
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.layout.ownership import Interval, encoder_samples, language_samples
+from megatron_mosaic.layout.ownership import Runs, count_rows, encoder_samples, language_samples
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
+from megatron_mosaic.layout.rows import Interval
 from megatron_mosaic.schedule.schedule import Schedule
 
 Microbatches = tuple[int, ...]
@@ -24,12 +25,12 @@ class StepBatches:
 
     Args:
         batches: Batch of every forward task, by module; None where nothing is read.
-        rows: Boundary rows of every sample of the step by the module that makes them, on all
-            ranks alike.
+        rows: Where the boundary rows of every sample of the step belong, by the module that makes
+            them, on all ranks alike.
     """
 
     batches: Mapping[str, Mapping[Microbatches, Batch | None]]
-    rows: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, tuple[Runs, ...]]
 
 
 def task_samples(
@@ -69,7 +70,8 @@ class StepReader:
         schedule: Order of the tasks of a step; equal on all ranks.
         hosted: Modules on this rank.
         sources: Modules that make boundary rows, on all ranks alike.
-        boundaries: Translators of the modules on this rank; they count rows.
+        boundaries: Translators of the modules on this rank; they find rows.
+        positions: Whether some module needs to know where rows belong, not only how many.
         samples_per_replica: Samples of a microbatch of one language replica.
         first_sample: Samples consumed before.
         num_workers: Loader processes.
@@ -88,6 +90,7 @@ class StepReader:
         language: ModulePlacement,
         sources: Sequence[str],
         boundaries: Mapping[str, ModuleBoundary],
+        positions: bool,
         samples_per_replica: int,
         first_sample: int,
         num_workers: int,
@@ -97,6 +100,7 @@ class StepReader:
         self._hosted = hosted
         self._sources = list(sources)
         self._boundaries = boundaries
+        self._positions = positions
         self._host_group = host_group
         self._mbs = samples_per_replica
         self._size = samples_per_replica * language.data_parallel_size
@@ -127,7 +131,7 @@ class StepReader:
             name: {task: self._read(name, task) for task in tasks}
             for name, tasks in self._tasks.items()
         }
-        rows = self._exchange_counts(batches)
+        rows = self._exchange_rows(batches)
         self._next_sample += self._step_samples
         return StepBatches(batches=batches, rows=rows)
 
@@ -165,29 +169,90 @@ class StepReader:
             return None
         return next(self._loaders[name])
 
-    def _exchange_counts(
+    def _exchange_rows(
         self, batches: Mapping[str, Mapping[Microbatches, Batch | None]]
-    ) -> Mapping[str, tuple[int, ...]]:
+    ) -> Mapping[str, tuple[Runs, ...]]:
         """Tells every rank the rows of every sample; errors become errors of all ranks."""
-        # What the module that makes the rows counts, and what the modules that it feeds do.
-        counts = torch.full((2, len(self._sources), self._step_samples), -1, dtype=torch.int64)
-        failure = None
+        own, failure = _KnownRows(self._sources, num_samples=self._step_samples), None
         try:
             for name, tasks in batches.items():
                 for task, batch in tasks.items():
-                    if batch is None:
-                        continue
-                    start, stop = self._samples(name, task)
-                    for source, own in self._boundaries[name].row_counts(batch).items():
-                        side = 0 if source == name else 1
-                        counts[side, self._sources.index(source), start:stop] = torch.tensor(own)
+                    if batch is not None:
+                        samples = self._samples(name, task)
+                        own.add(name, samples, self._boundaries[name].row_runs(batch))
         except HostError as error:
             failure = error
         raise_together(failure, group=self._host_group)
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._host_group)
+        dist.all_reduce(own.counts, op=dist.ReduceOp.MAX, group=self._host_group)
+        own.check(first_sample=self._next_sample)
+        if not self._positions:
+            return own.counted()
+        runs = own.packed()
+        dist.all_reduce(runs, op=dist.ReduceOp.MAX, group=self._host_group)
+        return own.unpacked(runs)
+
+
+class _KnownRows:
+    """What this rank knows of the rows of a step's samples, as tensors to be merged by maximum.
+
+    Args:
+        sources: Modules that make rows.
+        num_samples: Samples of a step.
+    """
+
+    def __init__(self, sources: Sequence[str], *, num_samples: int) -> None:
+        self._sources = sources
+        self._runs: list[list[Runs]] = [[()] * num_samples for _ in sources]
+        # Rows that the source counts, rows that the modules it feeds count, and runs of rows.
+        self.counts = torch.full((3, len(sources), num_samples), -1, dtype=torch.int64)
+
+    def add(self, reader: str, samples: Interval, found: Mapping[str, Sequence[Runs]]) -> None:
+        """Notes what a module found in the samples that it read."""
+        for source, runs in found.items():
+            index = self._sources.index(source)
+            self._runs[index][samples.start : samples.stop] = runs
+            own = self.counts[:, index, samples.start : samples.stop]
+            own[0 if source == reader else 1] = torch.tensor([count_rows(each) for each in runs])
+            own[2] = torch.tensor([len(each) for each in runs])
+
+    def check(self, *, first_sample: int) -> None:
+        """Checks that source and destination see the same rows.
+
+        Raises:
+            LayoutError: They do not; alike on all ranks, which have the same merged counts.
+        """
+        differing = (self.counts[0] != self.counts[1]).nonzero().tolist()
+        if differing:
+            index, sample = differing[0]
+            made, read = self.counts[:2, index, sample].tolist()
+            raise LayoutError(
+                f"data: rows={made} that {self._sources[index]} makes of sample "
+                f"{first_sample + sample} must equal the {read} that the module it feeds reads; "
+                f"make the data set return the same sample for the same index"
+            )
+
+    def counted(self) -> dict[str, tuple[Runs, ...]]:
+        """Returns how many rows every sample has, wherever they belong."""
         return {
-            source: _agreed(source, counts[:, index], self._next_sample)
-            for index, source in enumerate(self._sources)
+            source: tuple((Interval(0, count),) for count in counts)
+            for source, counts in zip(self._sources, self.counts[0].tolist(), strict=True)
+        }
+
+    def packed(self) -> torch.Tensor:
+        """Returns the runs of samples that this rank knows, ``[sources, samples, runs, 2]``."""
+        longest = max(int(self.counts[2].max()), 1)
+        packed = torch.full((*self.counts.shape[1:], longest, 2), -1, dtype=torch.int64)
+        for index, samples in enumerate(self._runs):
+            for sample, runs in enumerate(samples):
+                if runs:
+                    packed[index, sample, : len(runs)] = torch.tensor(runs)
+        return packed
+
+    def unpacked(self, packed: torch.Tensor) -> dict[str, tuple[Runs, ...]]:
+        """Reads the merged tensor."""
+        return {
+            source: tuple(tuple(Interval(*run) for run in runs if run[0] >= 0) for runs in samples)
+            for source, samples in zip(self._sources, packed.tolist(), strict=True)
         }
 
 
@@ -206,15 +271,3 @@ class _Indices:
             for interval in self._intervals:
                 yield list(range(first + interval.start, first + interval.stop))
             first += self._stride
-
-
-def _agreed(source: str, counts: torch.Tensor, first_sample: int) -> tuple[int, ...]:
-    differing = (counts[0] != counts[1]).nonzero().flatten().tolist()
-    if differing:
-        sample = differing[0]
-        raise LayoutError(
-            f"data: rows={counts[0, sample].item()} that {source} makes of sample "
-            f"{first_sample + sample} must equal the {counts[1, sample].item()} that the module it "
-            f"feeds reads; make the data set return the same sample for the same index"
-        )
-    return tuple(counts[0].tolist())

@@ -8,6 +8,7 @@ import torch
 from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_args
 
+from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
@@ -21,6 +22,7 @@ from megatron_mosaic.host.gradients import (
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.schedule import Schedule
@@ -93,7 +95,8 @@ class PlanForwardBackward:
         runtime.channels.begin(batches.rows, schedule=schedule)
         if not forward_only:
             self._flops.of_rows = sum(
-                sum(counts) * runtime.row_facts[name].flops for name, counts in batches.rows.items()
+                sum(map(count_rows, samples)) * runtime.row_facts[name].flops
+                for name, samples in batches.rows.items()
             )
         works = {}
         for name, runner in runtime.runners.items():
@@ -136,16 +139,28 @@ class PlanForwardBackward:
             num_microbatches=schedule.num_microbatches,
             forward_only=schedule.forward_only,
             batches=batches.batches[runner.name],
-            rows=self._rows(runner, tasks),
+            items=self._items(runner, tasks),
+            samples=self._samples(runner, tasks),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )
 
-    def _rows(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
+    def _items(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
         if runner.name == LANGUAGE:
             return {}
         return {
-            task.microbatches: self._runtime.channels.rows_made(runner.name, task.microbatches)
+            task.microbatches: self._runtime.channels.items_made(runner.name, task.microbatches)
+            for task in tasks
+            if task.kind == "F"
+        }
+
+    def _samples(
+        self, runner: ModuleRunner, tasks: Sequence[Task]
+    ) -> dict[tuple[int, ...], dict[str, Samples]]:
+        if not runner.groups.is_first_stage:
+            return {}
+        return {
+            task.microbatches: self._runtime.channels.samples_kept(runner.name, task.microbatches)
             for task in tasks
             if task.kind == "F"
         }
@@ -154,7 +169,8 @@ class PlanForwardBackward:
         self, language: StepWork | None, forward_only: bool, *, force_all_reduce: bool | None
     ) -> list[dict[str, torch.Tensor]]:
         runtime = self._runtime
-        replicas = runtime.plan.language.data_parallel_size
+        language_model = runtime.plan.language
+        replicas = language_model.data_parallel_size
         speaks = language is not None and runtime.runners[LANGUAGE].speaks
         losses, num_tokens = self._report.reduce(
             language.losses if language is not None and speaks else [],
@@ -169,7 +185,7 @@ class PlanForwardBackward:
                 runtime.runners,
                 num_tokens=num_tokens,
                 per_token_loss=get_args().calculate_per_token_loss,
-                language_replicas=replicas,
+                loss_replicas=replicas * language_model.context_parallel_size,
                 force_all_reduce=bool(force_all_reduce),
             )
         runtime.randomness.park()

@@ -19,7 +19,7 @@ def finalize_gradients(
     *,
     num_tokens: torch.Tensor,
     per_token_loss: bool,
-    language_replicas: int,
+    loss_replicas: int,
     force_all_reduce: bool,
 ) -> None:
     """Reduces every module's gradients over its own replicas and scales them alike.
@@ -27,13 +27,14 @@ def finalize_gradients(
     The language model's gradient is a mean over its replicas, or with a per-token loss a sum
     that is divided by the tokens of the whole batch. An encoder's replicas each hold the
     gradient of some samples, however many and unlike they are: their sum is divided by the same
-    number, the language model's replicas or the tokens.
+    number, the replicas that Megatron averages over or the tokens.
 
     Args:
         runners: Modules on this rank.
         num_tokens: Tokens that count in the loss, over the whole batch.
         per_token_loss: ``--calculate-per-token-loss``.
-        language_replicas: Data-parallel size of the language model.
+        loss_replicas: Ranks that add up to the loss: data-parallel times context-parallel size
+            of the language model.
         force_all_reduce: Whether replicas need whole gradients with a distributed optimizer.
 
     Note:
@@ -53,7 +54,7 @@ def finalize_gradients(
         if per_token_loss:
             model.scale_gradients(1.0 / num_tokens.clamp(min=1))
         elif name != LANGUAGE:
-            model.scale_gradients(1.0 / language_replicas)
+            model.scale_gradients(1.0 / loss_replicas)
 
 
 def launch_missing_reductions(model: Any, *, force_all_reduce: bool) -> None:

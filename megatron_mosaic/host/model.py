@@ -22,6 +22,7 @@ from megatron.training.models.dist_utils import (
 from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_mosaic.errors import PlanError
+from megatron_mosaic.host.channels import ActivationSizes
 from megatron_mosaic.host.families.family import building_one_module, check_trainable, family_of
 from megatron_mosaic.host.families.registry import known_families
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection
@@ -163,10 +164,13 @@ class MosaicBuilder(ModelBuilder):
         share_row_facts(runtime, args)
         if built:
             runtime.channels.open_all(
-                hidden_size=args.hidden_size,
-                row_widths={name: facts.width for name, facts in runtime.row_facts.items()},
-                sequence_length=args.decoder_seq_length or args.seq_length,
-                dtype=args.params_dtype,
+                ActivationSizes(
+                    hidden_size=args.hidden_size,
+                    sequence_length=args.decoder_seq_length or args.seq_length,
+                    row_widths={name: facts.width for name, facts in runtime.row_facts.items()},
+                    items={name: facts.item for name, facts in runtime.row_facts.items()},
+                    dtype=args.params_dtype,
+                ),
                 device=torch.device(torch.cuda.current_device()),
             )
         runtime.randomness.park()

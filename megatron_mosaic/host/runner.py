@@ -10,6 +10,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
 from megatron.core.utils import get_model_config
 
+from megatron_mosaic.comm.boundary import Samples
+from megatron_mosaic.host.context_loss import with_loss_over_context
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
@@ -28,7 +30,8 @@ class StepWork:
         forward_only: Evaluation: nothing is kept for a backward pass.
         batches: What each forward task of the module reads; None on ranks that are sent it by
             their tensor-parallel rank 0.
-        rows: Boundary rows that each of an encoder's tasks makes on this rank.
+        items: Items, such as images, that this rank's replica of an encoder takes in each task.
+        samples: Where the rows belong that arrive for each task, by the module that made them.
         last_backward: The module's last backward task on this rank.
         losses: What the loss function reported, one entry for each microbatch.
         num_tokens: Tokens that count in the loss of this rank.
@@ -38,7 +41,8 @@ class StepWork:
     num_microbatches: int
     forward_only: bool
     batches: Mapping[tuple[int, ...], Batch | None]
-    rows: Mapping[tuple[int, ...], int]
+    items: Mapping[tuple[int, ...], int]
+    samples: Mapping[tuple[int, ...], Mapping[str, Samples]]
     last_backward: Task | None
     first_val_step: bool | None = None
     losses: list[Any] = field(default_factory=list)
@@ -94,18 +98,18 @@ class ModuleRunner:
     def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Runs a forward task. Returns boundary rows, a hidden state, or None on a last stage."""
         work = self._current_work()
-        if self.name != LANGUAGE and not work.rows[task.microbatches]:
-            # No image among the samples of this rank: its replicas run without it.
+        if self.name != LANGUAGE and not work.items[task.microbatches]:
+            # No image among the samples of this replica: the others run without it.
             self._keep(task, None)
             return None
         leaves = {source: self._leaf(values) for source, values in received.items()}
         with self.as_process(), self._gradient_sync(task):
             output, num_tokens = forward_step(
-                work.forward_step_func,
+                self._forward_step_func(work),
                 self._reader(work.batches[task.microbatches]),
                 self.model,
                 work.num_microbatches,
-                self._inputs_of(leaves),
+                self._inputs_of(task, leaves),
                 work.losses,
                 self.config,
                 cp_group_size=self.groups.collection.cp.size(),
@@ -127,6 +131,9 @@ class ModuleRunner:
         live = self._live.pop(task.microbatches)
         if live is None:
             return {}
+        if not live.output.requires_grad:
+            # Nothing trains on this stage or before it; a later stage does.
+            return {source: torch.zeros_like(values) for source, values in live.received.items()}
         sources = list(live.received)
         with self.as_process(), self._gradient_sync(task):
             gradients = backward_step(
@@ -169,11 +176,25 @@ class ModuleRunner:
     def _leaf(self, values: torch.Tensor) -> torch.Tensor:
         return values.detach().requires_grad_(not self._current_work().forward_only)
 
-    def _inputs_of(self, leaves: Mapping[str, torch.Tensor]) -> Any:
+    def _inputs_of(self, task: Task, leaves: Mapping[str, torch.Tensor]) -> Any:
         """Returns what ``set_input_tensor`` takes: a hidden state, or what rows stand for."""
         if not leaves:
             return None
-        return leaves[self.name] if self.name in leaves else self.boundary.inputs_of(leaves)
+        if self.name in leaves:
+            return leaves[self.name]
+        samples = self._current_work().samples[task.microbatches]
+        return self.boundary.inputs_of(leaves, samples=samples)
+
+    def _forward_step_func(self, work: StepWork) -> Callable[..., Any]:
+        """Returns the script's function; with context parallelism its loss counts all tokens."""
+        if not self._makes_loss() or self.groups.collection.cp.size() == 1:
+            return work.forward_step_func
+        return with_loss_over_context(
+            work.forward_step_func,
+            group=self.groups.collection.cp,
+            per_token=self.config.calculate_per_token_loss,
+        )
 
     def _leaving(self, output: Any) -> torch.Tensor:
-        return output if self.name == LANGUAGE else self.boundary.rows_of(output)
+        inside = self.name == LANGUAGE or not self.groups.is_last_stage
+        return output if inside else self.boundary.rows_of(output)

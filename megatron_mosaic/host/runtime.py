@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_mosaic.comm.boundary import ItemShape
 from megatron_mosaic.host.agreement import Agreement
 from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.groups import ModuleGroups
@@ -23,10 +24,12 @@ class RowFacts(NamedTuple):
     Args:
         width: Values of a row.
         flops: Operations of forward and backward pass behind a row.
+        item: What the module turns into rows.
     """
 
     width: int
     flops: float
+    item: ItemShape
 
 
 @dataclass(kw_only=True)
@@ -68,7 +71,9 @@ def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
         Collective over the world.
     """
     own = {
-        name: RowFacts(runner.boundary.width, runner.boundary.flops_per_row(args))
+        name: RowFacts(
+            runner.boundary.width, runner.boundary.flops_per_row(args), runner.boundary.item
+        )
         for name, runner in runtime.runners.items()
         if runner.groups.is_last_stage
     }

@@ -93,6 +93,32 @@ SEAMS: tuple[Seam, ...] = (
         why="scripts build both halves with one set of sizes; wrapped while a module is built",
     ),
     Seam(
+        symbol="megatron.core.models.multimodal.llava_model:GPTModel",
+        how="wrapped",
+        parameters=("config", "transformer_layer_spec", "pg_collection"),
+        why="LLaVAModel refuses sequence and context parallelism without TransformerEngine; "
+        "wrapped while a language half is built on ranks with parts of sequences",
+    ),
+    Seam(
+        symbol="megatron.core.models.multimodal.llava_model:LLaVAModel._preprocess_data",
+        how="wrapped",
+        parameters=("image_embeddings", "language_embeddings", "input_ids"),
+        why="it merges whole sequences, of which a rank keeps a part; wrapped in such halves",
+    ),
+    Seam(
+        symbol="megatron.core.models.multimodal.llava_model:"
+        "LLaVAModel._process_embedding_token_parallel",
+        how="wrapped",
+        parameters=("combined_embeddings", "new_labels", "new_loss_mask", "packed_seq_params"),
+        why="it slices whole sequences; wrapped in the same halves",
+    ),
+    Seam(
+        symbol="megatron.core.models.vision.clip_vit_model:CLIPViTModel.forward",
+        how="wrapped",
+        parameters=("x",),
+        why="it knows one pipeline stage; wrapped in later stages of an encoder",
+    ),
+    Seam(
         symbol="megatron.core.parallel_state:_TENSOR_MODEL_PARALLEL_GROUP",
         how="set",
         why="scripts and some layers read global groups; set around each module's tasks",

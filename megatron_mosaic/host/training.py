@@ -31,6 +31,7 @@ from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.sharding import splits_sequences
 from megatron_mosaic.schedule.build import build_schedule
 
 DatasetProvider = Callable[..., tuple[Any, Any, Any]]
@@ -221,6 +222,7 @@ def _reader(
         language=plan.language,
         sources=sorted({source for source, _ in plan.edges}),
         boundaries={name: runner.boundary for name, runner in runtime.runners.items()},
+        positions=any(map(splits_sequences, plan.modules.values())),
         samples_per_replica=args.micro_batch_size,
         first_sample=first,
         num_workers=args.num_workers,

@@ -74,20 +74,7 @@ def refuse_unsupported(plan: "Plan") -> None:
 
 def _refuse_sizes(placement: ModulePlacement) -> None:
     where = f"modules.{placement.name}"
-    if placement.context_parallel_size > 1:
-        raise PlanError(
-            f"{where}: context_parallel_size={placement.context_parallel_size} must be 1: context "
-            f"parallelism is not supported by this version; give its ranks to another size"
-        )
-    if placement.name == "language":
-        return
-    if placement.pipeline_model_parallel_size > 1:
-        raise PlanError(
-            f"{where}: pipeline_model_parallel_size={placement.pipeline_model_parallel_size} must "
-            f"be 1: an encoder in stages is not supported by this version; "
-            f"raise tensor_model_parallel_size or data_parallel_size instead"
-        )
-    if placement.sequence_parallel:
+    if placement.name != "language" and placement.sequence_parallel:
         raise PlanError(
             f"{where}: sequence_parallel=true must be false: an encoder with sequence parallelism "
             f"is not supported by this version; remove the key"

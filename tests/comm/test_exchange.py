@@ -11,8 +11,10 @@ from megatron_mosaic.comm.record import record
 from megatron_mosaic.comm.replay import P2P, Issue, replay
 from megatron_mosaic.comm.route import Route, gradient_route, route
 from megatron_mosaic.comm.traffic import total_received_bytes
-from megatron_mosaic.layout.ownership import Interval, Ownership, encoder_samples, kept, produced
+from megatron_mosaic.layout.ownership import Ownership, encoder_samples, kept, produced
 from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.rows import Interval, Rows
+from megatron_mosaic.layout.sharding import SequenceSharding
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -28,6 +30,7 @@ class Case:
     destination: ModulePlacement
     counts: tuple[int, ...]
     num_microbatches: int = 1
+    sharding: SequenceSharding | None = None
 
     @property
     def num_samples(self) -> int:
@@ -41,8 +44,11 @@ class Case:
             produced(self.source, group_counts=self.counts, microbatch=samples),
             kept(
                 self.destination,
-                counts=self.counts[samples.start : samples.stop],
+                samples=[
+                    (Interval(1, 1 + count),) for count in self.counts[samples.start : samples.stop]
+                ],
                 samples_per_replica=self.num_samples // self.destination.data_parallel_size,
+                sharding=self.sharding,
             ),
         )
 
@@ -140,6 +146,25 @@ CASES = {
         counts=(4, 3, 2, 6),
         num_microbatches=2,
     ),
+    "context-parallel destination with parts of sequences": Case(
+        source=_vision(0, 1, dp=2),
+        destination=_language(1, 2, 3, 4, tp=2, cp=2),
+        counts=(6, 3),
+        sharding=SequenceSharding(sequence_length=8, cp=2),
+    ),
+    "context- and sequence-parallel destination": Case(
+        source=_vision(0, 1, 2, tp=3),
+        destination=_language(1, 2, 3, 4, tp=2, cp=2),
+        counts=(7, 2),
+        sharding=SequenceSharding(sequence_length=8, cp=2, tp=2),
+    ),
+    "sequence-parallel replicas": Case(
+        source=_vision(0, 1, 2, 3, tp=2, dp=2),
+        destination=_language(0, 1, 2, 3, tp=2, dp=2),
+        counts=(4, 0, 5, 1),
+        sharding=SequenceSharding(sequence_length=6, tp=2),
+        num_microbatches=2,
+    ),
     "pipelines on both sides": Case(
         source=_vision(0, 1, 2, 3, tp=2, pp=2),
         destination=_language(1, 4, 0, 3, tp=2, pp=2),
@@ -161,9 +186,10 @@ def test_exchange_gives_every_rank_the_rows_that_it_keeps(outcomes, name):
 
     for microbatch in range(case.num_microbatches):
         first = case.first_row(microbatch)
-        for rank, (start, stop) in case.owners(microbatch)[1].intervals.items():
+        for rank, rows in case.owners(microbatch)[1].rows.items():
             received = outcomes[rank][name]["received"][microbatch]
-            torch.testing.assert_close(received, outputs[first + start : first + stop])
+            expected = outputs[[first + row for row in rows.numbers()]]
+            torch.testing.assert_close(received, expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -183,9 +209,9 @@ def test_exchange_brings_a_rank_no_more_bytes_than_it_lacks(outcomes, name):
     for rank in range(5):
         lacking, padding = 0, 0
         for microbatch in range(case.num_microbatches):
-            source, destination = (owner.intervals for owner in case.owners(microbatch))
-            held = range(*source.get(rank, (0, 0)))
-            lacking += sum(row not in held for row in range(*destination.get(rank, (0, 0))))
+            source, destination = (owner.rows for owner in case.owners(microbatch))
+            held = set(source.get(rank, Rows()).numbers())
+            lacking += sum(row not in held for row in destination.get(rank, Rows()).numbers())
             # The all-gather needs equal shares: less than a row for each replica is padding.
             padding += case.destination.tensor_model_parallel_size - 1
         received = total_received_bytes(outcomes[rank][name]["forward"])
@@ -283,7 +309,7 @@ def _run_case(case: Case, rank: int, groups: dict[str, dist.ProcessGroup]) -> di
     inputs = None if rows is None else _inputs(case)[rows.start : rows.stop].requires_grad_()
     outputs = None if inputs is None else inputs @ _weight()
     with record() as forward:
-        parts = _split(outputs, [source.intervals.get(rank) for source, _ in owners])
+        parts = _split(outputs, [source.rows.get(rank) for source, _ in owners])
         received = _exchange(groups, "forward", case.destination, rank, owners, parts)
     leaves = [tensor.detach().requires_grad_() for tensor in received]
     for microbatch, leaf in enumerate(leaves):
@@ -302,12 +328,10 @@ def _run_case(case: Case, rank: int, groups: dict[str, dist.ProcessGroup]) -> di
     }
 
 
-def _split(
-    outputs: torch.Tensor | None, intervals: Sequence[Interval | None]
-) -> list[torch.Tensor | None]:
+def _split(outputs: torch.Tensor | None, rows: Sequence[Rows | None]) -> list[torch.Tensor | None]:
     if outputs is None:
-        return [None for _ in intervals]
-    return list(outputs.split([interval.size for interval in intervals if interval is not None]))
+        return [None for _ in rows]
+    return list(outputs.split([each.size for each in rows if each is not None]))
 
 
 def _exchange(
@@ -343,13 +367,16 @@ def _exchange(
 
 
 def _backward(case: Case, microbatch: int, rank: int, leaf: torch.Tensor) -> None:
-    """Gradient of the loss of this rank's rows; of its own slice of them with CP."""
+    """Gradient of the loss of this rank's rows.
+
+    Where context-parallel ranks keep the same rows each has the gradient of a part of them.
+    """
     destination = case.destination
     if rank not in destination.stage_ranks(0):
         return
-    rows = case.owners(microbatch)[1].intervals[rank]
-    first = case.first_row(microbatch) + rows.start
-    scales = _scales(case)[first : first + rows.size]
-    cp = destination.coordinates(rank).cp
-    own = torch.arange(rows.size) % destination.context_parallel_size == cp
-    _loss(leaf, scales * own).backward()
+    rows = list(case.owners(microbatch)[1].rows[rank].numbers())
+    scales = _scales(case)[[case.first_row(microbatch) + row for row in rows]]
+    if case.sharding is None:
+        cp = destination.coordinates(rank).cp
+        scales *= torch.arange(len(rows)) % destination.context_parallel_size == cp
+    _loss(leaf, scales).backward()

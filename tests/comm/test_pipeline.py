@@ -53,11 +53,10 @@ def _receive_on_meta(rank):
         group=GroupFactory(rank).group((0, 1), scope="link"),
         source=0,
         destination=1,
-        shape=SHAPE,
         dtype=torch.float32,
         device=CPU if rank == 0 else torch.device("meta"),
     )
-    return str(link.post(_inputs(0) if rank == 0 else None).wait().device)
+    return str(link.post(_inputs(0) if rank == 0 else None, shape=SHAPE).wait().device)
 
 
 def _inputs(microbatch):
@@ -83,7 +82,6 @@ def _run_stage(rank):
             group=groups[f"{kind}{pair}"],
             source=source,
             destination=destination,
-            shape=SHAPE,
             dtype=torch.float32,
             device=CPU,
         )
@@ -103,19 +101,19 @@ def _walk(rank, *, forward, gradient):
     for microbatch in range(NUM_MICROBATCHES):
         previous = _inputs(microbatch)
         if forward[0]:
-            previous = forward[0].post(None).wait()
+            previous = forward[0].post(None, shape=SHAPE).wait()
         inputs.append(previous.requires_grad_())
         outputs.append(_stage(inputs[-1], rank))
         if forward[1]:
-            sent.append(forward[1].post(outputs[-1]))
+            sent.append(forward[1].post(outputs[-1], shape=SHAPE))
     for microbatch in range(NUM_MICROBATCHES):
         if gradient[0]:
-            outputs[microbatch].backward(gradient[0].post(None).wait())
+            outputs[microbatch].backward(gradient[0].post(None, shape=SHAPE).wait())
         else:
             outputs[microbatch].square().sum().backward()
         gradients.append(inputs[microbatch].grad)
         if gradient[1]:
-            sent.append(gradient[1].post(gradients[-1]))
+            sent.append(gradient[1].post(gradients[-1], shape=SHAPE))
     for pending in sent:
         pending.finish()
     return [output.detach() for output in outputs], gradients

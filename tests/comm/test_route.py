@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.comm.route import Gather, Leg, Route, gradient_route, route
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.ownership import Interval, Ownership, kept, produced
+from megatron_mosaic.layout.ownership import Ownership, kept, produced
 from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.rows import Interval, Places, Rows
+from megatron_mosaic.layout.sharding import SequenceSharding
 
 
 def _vision(*ranks, **sizes):
@@ -24,8 +26,19 @@ def _owners(source, destination, counts):
     microbatch = Interval(0, len(counts))
     return (
         produced(source, group_counts=counts, microbatch=microbatch),
-        kept(destination, counts=counts, samples_per_replica=samples_per_replica),
+        kept(destination, samples=_runs(counts), samples_per_replica=samples_per_replica),
     )
+
+
+def _runs(counts):
+    return [(Interval(0, count),) for count in counts]
+
+
+def _parts(destination, num_rows):
+    """A destination whose context-parallel ranks all keep all rows: each has a part."""
+    rows = Rows([Interval(0, num_rows)])
+    sets = destination.groups("tp")
+    return Ownership(rows={rank: rows for each in sets for rank in each}, replicas=tuple(sets))
 
 
 def test_route_spreads_over_replicas_of_the_source():
@@ -42,7 +55,7 @@ def test_route_gives_replicas_of_the_destination_shares_to_gather():
 
     # Shares of ceil(5 / 2) = 3 rows: the second has the 2 that are left.
     assert planned.legs == (Leg(0, 1, Interval(0, 3)), Leg(0, 2, Interval(3, 5)))
-    assert planned.gathers == (Gather(ranks=(1, 2), rows=(Interval(0, 5),)),)
+    assert planned.gathers == (Gather(ranks=(1, 2), rows=Rows([Interval(0, 5)])),)
     assert planned.gathers[0].share_size == 3
 
 
@@ -105,7 +118,7 @@ def test_gradient_route_reaches_every_replica_of_the_source():
 
     # Rank 2 sends each half once; the replicas gather the other half from each other.
     assert planned.legs == (Leg(2, 0, Interval(0, 5)), Leg(2, 1, Interval(5, 10)))
-    assert planned.gathers == (Gather(ranks=(0, 1), rows=(Interval(0, 10),)),)
+    assert planned.gathers == (Gather(ranks=(0, 1), rows=Rows([Interval(0, 10)])),)
 
 
 def test_gradient_route_sends_from_one_replica_of_the_destination():
@@ -116,14 +129,16 @@ def test_gradient_route_sends_from_one_replica_of_the_destination():
 
 
 def test_gradient_route_brings_the_part_of_every_context_parallel_rank():
-    owners = _owners(_vision(0), _language(1, 2, context_parallel_size=2), [10])
+    source, _ = _owners(_vision(0), _language(1), [10])
+    owners = source, _parts(_language(1, 2, context_parallel_size=2), 10)
 
     assert gradient_route(*owners).legs == (Leg(1, 0, Interval(0, 10)), Leg(2, 0, Interval(0, 10)))
 
 
 def test_gradient_route_adds_up_parts_where_their_sum_is_gathered():
     source = _vision(0, 1, tensor_model_parallel_size=2)
-    owners = _owners(source, _language(0, 1, context_parallel_size=2), [4])
+    made, _ = _owners(source, _language(0), [4])
+    owners = made, _parts(_language(0, 1, context_parallel_size=2), 4)
 
     planned = gradient_route(*owners)
 
@@ -134,7 +149,7 @@ def test_gradient_route_adds_up_parts_where_their_sum_is_gathered():
         Leg(0, 1, Interval(2, 4)),
         Leg(1, 1, Interval(2, 4)),
     }
-    assert planned.gathers == (Gather(ranks=(0, 1), rows=(Interval(0, 4),)),)
+    assert planned.gathers == (Gather(ranks=(0, 1), rows=Rows([Interval(0, 4)])),)
 
 
 def test_route_of_no_rows_is_empty():
@@ -145,8 +160,8 @@ def test_route_of_no_rows_is_empty():
 
 
 def test_route_rejects_rows_that_nobody_produces():
-    source = Ownership(intervals={0: Interval(0, 3)}, replicas=((0,),))
-    destination = Ownership(intervals={1: Interval(2, 5)}, replicas=((1,),))
+    source = Ownership(rows={0: Rows([Interval(0, 3)])}, replicas=((0,),))
+    destination = Ownership(rows={1: Rows([Interval(2, 5)])}, replicas=((1,),))
 
     with pytest.raises(LayoutError, match=r"rows=\[2, 5\] kept by rank 1 .* \[\[0, 3\]\]"):
         route(source, destination)
@@ -178,8 +193,21 @@ def _ownerships(draw, max_context_parallel_size=2):
     microbatch = Interval(first, first + num_samples)
     return (
         produced(source, group_counts=counts, microbatch=microbatch),
-        kept(destination, counts=counts[first:][:num_samples], samples_per_replica=mbs),
+        _kept(draw, destination, counts[first:][:num_samples], mbs),
     )
+
+
+def _kept(draw, destination, counts, mbs):
+    """Whole sequences on every rank, in parts where there is context parallelism, or their sum."""
+    cp = destination.context_parallel_size
+    if cp == 1:
+        return kept(destination, samples=_runs(counts), samples_per_replica=mbs)
+    if draw(st.booleans()):
+        sharding = SequenceSharding(sequence_length=4 * cp, cp=cp)
+        gaps = [draw(st.integers(0, 4 * cp - count)) for count in counts]
+        samples = [(Interval(gap, gap + count),) for gap, count in zip(gaps, counts, strict=True)]
+        return kept(destination, samples=samples, samples_per_replica=mbs, sharding=sharding)
+    return kept(destination, samples=_runs(counts), samples_per_replica=mbs)
 
 
 @settings(max_examples=150, deadline=None)
@@ -187,10 +215,10 @@ def _ownerships(draw, max_context_parallel_size=2):
 def test_route_delivers_every_kept_row_once(owners):
     source, destination = owners
 
-    arrived = _deliver(route(*owners), parts=[source.intervals])
+    arrived = _deliver(route(*owners), parts=[source.rows])
 
-    for rank, rows in destination.intervals.items():
-        assert arrived[rank] == Counter((0, row) for row in range(*rows))
+    for rank, rows in destination.rows.items():
+        assert arrived[rank] == Counter((0, row) for row in rows.numbers())
 
 
 @settings(max_examples=150, deadline=None)
@@ -198,18 +226,18 @@ def test_route_delivers_every_kept_row_once(owners):
 def test_gradient_route_delivers_every_part_once_to_every_replica(owners):
     source, destination = owners
     parts = [
-        {rank: destination.intervals[rank] for rank in sorted(replicas)}
+        {rank: destination.rows[rank] for rank in sorted(replicas)}
         for replicas in sorted(tuple(sorted(replicas)) for replicas in destination.replicas)
     ]
 
     arrived = _deliver(gradient_route(*owners), parts=parts)
 
-    for rank, rows in source.intervals.items():
+    for rank, rows in source.rows.items():
         assert arrived[rank] == Counter(
             (index, row)
             for index, part in enumerate(parts)
-            for row in range(*rows)
-            if row in range(*next(iter(part.values())))
+            for row in rows.numbers()
+            if row in set(next(iter(part.values())).numbers())
         )
 
 
@@ -220,9 +248,9 @@ def test_route_brings_a_rank_only_the_rows_that_it_lacks(owners):
 
     received = _received_rows(route(*owners))
 
-    for rank, rows in destination.intervals.items():
-        held = range(*source.intervals.get(rank, (0, 0)))
-        assert received[rank] == sum(row not in held for row in range(*rows))
+    for rank, rows in destination.rows.items():
+        held = set(source.rows.get(rank, Rows()).numbers())
+        assert received[rank] == sum(row not in held for row in rows.numbers())
 
 
 @settings(max_examples=150, deadline=None)
@@ -232,10 +260,10 @@ def test_gradient_route_brings_a_rank_only_the_rows_that_it_lacks(owners):
 
     received = _received_rows(gradient_route(*owners))
 
-    kept_rows = {row for rows in destination.intervals.values() for row in range(*rows)}
-    for rank, rows in source.intervals.items():
-        held = range(*destination.intervals.get(rank, (0, 0)))
-        assert received[rank] == sum(row in kept_rows and row not in held for row in range(*rows))
+    kept_rows = {row for rows in destination.rows.values() for row in rows.numbers()}
+    for rank, rows in source.rows.items():
+        held = set(destination.rows.get(rank, Rows()).numbers())
+        assert received[rank] == sum(row in kept_rows and row not in held for row in rows.numbers())
 
 
 @settings(max_examples=150, deadline=None)
@@ -252,7 +280,7 @@ def test_gradient_route_never_brings_a_rank_the_part_that_it_has(owners):
 def test_route_does_not_depend_on_the_order_of_its_inputs(owners, random):
     shuffled = [
         Ownership(
-            intervals=dict(random.sample(list(owner.intervals.items()), len(owner.intervals))),
+            rows=dict(random.sample(list(owner.rows.items()), len(owner.rows))),
             replicas=tuple(random.sample(owner.replicas, len(owner.replicas))),
         )
         for owner in owners
@@ -262,7 +290,7 @@ def test_route_does_not_depend_on_the_order_of_its_inputs(owners, random):
     assert gradient_route(*owners) == gradient_route(*shuffled)
 
 
-def _deliver(planned: Route, *, parts: list[Mapping[int, Interval]]) -> dict[int, Counter]:
+def _deliver(planned: Route, *, parts: list[Mapping[int, Rows]]) -> dict[int, Counter]:
     """Every (part, row) that a rank has in the end, with how many times it came."""
     whole: dict[int, Counter] = {rank: Counter() for rank in planned.wanted}
     shares: dict[int, Counter] = {rank: Counter() for rank in planned.wanted}
@@ -271,16 +299,16 @@ def _deliver(planned: Route, *, parts: list[Mapping[int, Interval]]) -> dict[int
             index = next(  # the part that the source has of this row
                 index
                 for index, part in enumerate(parts)
-                if leg.source in part and row in range(*part[leg.source])
+                if leg.source in part and row in set(part[leg.source].numbers())
             )
             gather = planned.gather_of(leg.destination)
-            shared = gather is not None and gather.offset(row) is not None
+            shared = gather is not None and Places(gather.rows).find(row) is not None
             (shares if shared else whole)[leg.destination][index, row] += 1
     for gather in planned.gathers:
         gathered = sum((shares[rank] for rank in gather.ranks), Counter())
         for position, rank in enumerate(gather.ranks):
             own = range(*gather.share(position))
-            assert all(gather.offset(row) in own for _, row in shares[rank])
+            assert all(Places(gather.rows).find(row) in own for _, row in shares[rank])
             whole[rank] += gathered
     return whole
 
@@ -300,5 +328,5 @@ def _received_rows(planned: Route) -> Counter:
             received[leg.destination] += leg.interval.size
     for gather in planned.gathers:
         for position, rank in enumerate(gather.ranks):
-            received[rank] += gather.num_rows - gather.share(position).size
+            received[rank] += gather.rows.size - gather.share(position).size
     return received

@@ -113,7 +113,7 @@ def test_loss_that_changes_its_report_stops_every_rank(tmp_path):
         _stop, 2, [plan, plan], ["--report-more-at", "1"], init=False, timeout_s=60
     )
 
-    _check(outcomes, r"loss function: reported=\['largest loss', 'lm loss'\] must be what .*first")
+    _check(outcomes, r"loss function: reported=\['lm loss', 'squared loss'\] must be what .*first")
 
 
 def test_save_that_would_lose_an_optimizer_stops_both(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.rows import Interval
 from tests.ranks import run_ranks
 
 PLAN = """
@@ -32,15 +33,16 @@ class _Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         self.read.append(index)
-        return {"tokens": torch.tensor([-200, index]), "image": torch.zeros(3, 1, 1)}
+        return {"tokens": torch.tensor([index, -200]), "image": torch.zeros(3, 1, 1)}
 
 
 class _OneRowPerImage:
-    def row_counts(self, batch):
-        return {"vision": (batch["tokens"] == -200).sum(dim=1).tolist()}
+    def row_runs(self, batch):
+        places = [row.nonzero().flatten().tolist() for row in batch["tokens"] == -200]
+        return {"vision": [tuple(Interval(at, at + 1) for at in sample) for sample in places]}
 
 
-def _read_two_steps(rank):
+def _read_two_steps(rank, positions):
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
@@ -67,6 +69,7 @@ def _read_two_steps(rank):
         language=plan.language,
         sources=["vision"],
         boundaries=dict.fromkeys(hosted, _OneRowPerImage()),
+        positions=positions,
         samples_per_replica=2,
         first_sample=0,
         num_workers=0,
@@ -75,7 +78,7 @@ def _read_two_steps(rank):
     steps = list(reader)
     tokens = {
         name: [
-            sorted(batch["tokens"][:, 1].tolist())
+            sorted(batch["tokens"][:, 0].tolist())
             for step in steps
             for batch in step.batches[name].values()
             if batch is not None
@@ -87,7 +90,7 @@ def _read_two_steps(rank):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_ranks(_read_two_steps, 3)
+    return run_ranks(_read_two_steps, 3, False)
 
 
 def test_reader_gives_each_module_its_own_samples(outcomes):
@@ -112,7 +115,12 @@ def test_reader_reads_nothing_else(outcomes):
 
 def test_reader_tells_every_rank_the_rows_of_all_samples(outcomes):
     for _, _, rows in outcomes:
-        assert rows == [{"vision": (1,) * 8}, {"vision": (1,) * 8}]
+        assert rows == [{"vision": (((0, 1),),) * 8}] * 2
+
+
+def test_reader_tells_every_rank_where_the_rows_belong():
+    for _, _, rows in run_ranks(_read_two_steps, 3, True):
+        assert rows == [{"vision": (((1, 2),),) * 8}] * 2
 
 
 @settings(deadline=None)

@@ -159,7 +159,9 @@ def loss_func(loss_mask, output_tensor):
 def evaluation_loss_func(loss_mask, output_tensor):
     """Reports more than the training loss does, as scripts may."""
     loss, num_tokens, report = loss_func(loss_mask, output_tensor)
-    return loss, num_tokens, report | {"largest loss": output_tensor.float().max().view(1)}
+    squares = torch.sum(output_tensor.view(-1).float().square() * loss_mask.view(-1).float())
+    squared = torch.stack([squares.detach(), num_tokens.float()])
+    return loss, num_tokens, report | {"squared loss": squared}
 
 
 def legacy_loss_func(loss_mask, output_tensor):

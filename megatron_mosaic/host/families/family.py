@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_mosaic.comm.boundary import ItemShape, Samples
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import ModulePlacement
 
 Batch = Mapping[str, torch.Tensor]
@@ -27,15 +29,23 @@ class ModuleBoundary(Protocol):
         """Turns what the module returned into rows, sample after sample."""
         ...
 
-    def inputs_of(self, rows: Mapping[str, torch.Tensor]) -> Any:
-        """Turns rows, by the module that made them, into what ``set_input_tensor`` takes."""
+    item: ItemShape
+    """What the module turns into rows."""
+
+    def inputs_of(self, rows: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]) -> Any:
+        """Turns rows into what ``set_input_tensor`` takes.
+
+        Args:
+            rows: Rows that this rank keeps, by the module that made them.
+            samples: Where the rows belong of each sample of this rank's replica, by the same.
+        """
         ...
 
-    def row_counts(self, batch: Batch) -> Mapping[str, Sequence[int]]:
-        """Counts the rows of every sample of a batch that this module reads.
+    def row_runs(self, batch: Batch) -> Mapping[str, Sequence[Runs]]:
+        """Finds where the rows of every sample of a batch that this module reads belong.
 
         Returns:
-            Rows by the module that makes them: this one, and those that feed it.
+            Positions of the rows by the module that makes them: this one, and those that feed it.
 
         Raises:
             HostError: The batch contradicts itself, or lacks what is counted.

@@ -18,10 +18,23 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
+from megatron_mosaic.host.families.llava_sequence import SequenceMerge, building_on_parts
+from megatron_mosaic.host.families.llava_vision import (
+    become_stage,
+    check_splittable,
+    item_of,
+    split_images,
+    tokens_of,
+    with_gathered_attention,
+)
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.reports import encoder_flops
+from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
+from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.sharding import SequenceSharding
 
 VISION = "vision"
 
@@ -84,8 +97,8 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
         check_modules(modules)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        bound.arguments.update(_overrides(bound.arguments, groups))
-        original(*bound.args, **bound.kwargs)
+        with _building(self, bound.arguments, groups):
+            original(*bound.args, **bound.kwargs)
 
     LLaVAModel.__init__ = build_half
     try:
@@ -94,29 +107,77 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
         LLaVAModel.__init__ = original
 
 
-def _overrides(arguments: Mapping[str, Any], groups: ModuleGroups) -> dict[str, Any]:
+@contextmanager
+def _building(model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups) -> Iterator[None]:
+    """Sets LLaVAModel's arguments to those of a half, and completes the half once it is built."""
+    arguments["pg_collection"] = groups.collection
+    build = _building_language if groups.placement.name == LANGUAGE else _building_vision
+    with build(model, arguments, groups):
+        yield
+
+
+@contextmanager
+def _building_language(
+    model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups
+) -> Iterator[None]:
+    config = _retarget(arguments["language_transformer_config"], groups.placement)
+    arguments |= {
+        "language_transformer_config": config,
+        "add_encoder": False,
+        "add_decoder": True,
+        "pre_process": groups.is_first_stage,
+        "post_process": groups.is_last_stage,
+    }
+    sharding = SequenceSharding.of(
+        groups.placement, sequence_length=arguments["language_max_sequence_length"]
+    )
+    if sharding is None:
+        yield
+        return
+    whole = copy.copy(config)
+    whole.sequence_parallel, whole.context_parallel_size = False, 1
+    arguments["language_transformer_config"] = whole
+    spec = arguments["language_transformer_layer_spec"]
+    with building_on_parts(config, spec, sharding, groups):
+        yield
+    model.sequence_merge = SequenceMerge(model, config=config, sharding=sharding, groups=groups)
+
+
+@contextmanager
+def _building_vision(
+    model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups
+) -> Iterator[None]:
     placement = groups.placement
-    common = {"pg_collection": groups.collection}
-    if placement.name == LANGUAGE:
-        config = _retarget(arguments["language_transformer_config"], placement)
-        return common | {
-            "language_transformer_config": config,
-            "add_encoder": False,
-            "add_decoder": True,
-            "pre_process": groups.is_first_stage,
-            "post_process": groups.is_last_stage,
-        }
     vision = _retarget(arguments["vision_transformer_config"], placement)
-    return common | {
+    tokens = tokens_of(arguments, groups)
+    projection = _retarget(arguments["vision_projection_config"], placement)
+    # Its layers work on the tokens that they get: only their attention knows of other ranks.
+    vision.context_parallel_size = projection.context_parallel_size = 1
+    projection.pipeline_model_parallel_size = 1
+    arguments |= {
         # The half's own config: DDP and the gradient rules read it from the model.
         "language_transformer_config": vision,
         "vision_transformer_config": vision,
-        "vision_projection_config": _retarget(arguments["vision_projection_config"], placement),
+        "vision_projection_config": projection,
         "add_encoder": True,
         "add_decoder": False,
         "pre_process": True,
         "post_process": True,
     }
+    split = tokens.cp > 1 or placement.pipeline_model_parallel_size > 1
+    if split:
+        check_splittable(arguments, groups)
+    if tokens.cp > 1:
+        spec = arguments["vision_transformer_layer_spec"]
+        arguments["vision_transformer_layer_spec"] = with_gathered_attention(
+            spec, tokens.split(groups)
+        )
+    yield
+    if split:
+        become_stage(model, groups)
+    if tokens.cp > 1:
+        split_images(model, tokens, groups)
+    model.image_item = item_of(model, tokens)
 
 
 def _retarget(config: TransformerConfig, placement: ModulePlacement) -> TransformerConfig:
@@ -153,34 +214,56 @@ class LlavaBoundary:
         inner = unwrap_model(model)
         self.rows_per_image: int = inner.img_seq_len
         self.image_token: int = inner.image_token_index
-        # Only the half with the encoder has a projection, and makes rows.
-        self.width: int = (inner.vision_projection or inner).config.hidden_size
+        # Only the last stage of the half with the encoder has a projection, and makes rows.
+        maker = inner.vision_projection if hasattr(inner.vision_projection, "config") else inner
+        self.width: int = maker.config.hidden_size
+        self.item: ItemShape = getattr(inner, "image_item", ONE_ROW)
+        self._merge: SequenceMerge | None = getattr(inner, "sequence_merge", None)
         self._name = name
 
     def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
-        return output.transpose(0, 1).reshape(-1, output.shape[-1])
+        return output.transpose(0, 1).flatten(0, 1)
 
-    def inputs_of(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``."""
+    def inputs_of(
+        self, rows: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
+    ) -> torch.Tensor:
+        """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``.
+
+        Where ranks keep parts of sequences the rows stay as they are, to be merged one by one.
+        """
         (embeddings,) = rows.values()
+        if self._merge is not None:
+            self._merge.take(samples[VISION])
+            return embeddings
         if embeddings.shape[0] == 0:
             return embeddings.reshape(0, 0, embeddings.shape[-1])
         images = embeddings.reshape(-1, self.rows_per_image, embeddings.shape[-1])
         return images.transpose(0, 1).contiguous()
 
-    def row_counts(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[int]]:
-        """Counts the image rows of every sample of a batch by its image tokens."""
-        images = images_per_sample(batch, image_token=self.image_token)
-        return {VISION: [count * self.rows_per_image for count in images]}
+    def row_runs(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[Runs]]:
+        """Finds where the image rows of every sample belong, from its image tokens.
+
+        The rows of an image take the place of its one token, and move what follows.
+        """
+        rows = self.rows_per_image
+        return {
+            VISION: [
+                tuple(
+                    Interval(start, start + rows)
+                    for start in (token + n * (rows - 1) for n, token in enumerate(tokens))
+                )
+                for tokens in image_tokens(batch, image_token=self.image_token)
+            ]
+        }
 
     def flops_per_row(self, args: argparse.Namespace) -> float:
         """Counts the encoder's operations behind one of an image's rows."""
         return encoder_flops(args, 1) / self.rows_per_image if self._name == VISION else 0.0
 
 
-def images_per_sample(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list[int]:
-    """Counts the images of every sample of a batch by its image tokens.
+def image_tokens(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list[list[int]]:
+    """Finds the places of the image tokens in the text of every sample of a batch.
 
     Raises:
         HostError: The batch has no token ids under a known key, or another number of images.
@@ -191,11 +274,12 @@ def images_per_sample(batch: Mapping[str, torch.Tensor], *, image_token: int) ->
             f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
             f"name the token ids so in the data set"
         )
-    counts = (tokens == image_token).sum(dim=1).tolist()
+    places = [row.nonzero().flatten().tolist() for row in tokens == image_token]
+    count = sum(map(len, places))
     images = next((batch[key] for key in ("image", "images") if key in batch), None)
-    if images is not None and images.shape[0] != sum(counts):
+    if images is not None and images.shape[0] != count:
         raise HostError(
-            f"data: images={images.shape[0]} must equal the image tokens={sum(counts)} of the "
+            f"data: images={images.shape[0]} must equal the image tokens={count} of the "
             f"batch; give every image one token {image_token}"
         )
-    return counts
+    return places
