@@ -4,52 +4,18 @@ The reference is stock Megatron in one process, without anything of Mosaic but t
 weights. A plan file of ``tests/plans`` names the options of its run in its first line.
 """
 
-import re
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from megatron_mosaic.comm.replay import ReplayError, replay
-from megatron_mosaic.layout.plan import Plan
-from tests.parity.compare import Comparison, Whole, compare, whole
-from tests.parity.record import OPTIMIZERS, Record, record_plan, record_stock
+from tests.parity.compare import whole
+from tests.parity.record import OPTIMIZERS, record_plan
+from tests.parity.training import TIMEOUT_S, compared, options_of, reference, trained
 from tests.ranks import run_ranks
 
 PLANS = sorted((Path(__file__).parent.parent / "plans").glob("*.yaml"))
-TIMEOUT_S = 120
-# These change who holds or sends what, not what is computed.
-LAYOUT_OPTIONS = (
-    "--use-distributed-optimizer",
-    "--overlap-grad-reduce",
-    "--overlap-param-gather",
-)
-
-
-def options_of(plan: Path) -> list[str]:
-    match = re.match(r"# options:(.*)\n", plan.read_text())
-    return match[1].split() if match else []
-
-
-@cache
-def _reference(optimizer: str, options: tuple[str, ...]) -> Whole:
-    arguments = [*OPTIMIZERS[optimizer], *options]
-    return whole(run_ranks(record_stock, 1, arguments, init=False, timeout_s=TIMEOUT_S))
-
-
-def _run(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Record]:
-    arguments = [*OPTIMIZERS[optimizer], *options_of(plan)]
-    world_size = Plan.load(plan).world_size
-    return run_ranks(
-        record_plan, world_size, str(plan), arguments, faults, init=False, timeout_s=TIMEOUT_S
-    )
-
-
-def _compare(records: list[Record], plan: Path, optimizer: str) -> Comparison:
-    options = tuple(option for option in options_of(plan) if option not in LAYOUT_OPTIONS)
-    reference = _reference(optimizer, options)
-    return compare(whole(records), reference, adam=optimizer == "adam")
 
 
 def _cases() -> list:
@@ -64,8 +30,8 @@ def _cases() -> list:
 
 @pytest.mark.parametrize(("plan", "optimizer"), _cases())
 def test_plan_trains_like_one_process(plan, optimizer, record_property):
-    records = _run(plan, optimizer)
-    result = _compare(records, plan, optimizer)
+    records = trained(plan, optimizer)
+    result = compared(records, plan, optimizer)
 
     record_property("worst_gradient", result.worst_gradient)
     record_property("worst_weight", result.worst_weight)
@@ -80,14 +46,14 @@ def test_plan_trains_like_one_process(plan, optimizer, record_property):
 )
 def test_planted_fault_is_seen(fault):
     plan = Path(__file__).parent.parent / "plans" / "disjoint_v1_l2.yaml"
-    result = _compare(_run(plan, "sgd", (fault,)), plan, "sgd")
+    result = compared(trained(plan, "sgd", (fault,)), plan, "sgd")
 
     assert any(line.startswith("gradient ") for line in result.failures)
 
 
 def test_one_swapped_pair_of_operations_makes_the_replay_fail():
     plan = Path(__file__).parent.parent / "plans" / "colocated_v2_l2pp2.yaml"
-    records = {rank: list(record.communication) for rank, record in enumerate(_run(plan, "sgd"))}
+    records = {rank: list(record.communication) for rank, record in enumerate(trained(plan, "sgd"))}
     _swap_two_issues(records[1])
 
     with pytest.raises(ReplayError):
@@ -112,8 +78,8 @@ def test_bf16_stays_as_near_to_one_process_as_bf16_does_to_fp32():
     arguments = [*OPTIMIZERS["adam"], *options, "--bf16", "--use-distributed-optimizer"]
     records = run_ranks(record_plan, 4, str(plan), arguments, init=False, timeout_s=TIMEOUT_S)
 
-    run, fp32 = whole(records), _reference("adam", options)
-    one = _reference("adam", (*options, "--bf16"))
+    run, fp32 = whole(records), reference("adam", options)
+    one = reference("adam", (*options, "--bf16"))
     for step in range(4):
         own, alone, exact = (each.losses[step]["lm loss"] for each in (run, one, fp32))
         # The sum of the losses over about 40 tokens; both runs round to 8 bits.

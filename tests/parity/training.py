@@ -1,0 +1,46 @@
+"""Trains a plan, and stock Megatron with the same options, and compares the two."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+from megatron_mosaic.layout.plan import Plan
+from tests.parity.compare import Comparison, Whole, compare, whole
+from tests.parity.record import OPTIMIZERS, Record, record_plan, record_stock
+from tests.ranks import run_ranks
+
+TIMEOUT_S = 120
+# These change who holds or sends what, not what is computed.
+LAYOUT_OPTIONS = (
+    "--use-distributed-optimizer",
+    "--overlap-grad-reduce",
+    "--overlap-param-gather",
+)
+
+
+def options_of(plan: Path) -> list[str]:
+    """Options of the run that the first line of a plan file names."""
+    match = re.match(r"# options:(.*)\n", plan.read_text())
+    return match[1].split() if match else []
+
+
+@cache
+def reference(optimizer: str, options: tuple[str, ...]) -> Whole:
+    """Stock Megatron in one process."""
+    arguments = [*OPTIMIZERS[optimizer], *options]
+    return whole(run_ranks(record_stock, 1, arguments, init=False, timeout_s=TIMEOUT_S))
+
+
+def trained(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Record]:
+    """What every rank of a plan recorded."""
+    arguments = [*OPTIMIZERS[optimizer], *options_of(plan)]
+    world_size = Plan.load(plan).world_size
+    return run_ranks(
+        record_plan, world_size, str(plan), arguments, faults, init=False, timeout_s=TIMEOUT_S
+    )
+
+
+def compared(records: list[Record], plan: Path, optimizer: str) -> Comparison:
+    """Compares a plan's ranks with stock Megatron in one process."""
+    options = tuple(option for option in options_of(plan) if option not in LAYOUT_OPTIONS)
+    return compare(whole(records), reference(optimizer, options), adam=optimizer == "adam")
