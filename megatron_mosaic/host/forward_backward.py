@@ -19,6 +19,7 @@ from megatron_mosaic.host.gradients import (
     gather_parameters,
 )
 from megatron_mosaic.host.llava import LANGUAGE
+from megatron_mosaic.host.moe_metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
@@ -38,6 +39,7 @@ class PlanForwardBackward:
         self._flops = flops
         self._trace = trace
         self._report = LossReport(runtime.host_group)
+        self._moe_metrics = MoeMetrics(runtime.host_group)
         self._prepared = cache(self._prepare)
 
     def select(self, *unused: Any, **also_unused: Any) -> Callable[..., list[dict]]:
@@ -176,5 +178,7 @@ class PlanForwardBackward:
                 language_replicas=replicas,
                 force_all_reduce=bool(force_all_reduce),
             )
+            if get_args().num_experts is not None:
+                self._moe_metrics.reduce(runtime.hosted.get(LANGUAGE))
         runtime.randomness.park()
         return losses

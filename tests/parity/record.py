@@ -92,10 +92,9 @@ OPTIMIZERS = {
 class Shard(NamedTuple):
     """A rank's part of a tensor: where it lies, and which of equal parts counts."""
 
-    dim: int  # along which tensor parallelism splits it, or -1
+    dim: int  # along which (expert) tensor parallelism splits it, or -1
     stride: int
     tp: int
-    dp: int
     summed: bool  # whether the parts of data-parallel replicas add up
     values: np.ndarray
 
@@ -201,12 +200,14 @@ def _initialized_by_name(*arguments: Any, **options: Any) -> torch.nn.Module:
 
     from megatron_mosaic.host.groups import ModuleGroups
     from megatron_mosaic.host.weights import initialize_by_name
-    from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
+    from megatron_mosaic.layout.placement import ModulePlacement
 
     model = vlm_script.model_provider(*arguments, **options)
+    placement = ModulePlacement(name="language", ranks=(0,))
     groups = ModuleGroups(
-        placement=ModulePlacement(name="language", ranks=(0,)),
-        position=Coordinates(0, 0, 0, 0),
+        placement=placement,
+        position=placement.coordinates(0),
+        expert_position=placement.expert_coordinates(0),
         collection=ProcessGroupCollection(),
     )
     initialize_by_name(model, seed=get_args().seed, groups=groups)
@@ -250,21 +251,19 @@ def _hosted(runtime: Any, read: Any) -> Iterator[tuple[str, Shard]]:
 def _shards(model: torch.nn.Module, read: Any, groups: Any = None) -> Iterator[tuple[str, Shard]]:
     from megatron.core.utils import unwrap_model
 
-    from megatron_mosaic.host.weights import global_named_parameters, partition_of
+    from megatron_mosaic.host.weights import global_named_parameters, partition_of, split_of
 
     for name, _, parameter in global_named_parameters(unwrap_model(model)):
         values, summed = read(model, parameter)
         if values is None:
             continue
         dim, stride = partition_of(parameter)
-        position = groups.position if groups else None
         yield (
             name,
             Shard(
                 dim=dim,
                 stride=stride,
-                tp=position.tp if position else 0,
-                dp=position.dp if position else 0,
+                tp=split_of(parameter, groups=groups).index if groups else 0,
                 summed=summed,
                 values=values.detach().float().cpu().numpy().copy(),
             ),
@@ -281,7 +280,7 @@ def _gradient(model: Any, parameter: Any) -> tuple[torch.Tensor | None, bool]:
         return None, False
     if not model.ddp_config.use_distributed_optimizer:
         return parameter.main_grad, False
-    for group in model.bucket_groups:
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
         for bucket in group.buckets:
             if parameter in bucket.param_to_index:
                 return _own_part(group, bucket, parameter), True

@@ -115,7 +115,7 @@ def _passes(plan, steps, done, queues, rank):
         case Wait(transfer):
             return (_members(plan, transfer.edge, rank), *transfer) in done
         case Compute(task) as step:
-            groups = plan.modules[task.module].groups("tp", "cp")
+            groups = plan.modules[task.module].task_groups()
             group = next(members for members in groups if rank in members)
             for member in group:
                 # A member that has left the meeting was there together with the others.
