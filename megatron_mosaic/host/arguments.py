@@ -204,7 +204,9 @@ def _facts(args: argparse.Namespace) -> dict[str, ModuleFacts]:
             hidden_size=args.hidden_size,
             ffn_hidden_size=ffn_hidden_size,
             num_experts=num_experts,
-            moe_ffn_hidden_size=(args.moe_ffn_hidden_size or ffn_hidden_size) if num_experts else None,
+            moe_ffn_hidden_size=(args.moe_ffn_hidden_size or ffn_hidden_size)
+            if num_experts
+            else None,
         )
 
     for name in ("encoder_num_layers", "num_attention_heads", "hidden_size"):

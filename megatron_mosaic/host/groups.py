@@ -98,9 +98,9 @@ def _create_fields(
     placement: ModulePlacement, factory: GroupFactory, *, rank: int, alone: dist.ProcessGroup
 ) -> Mapping[str, dist.ProcessGroup | None]:
     fields: dict[str, dist.ProcessGroup | None] = {}
-    groups_of_field = {
-        field: placement.groups(*axes) for field, axes in AXES_OF_FIELD.items()
-    } | {field: placement.expert_groups(*axes) for field, axes in EXPERT_AXES_OF_FIELD.items()}
+    groups_of_field = {field: placement.groups(*axes) for field, axes in AXES_OF_FIELD.items()} | {
+        field: placement.expert_groups(*axes) for field, axes in EXPERT_AXES_OF_FIELD.items()
+    }
     for field, groups in groups_of_field.items():
         fields[field] = alone
         for ranks in groups:

@@ -6,7 +6,7 @@ A grid is a named tuple of sizes, one for each axis, fastest first.
 from collections.abc import Collection, Sequence
 from itertools import product
 from math import prod
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from megatron_mosaic.errors import LayoutError
 
@@ -29,10 +29,7 @@ class ExpertCoordinates(NamedTuple):
     pp: int
 
 
-Shape = TypeVar("Shape", Coordinates, ExpertCoordinates)
-
-
-def position_of(index: int, shape: Shape) -> Shape:
+def position_of[Shape: (Coordinates, ExpertCoordinates)](index: int, shape: Shape) -> Shape:
     """Coordinates of the rank at ``index`` of a rank list."""
     position = []
     for size in shape:
@@ -41,11 +38,9 @@ def position_of(index: int, shape: Shape) -> Shape:
     return type(shape)(*position)
 
 
-def index_of(position: Shape, shape: Shape) -> int:
+def index_of[Shape: (Coordinates, ExpertCoordinates)](position: Shape, shape: Shape) -> int:
     """Index in the rank list; inverse of :func:`position_of`."""
-    return sum(
-        coordinate * prod(shape[:axis]) for axis, coordinate in enumerate(position)
-    )
+    return sum(coordinate * prod(shape[:axis]) for axis, coordinate in enumerate(position))
 
 
 def rank_lists(

@@ -141,6 +141,7 @@ def record_plan(
             losses = super().__call__(forward_only=forward_only, **arguments)
             (record.evaluations if forward_only else record.losses).append(_numbers(losses))
             if not forward_only:
+                record.losses[-1] |= _auxiliary_losses(arguments["num_microbatches"])
                 record.gradients.append(dict(_hosted(self._runtime, _gradient)))
                 record.weights.append(dict(_hosted(self._runtime, _weight)))
             return losses
@@ -176,6 +177,7 @@ def record_stock(rank: int, options: list[str], *, by_name: bool = True) -> Reco
             total = _totals(losses)
             (record.evaluations if forward_only else record.losses).append(total)
             if not forward_only:
+                record.losses[-1] |= _auxiliary_losses(arguments["num_microbatches"])
                 record.gradients.append(dict(_shards(model[0], _gradient)))
                 record.weights.append(dict(_shards(model[0], _weight)))
                 models[:] = model
@@ -232,6 +234,16 @@ def _one_reader(provider: Any) -> Any:
 
 def _numbers(losses: list[dict]) -> dict[str, list[float]]:
     return {key: value.double().tolist() for key, value in losses[0].items()} if losses else {}
+
+
+def _auxiliary_losses(num_microbatches: int) -> dict[str, list[float]]:
+    """Returns what routers recorded for each layer in this step, as the stock loop scales it."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    metrics = get_moe_metrics_tracker().metrics
+    return {
+        name: (entry.values.double() / num_microbatches).tolist() for name, entry in metrics.items()
+    }
 
 
 def _totals(losses: list[dict]) -> dict[str, list[float]]:

@@ -98,7 +98,9 @@ class ImageTextSamples(torch.utils.data.Dataset):
         places = torch.randperm(self._length - 1, generator=generator)[:num_images]
         tokens[places] = DEFAULT_IMAGE_TOKEN_INDEX
         # Unequal masks: a mean over tokens then differs from a mean over samples.
-        loss_mask = (torch.rand(self._length, generator=generator) < 0.2 + 0.1 * (index % 7)).float()
+        loss_mask = (
+            torch.rand(self._length, generator=generator) < 0.2 + 0.1 * (index % 7)
+        ).float()
         loss_mask[-1] = 1.0
         labels = torch.randint(0, self._vocab, (self._length,), generator=generator)
         return {
