@@ -19,6 +19,7 @@ from megatron_mosaic.host.gradients import (
     gather_parameters,
 )
 from megatron_mosaic.host.llava import LANGUAGE
+from megatron_mosaic.host.moe_dispatch import check_equal_lengths
 from megatron_mosaic.host.moe_metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
@@ -76,7 +77,8 @@ class PlanForwardBackward:
             The losses of the whole batch as one entry, the same on every rank.
 
         Raises:
-            HostError: Non-loss data is asked for.
+            HostError: Non-loss data is asked for, or replicas that gather each other's tokens
+                have sequences of unequal length.
             LayoutError: Modules read different images for a sample.
 
         Note:
@@ -91,6 +93,7 @@ class PlanForwardBackward:
         (top,) = unwrap_model(model if isinstance(model, Sequence) else [model])
         schedule, steps = self._prepared(num_microbatches, forward_only)
         batches = next(data_iterator)
+        self._check_dispatch(batches.images)
         runtime.randomness.unpark()
         self._begin_boundaries(batches.images, schedule)
         if not forward_only:
@@ -110,6 +113,13 @@ class PlanForwardBackward:
             steps
         )
         return self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
+
+    def _check_dispatch(self, images: Sequence[int]) -> None:
+        args, plan = get_args(), self._runtime.plan
+        if args.num_experts is not None and args.moe_token_dispatcher_type == "allgather":
+            check_equal_lengths(
+                images, language=plan.language, samples_per_replica=plan.micro_batch_size
+            )
 
     def _begin_boundaries(self, images: Sequence[int], schedule: Schedule) -> None:
         runner = next(iter(self._runtime.runners.values()), None)

@@ -61,7 +61,7 @@ def global_named_parameters(module: torch.nn.Module) -> Iterator[NamedParameter]
     renamed = _global_prefixes(module)
     for local_name, parameter in module.named_parameters():
         name = local_name
-        # Experts lie inside layers: the longer prefix first, so that both are replaced.
+        # An expert lies in a layer: the longer prefix first, since the shorter stays in place.
         for local in sorted(renamed, key=len, reverse=True):
             if local_name.startswith(local):
                 name = renamed[local] + name[len(local) :]

@@ -44,7 +44,21 @@ def sizes(draw, num_ranks, *, max_stages):
 def placements(draw, name, pool, *, max_stages):
     grid = draw(sizes(len(pool), max_stages=max_stages))
     ranks = draw(st.permutations(pool))[: math.prod(grid.values())]
-    return place(name, *ranks, **grid, trainable=draw(TRAINABLE))
+    experts = draw(expert_sizes(grid)) if name == "language" else {}
+    return place(name, *ranks, **grid, **experts, trainable=draw(TRAINABLE))
+
+
+@st.composite
+def expert_sizes(draw, grid):
+    """Sizes that divide a stage; mostly none, as in a dense model."""
+    stage = grid["tp"] * grid["cp"] * grid["dp"]
+    expt_tp = draw(st.just(grid["tp"]) | st.sampled_from(_divisors(stage)))
+    ep = draw(st.just(1) | st.sampled_from(_divisors(stage // expt_tp)))
+    return {"expt_tp": expt_tp, "ep": ep}
+
+
+def _divisors(number):
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 @st.composite
