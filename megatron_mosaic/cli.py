@@ -59,11 +59,17 @@ def _summary(plan: Plan) -> str:
 
 def _table(plan: Plan) -> str:
     """One line for each module; samples are those of one replica in one task."""
-    heads = ("module", "ranks", "tp", "cp", "dp", "pp", "microbatches/task", "samples/task")
-    rows: list[tuple[str, ...]] = [heads]
+    # The experts' grid is shown where a plan says something about it.
+    has_experts = any(
+        placement.expert_model_parallel_size > 1 or placement.expert_tensor_parallel_size
+        for placement in plan.modules.values()
+    )
+    expert_heads = ("etp", "ep", "edp") if has_experts else ()
+    heads = ("tp", "cp", "dp", "pp", *expert_heads, "microbatches/task", "samples/task")
+    rows: list[tuple[str, ...]] = [("module", "ranks", *heads)]
     for name, placement in plan.modules.items():
         num_microbatches, samples = _task_size(plan, name)
-        sizes = map(str, placement.shape)
+        sizes = map(str, (*placement.shape, *placement.expert_shape[: len(expert_heads)]))
         rows.append((name, show_ranks(placement.ranks), *sizes, str(num_microbatches), samples))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

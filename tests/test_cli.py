@@ -91,6 +91,22 @@ def test_check_prints_the_layout(good_plan, capsys):
     ]
 
 
+def test_check_prints_the_grid_of_experts(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    sizes = "    data_parallel_size: 2\n"
+    path.write_text(GOOD_PLAN.replace(sizes, f"{sizes}    expert_model_parallel_size: 2\n"))
+
+    main(["check", str(path)])
+
+    table = capsys.readouterr().out.split("\n\n")[1]
+    assert [line.split()[-9:] for line in table.splitlines()] == [
+        ["tp", "cp", "dp", "pp", "etp", "ep", "edp", "microbatches/task", "samples/task"],
+        # A stage has 2 * 2 ranks: experts are split over pairs, in two parts, without replicas.
+        ["2", "1", "2", "2", "2", "2", "1", "1", "2"],
+        ["1", "1", "6", "1", "1", "1", "6", "4", "2-3"],
+    ]
+
+
 def test_check_refuses_another_number_of_launched_ranks(good_plan, capsys):
     status = main(["check", good_plan, "--world-size", "8"])
 

@@ -29,7 +29,8 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("pipeline_model_parallel_layout", None, "the plan says layers_per_stage"),
     ("decoder_first_pipeline_num_layers", None, "the plan says layers_per_stage"),
     ("decoder_last_pipeline_num_layers", None, "the plan says layers_per_stage"),
-    ("num_experts", None, "mixture of experts is not planned yet"),
+    ("moe_use_upcycling", False, "Megatron would build the dense model without the plan"),
+    ("overlap_moe_expert_parallel_comm", False, "the engine runs each task whole"),
     ("rampup_batch_size", None, "a plan has one global_batch_size"),
     ("train_sync_interval", None, "the stock loop would wait on groups of one module"),
     ("use_megatron_fsdp", False, "a plan shards with DDP and the distributed optimizer"),
@@ -107,6 +108,9 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     _decide(args, "pipeline_model_parallel_size", language.pipeline_model_parallel_size, unset=1)
     _decide(args, "context_parallel_size", language.context_parallel_size, unset=1)
     _decide(args, "sequence_parallel", language.sequence_parallel, unset=False)
+    expert = language.expert_shape
+    _decide(args, "expert_model_parallel_size", expert.ep, unset=1)
+    _decide(args, "expert_tensor_parallel_size", expert.expt_tp, unset=None)
     _decide(args, "micro_batch_size", plan.micro_batch_size, unset=None)
     _decide(args, "global_batch_size", plan.global_batch_size, unset=None)
     for name, allowed, why in REFUSED:
@@ -189,7 +193,8 @@ def _reason(error: AssertionError) -> str:
 def _facts(args: argparse.Namespace) -> dict[str, ModuleFacts]:
     """Sizes of the modules; both have the language model's, but for their layers."""
 
-    def facts(num_layers: int) -> ModuleFacts:
+    def facts(num_layers: int, num_experts: int | None = None) -> ModuleFacts:
+        ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
         return ModuleFacts(
             num_layers=num_layers,
             num_attention_heads=args.num_attention_heads,
@@ -197,14 +202,18 @@ def _facts(args: argparse.Namespace) -> dict[str, ModuleFacts]:
                 args.num_query_groups if args.group_query_attention else args.num_attention_heads
             ),
             hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size or 4 * args.hidden_size,
+            ffn_hidden_size=ffn_hidden_size,
+            num_experts=num_experts,
+            moe_ffn_hidden_size=(args.moe_ffn_hidden_size or ffn_hidden_size)
+            if num_experts
+            else None,
         )
 
     for name in ("encoder_num_layers", "num_attention_heads", "hidden_size"):
         if getattr(args, name) is None:
             raise HostError(f"arguments: {name}=None must be given; add --{name.replace('_', '-')}")
     return {
-        "language": facts(args.decoder_num_layers or args.encoder_num_layers),
+        "language": facts(args.decoder_num_layers or args.encoder_num_layers, args.num_experts),
         "vision": facts(args.encoder_num_layers),
     }
 

@@ -1,6 +1,6 @@
 """The ``forward_backward`` function that Megatron's loop calls under a plan."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,10 +19,12 @@ from megatron_mosaic.host.gradients import (
     finish_gathering_parameters,
     gather_parameters,
 )
+from megatron_mosaic.host.moe_dispatch import check_equal_lengths
+from megatron_mosaic.host.moe_metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
-from megatron_mosaic.layout.ownership import count_rows
+from megatron_mosaic.layout.ownership import Runs, count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.schedule import Schedule
@@ -40,6 +42,7 @@ class PlanForwardBackward:
         self._flops = flops
         self._trace = trace
         self._report = LossReport(runtime.host_group)
+        self._moe_metrics = MoeMetrics(runtime.host_group)
         self._prepared = cache(self._prepare)
 
     def select(self, *unused: Any, **also_unused: Any) -> Callable[..., list[dict]]:
@@ -76,7 +79,8 @@ class PlanForwardBackward:
             The losses of the whole batch as one entry, the same on every rank.
 
         Raises:
-            HostError: Non-loss data is asked for.
+            HostError: Non-loss data is asked for, or replicas that gather each other's tokens
+                have sequences of unequal length.
             LayoutError: Modules count different rows of a sample.
 
         Note:
@@ -91,6 +95,7 @@ class PlanForwardBackward:
         (top,) = unwrap_model(model if isinstance(model, Sequence) else [model])
         schedule, steps = self._prepared(num_microbatches, forward_only)
         batches = next(data_iterator)
+        self._check_dispatch(batches.rows)
         runtime.randomness.unpark()
         runtime.channels.begin(batches.rows, schedule=schedule)
         if not forward_only:
@@ -113,6 +118,16 @@ class PlanForwardBackward:
             steps
         )
         return self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
+
+    def _check_dispatch(self, rows: Mapping[str, Sequence[Runs]]) -> None:
+        args, plan = get_args(), self._runtime.plan
+        if args.num_experts is not None and args.moe_token_dispatcher_type == "allgather":
+            for samples in rows.values():
+                check_equal_lengths(
+                    list(map(count_rows, samples)),
+                    language=plan.language,
+                    samples_per_replica=plan.micro_batch_size,
+                )
 
     def _prepare(
         self, num_microbatches: int, forward_only: bool
@@ -188,5 +203,7 @@ class PlanForwardBackward:
                 loss_replicas=replicas * language_model.context_parallel_size,
                 force_all_reduce=bool(force_all_reduce),
             )
+            if get_args().num_experts is not None:
+                self._moe_metrics.reduce(runtime.hosted.get(LANGUAGE))
         runtime.randomness.park()
         return losses

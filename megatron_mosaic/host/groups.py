@@ -7,11 +7,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mosaic.comm.groups import GroupFactory
-from megatron_mosaic.layout.placement import Axis, Coordinates, ModulePlacement
+from megatron_mosaic.layout.grid import Coordinates, ExpertCoordinates
+from megatron_mosaic.layout.placement import Axis, ExpertAxis, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 
-# Megatron's name of a group: the axes along which its members differ. Expert fields are those
-# of a dense model; the gtp_remat ones are groups of one because that axis is not in a plan.
+# Megatron's name of a group: the axes along which its members differ. The gtp_remat ones are
+# groups of one, or those without it, because that axis is not in a plan.
 AXES_OF_FIELD: dict[str, tuple[Axis, ...]] = {
     "tp": ("tp",),
     "cp": ("cp",),
@@ -26,24 +27,27 @@ AXES_OF_FIELD: dict[str, tuple[Axis, ...]] = {
     "inter_dist_opt": (),
     "intra_dist_opt": ("tp", "cp", "dp", "pp"),
     "gtp_remat": (),
-    "ep": (),
-    "expt_tp": ("tp",),
-    "tp_ep": ("tp",),
-    "tp_ep_pp": ("tp", "pp"),
-    "tp_ep_pp_with_egtp_remat": ("tp", "pp"),
-    "expt_dp": ("cp", "dp"),
-    "expt_dp_gtp_remat": ("cp", "dp"),
-    "intra_expt_dp": ("cp", "dp"),
+}
+EXPERT_AXES_OF_FIELD: dict[str, tuple[ExpertAxis, ...]] = {
+    "ep": ("ep",),
+    "expt_tp": ("expt_tp",),
+    "tp_ep": ("expt_tp", "ep"),
+    "tp_ep_pp": ("expt_tp", "ep", "pp"),
+    "tp_ep_pp_with_egtp_remat": ("expt_tp", "ep", "pp"),
+    "expt_dp": ("expt_dp",),
+    "expt_dp_gtp_remat": ("expt_dp",),
+    "intra_expt_dp": ("expt_dp",),
     "expt_gtp_remat": (),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleGroups:
-    """Groups of one module that this rank is in, and its place in the module's grid."""
+    """Groups of one module that this rank is in, and its place in the module's grids."""
 
     placement: ModulePlacement
     position: Coordinates
+    expert_position: ExpertCoordinates
     collection: ProcessGroupCollection
 
     @property
@@ -71,6 +75,7 @@ def module_groups(plan: Plan, factory: GroupFactory, *, rank: int) -> dict[str, 
             hosted[name] = ModuleGroups(
                 placement=placement,
                 position=placement.coordinates(rank),
+                expert_position=placement.expert_coordinates(rank),
                 collection=ProcessGroupCollection(**fields),
             )
     return hosted
@@ -83,7 +88,9 @@ def lone_collection(alone: dist.ProcessGroup) -> ProcessGroupCollection:
     success flags. A rank may host several modules or none, and all of those are already global
     when the loop sees them: so it reduces over nobody.
     """
-    fields: dict[str, dist.ProcessGroup] = dict.fromkeys(AXES_OF_FIELD, alone)
+    fields: dict[str, dist.ProcessGroup] = dict.fromkeys(
+        (*AXES_OF_FIELD, *EXPERT_AXES_OF_FIELD), alone
+    )
     return ProcessGroupCollection(**fields, embd=alone, pos_embd=alone)
 
 
@@ -91,9 +98,12 @@ def _create_fields(
     placement: ModulePlacement, factory: GroupFactory, *, rank: int, alone: dist.ProcessGroup
 ) -> Mapping[str, dist.ProcessGroup | None]:
     fields: dict[str, dist.ProcessGroup | None] = {}
-    for field, axes in AXES_OF_FIELD.items():
+    groups_of_field = {field: placement.groups(*axes) for field, axes in AXES_OF_FIELD.items()} | {
+        field: placement.expert_groups(*axes) for field, axes in EXPERT_AXES_OF_FIELD.items()
+    }
+    for field, groups in groups_of_field.items():
         fields[field] = alone
-        for ranks in placement.groups(*axes):
+        for ranks in groups:
             if len(ranks) > 1:
                 fields[field] = factory.group(ranks, scope=placement.name) or fields[field]
     for pipeline in placement.groups("pp"):

@@ -145,6 +145,18 @@ SEAMS: tuple[Seam, ...] = (
         parameters=("cp_group_size", "is_last_stage", "current_microbatch"),
         why="tasks call it with their module's values, not the global ones",
     ),
+    Seam(
+        symbol="megatron.core.transformer.moe.moe_logging:get_moe_metrics_tracker",
+        how="set",
+        why="the loop reduces routers' losses over one collection of a rank and prints them where "
+        "there may be no router; made global before",
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.experts:SequentialMLP",
+        how="argument",
+        parameters=("num_local_experts", "pg_collection"),
+        why="it tells which of all experts a rank has, by its ep_group and num_local_experts",
+    ),
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.host.groups import ModuleGroups
@@ -48,7 +49,7 @@ def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGrou
 
 
 class NamedParameter(NamedTuple):
-    """A parameter under its name over all pipeline stages and under its name on this rank."""
+    """A parameter under its name in the whole model and under its name on this rank."""
 
     name: str
     local_name: str
@@ -56,18 +57,32 @@ class NamedParameter(NamedTuple):
 
 
 def global_named_parameters(module: torch.nn.Module) -> Iterator[NamedParameter]:
-    """Yields the parameters of a module under names that do not depend on the stage."""
+    """Yields the parameters of a module under names that no stage or expert rank changes."""
+    renamed = _global_prefixes(module)
+    for local_name, parameter in module.named_parameters():
+        name = local_name
+        # An expert lies in a layer: the longer prefix first, since the shorter stays in place.
+        for local in sorted(renamed, key=len, reverse=True):
+            if local_name.startswith(local):
+                name = renamed[local] + name[len(local) :]
+        yield NamedParameter(name, local_name, parameter)
+
+
+def _global_prefixes(module: torch.nn.Module) -> dict[str, str]:
+    """Names of layers and experts on this rank, each with the last number of its global name."""
     renamed = {}
-    for name, layer in module.named_modules():
+    owner: Any
+    for name, owner in module.named_modules():
         match = _LAYER.match(name)
-        number = getattr(layer, "layer_number", None)
+        number = getattr(owner, "layer_number", None)
         if match and number is not None:
             renamed[f"{name}."] = f"{match[1]}{number - 1}."
-    for local_name, parameter in module.named_parameters():
-        prefix = next((local for local in renamed if local_name.startswith(local)), "")
-        yield NamedParameter(
-            renamed.get(prefix, "") + local_name[len(prefix) :], local_name, parameter
-        )
+        if isinstance(owner, SequentialMLP):
+            first = owner.ep_group.rank() * owner.num_local_experts
+            for local in range(owner.num_local_experts):
+                experts = f"{name}.local_experts."
+                renamed[f"{experts}{local}."] = f"{experts}{first + local}."
+    return renamed
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:
@@ -91,6 +106,28 @@ def mark_gated_linears(module: torch.nn.Module) -> None:
                 parameter.mosaic_stride = 2
 
 
+class Split(NamedTuple):
+    """Ranks that split a parameter, and this rank's place among them."""
+
+    size: int
+    index: int
+
+
+def is_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter's shards and replicas are those of the experts' grid.
+
+    Megatron marks it so where that grid differs from the module's own.
+    """
+    return not getattr(parameter, "allreduce", True)
+
+
+def split_of(parameter: torch.nn.Parameter, *, groups: ModuleGroups) -> Split:
+    """Returns the ranks that split a parameter's partitioned dimension."""
+    if is_expert(parameter):
+        return Split(groups.placement.expert_shape.expt_tp, groups.expert_position.expt_tp)
+    return Split(groups.placement.tensor_model_parallel_size, groups.position.tp)
+
+
 def shard_of(
     full: torch.Tensor, parameter: torch.nn.Parameter, *, groups: ModuleGroups
 ) -> torch.Tensor:
@@ -98,9 +135,8 @@ def shard_of(
     dim, stride = partition_of(parameter)
     if dim < 0:
         return full
-    size = groups.placement.tensor_model_parallel_size
-    pieces = full.chunk(size * stride, dim=dim)
-    return torch.cat(pieces[groups.position.tp :: size], dim=dim)
+    size, index = split_of(parameter, groups=groups)
+    return torch.cat(full.chunk(size * stride, dim=dim)[index::size], dim=dim)
 
 
 def _seed_of(seed: int, name: str) -> int:
@@ -114,7 +150,7 @@ def _draw(
     dim, _ = partition_of(parameter)
     shape = list(parameter.shape)
     if dim >= 0:
-        shape[dim] *= groups.placement.tensor_model_parallel_size
+        shape[dim] *= split_of(parameter, groups=groups).size
     full = torch.empty(shape, dtype=torch.float32, device=parameter.device)
     # Seeding the host seeds the device too.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

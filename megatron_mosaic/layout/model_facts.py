@@ -15,6 +15,8 @@ class ModuleFacts:
     Args:
         vocab_size: Rows of the embedding after padding; ``None`` for a module without one.
         sequence_length: Tokens of one sample; ``None`` where it varies.
+        num_experts: Experts of a mixture-of-experts layer; ``None`` for a dense module.
+        moe_ffn_hidden_size: Hidden size of one expert; ``None`` for a dense module.
     """
 
     num_layers: int
@@ -24,6 +26,8 @@ class ModuleFacts:
     ffn_hidden_size: int
     vocab_size: int | None = None
     sequence_length: int | None = None
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
 
 
 def check_model(plan: Plan, facts: Mapping[str, ModuleFacts]) -> None:
@@ -46,6 +50,7 @@ def check_model(plan: Plan, facts: Mapping[str, ModuleFacts]) -> None:
         _check_tensor_parallel(placement, facts[name])
         _check_stages(placement, facts[name])
         _check_sequence(placement, facts[name])
+        _check_experts(placement, facts[name])
 
 
 def _check_tensor_parallel(placement: ModulePlacement, facts: ModuleFacts) -> None:
@@ -88,4 +93,34 @@ def _check_sequence(placement: ModulePlacement, facts: ModuleFacts) -> None:
             f"modules.{placement.name}: sequence_length={facts.sequence_length} must be a multiple "
             f"of {tp * chunks}, into which sequence and context parallelism cut it; "
             f"pad the sequence or lower tensor_model_parallel_size or context_parallel_size"
+        )
+
+
+def _check_experts(placement: ModulePlacement, facts: ModuleFacts) -> None:
+    where = f"modules.{placement.name}"
+    ep, expt_tp = placement.expert_model_parallel_size, placement.expert_shape.expt_tp
+    if facts.num_experts is None:
+        if ep > 1 or placement.expert_tensor_parallel_size is not None:
+            raise LayoutError(
+                f"{where}: expert_model_parallel_size={ep} with expert_tensor_parallel_size="
+                f"{expt_tp} must not be planned for a model with num_experts=None; remove the "
+                f"keys or give the model experts"
+            )
+        return
+    if facts.num_experts % ep:
+        raise LayoutError(
+            f"{where}: expert_model_parallel_size={ep} must divide num_experts="
+            f"{facts.num_experts}; choose a divisor of it"
+        )
+    if facts.moe_ffn_hidden_size is not None and facts.moe_ffn_hidden_size % expt_tp:
+        raise LayoutError(
+            f"{where}: expert_tensor_parallel_size={expt_tp} must divide moe_ffn_hidden_size="
+            f"{facts.moe_ffn_hidden_size}; choose a divisor of it"
+        )
+    if placement.tensor_model_parallel_size > 1 and not placement.sequence_parallel:
+        # Megatron refuses it in the first training step.
+        raise LayoutError(
+            f"{where}: sequence_parallel=false must be true with num_experts={facts.num_experts} "
+            f"and tensor_model_parallel_size={placement.tensor_model_parallel_size}; add "
+            f"'sequence_parallel: true'"
         )

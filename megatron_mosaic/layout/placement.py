@@ -2,27 +2,28 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import product
-from math import prod
-from typing import Literal, NamedTuple
+from math import lcm, prod
+from typing import Literal
 
 from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.layout.grid import (
+    Coordinates,
+    ExpertCoordinates,
+    check_expert_grid,
+    index_of,
+    position_of,
+    rank_lists,
+)
 from megatron_mosaic.layout.ranks import show_ranks
 
 Axis = Literal["tp", "cp", "dp", "pp"]
+ExpertAxis = Literal["expt_tp", "ep", "expt_dp", "pp"]
 
 LANGUAGE = "language"  # the plan's name of the module that every other one is connected with
 
-AXES: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")  # fastest first, Megatron's order
-
-
-class Coordinates(NamedTuple):
-    """Position of one rank in a module's grid."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
+# Fastest first, Megatron's order. The experts of a stage have a grid of their own on its ranks.
+AXES: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")
+EXPERT_AXES: tuple[ExpertAxis, ...] = ("expt_tp", "ep", "expt_dp", "pp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +37,15 @@ class ModulePlacement:
         ranks: Global ranks in the order tp-cp-dp-pp, fastest first; any list without repeats.
         trainable: Parts with trainable weights: ``None`` is everything, ``()`` is nothing.
         layers_per_stage: Layers of each pipeline stage; ``None`` is an even split.
+        expert_model_parallel_size: Parts into which the list of experts is split.
+        expert_tensor_parallel_size: Ranks that split each expert; ``None`` is
+            ``tensor_model_parallel_size``, and becomes ``None`` if written out.
 
     Raises:
         LayoutError: A size is not positive, a rank repeats or is negative, the sizes do not
-            multiply to the number of ranks, ``layers_per_stage`` does not name every stage, or
-            sequence parallelism has no tensor parallelism to work with.
+            multiply to the number of ranks, ``layers_per_stage`` does not name every stage,
+            sequence parallelism has no tensor parallelism to work with, or the experts of a
+            stage cannot be split over its ranks.
     """
 
     name: str
@@ -52,6 +57,8 @@ class ModulePlacement:
     sequence_parallel: bool = False
     trainable: tuple[str, ...] | None = None
     layers_per_stage: tuple[int, ...] | None = None
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
         where = f"modules.{self.name}"
@@ -64,6 +71,19 @@ class ModulePlacement:
                 f"{where}: sequence_parallel=true must go with tensor_model_parallel_size > 1, "
                 f"not 1; remove the key or raise the size"
             )
+        self._check_experts(where)
+
+    def _check_experts(self, where: str) -> None:
+        expt_tp = self.expert_tensor_parallel_size
+        if expt_tp == self.tensor_model_parallel_size:
+            # One way to say it, so that equal plans are equal.
+            object.__setattr__(self, "expert_tensor_parallel_size", None)
+        check_expert_grid(
+            where,
+            self.shape,
+            expt_tp=self.tensor_model_parallel_size if expt_tp is None else expt_tp,
+            ep=self.expert_model_parallel_size,
+        )
 
     def _check_ranks(self, where: str) -> None:
         if not self.ranks:
@@ -119,28 +139,41 @@ class ModulePlacement:
         """Sizes of the grid, one for each axis."""
         return Coordinates(*self.sizes().values())
 
+    @property
+    def expert_shape(self) -> ExpertCoordinates:
+        """Sizes of the experts' grid, on the same ranks: ``expt_tp*ep*expt_dp = tp*cp*dp``."""
+        expt_tp = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        ep, shape = self.expert_model_parallel_size, self.shape
+        expt_dp = shape.tp * shape.cp * shape.dp // (expt_tp * ep)
+        return ExpertCoordinates(expt_tp, ep, expt_dp, shape.pp)
+
     def coordinates(self, rank: int) -> Coordinates:
         """Position of a global rank that hosts the module.
 
         Raises:
             LayoutError: The rank does not host the module.
         """
+        return position_of(self._index(rank), self.shape)
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Position in the experts' grid of a global rank that hosts the module.
+
+        Raises:
+            LayoutError: The rank does not host the module.
+        """
+        return position_of(self._index(rank), self.expert_shape)
+
+    def _index(self, rank: int) -> int:
         if rank not in self.ranks:
             raise LayoutError(
                 f"modules.{self.name}: rank={rank} must be one of {list(self.ranks)}; "
                 f"ask only ranks that host the module"
             )
-        index = self.ranks.index(rank)
-        position = []
-        for size in self.shape:
-            index, remainder = divmod(index, size)
-            position.append(remainder)
-        return Coordinates(*position)
+        return self.ranks.index(rank)
 
     def rank_at(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
         """Global rank at a position of the grid."""
-        shape = self.shape
-        return self.ranks[tp + shape.tp * (cp + shape.cp * (dp + shape.dp * pp))]
+        return self.ranks[index_of(Coordinates(tp, cp, dp, pp), self.shape)]
 
     def stage_ranks(self, stage: int) -> tuple[int, ...]:
         """Ranks of one pipeline stage, in grid order."""
@@ -153,9 +186,22 @@ class ModulePlacement:
         ``groups("tp")`` are the tensor-parallel groups, ``groups("tp", "pp")`` the
         model-parallel ones. Every rank of the module is in exactly one of them.
         """
-        members: dict[tuple[int, ...], list[int]] = {}
-        for position in product(*(range(size) for size in reversed(self.shape))):
-            coordinates = Coordinates(*reversed(position))
-            fixed = tuple(c for axis, c in zip(AXES, coordinates, strict=True) if axis not in axes)
-            members.setdefault(fixed, []).append(self.rank_at(**coordinates._asdict()))
-        return [tuple(ranks) for ranks in members.values()]
+        return rank_lists(self.ranks, self.shape, axes=axes)
+
+    def expert_groups(self, *axes: ExpertAxis) -> list[tuple[int, ...]]:
+        """Rank lists that differ only along ``axes`` of the experts' grid.
+
+        ``expert_groups("ep")`` exchange tokens, ``expert_groups("expt_dp")`` are replicas.
+        """
+        return rank_lists(self.ranks, self.expert_shape, axes=axes)
+
+    def task_groups(self) -> list[tuple[int, ...]]:
+        """Rank lists that run each task together, because of the collectives inside it.
+
+        Those are the tensor- and context-parallel ranks of a replica, and the ranks that share a
+        set of experts. Both are runs of equal length in a stage, so where they overlap they join
+        into runs of their least common multiple, which divides the stage as both do.
+        """
+        shape, expert_shape = self.shape, self.expert_shape
+        size = lcm(shape.tp * shape.cp, expert_shape.expt_tp * expert_shape.ep)
+        return [self.ranks[first : first + size] for first in range(0, len(self.ranks), size)]

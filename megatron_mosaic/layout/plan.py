@@ -16,6 +16,13 @@ from megatron_mosaic.layout.unsupported import refuse_later_kind, refuse_unsuppo
 
 ScheduleKind = Literal["no_pipelining", "1f1b", "colocated"]
 
+# Keys of a module that came after format 1, at their defaults: without them a plan has the digest
+# that it always had.
+_LATER_DEFAULTS: Mapping[str, Any] = {
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleChoice:
@@ -118,6 +125,10 @@ class Plan:
         """
         content = asdict(self)
         del content["predicted"], content["inputs"]
+        for module in content["modules"].values():
+            for key, default in _LATER_DEFAULTS.items():
+                if module[key] == default:
+                    del module[key]
         canonical = json.dumps({"format": FORMAT, **content}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -46,6 +46,8 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "sequence_parallel": boolean,
     "trainable": names,
     "layers_per_stage": integers,
+    "expert_model_parallel_size": integer,
+    "expert_tensor_parallel_size": integer,
 }
 _SCHEDULE_KEYS: Mapping[str, Parse] = {"kind": text, "encoder_group": integer}
 

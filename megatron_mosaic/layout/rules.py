@@ -18,6 +18,7 @@ def check_plan(plan: "Plan") -> None:
         LayoutError: Modules, ranks, batch sizes, edges and schedule contradict each other.
     """
     _check_modules(plan)
+    _check_experts(plan)
     _check_batch(plan)
     _check_edges(plan)
     _check_connected(plan)
@@ -49,6 +50,20 @@ def _check_modules(plan: "Plan") -> None:
             "modules: trainable=[] must not hold for every module; "
             "name a trainable part, or remove the key from the module to train"
         )
+
+
+def _check_experts(plan: "Plan") -> None:
+    for name in plan.encoders:
+        placement = plan.modules[name]
+        for field, value, dense in (
+            ("expert_model_parallel_size", placement.expert_model_parallel_size, 1),
+            ("expert_tensor_parallel_size", placement.expert_tensor_parallel_size, None),
+        ):
+            if value != dense:
+                raise LayoutError(
+                    f"modules.{name}: {field}={value} must not stand in a module without "
+                    f"experts, only in language; remove the key"
+                )
 
 
 def _check_batch(plan: "Plan") -> None:

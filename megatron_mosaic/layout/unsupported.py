@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 LATER_MODULE_KEYS: Mapping[str, str] = {
     "share": "a share of a GPU",
     "recompute": "recomputation chosen by the plan",
-    "expert_model_parallel_size": "expert parallelism",
-    "expert_tensor_parallel_size": "expert parallelism",
 }
 LATER_SCHEDULE_KEYS: Mapping[str, str] = {"order": "a stored task order"}
 LATER_SCHEDULE_KINDS: Mapping[str, str] = {"bubble_fill": "filling pipeline bubbles"}

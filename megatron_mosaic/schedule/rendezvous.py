@@ -46,8 +46,8 @@ def blocked_ranks(plan: Plan, steps: Sequence[Sequence[Step]]) -> tuple[Blocked,
 
     The rules are NCCL's at their strictest. A transfer ends when all participants of its
     communicator have posted it; posting does not wait and nothing is buffered. A task of a
-    module with tensor or context parallelism runs when its whole group has come to it, because
-    of the collectives inside.
+    module with tensor, context or expert parallelism runs when its whole group has come to it,
+    because of the collectives inside.
 
     Args:
         steps: Steps of every rank. The participants of each edge must post its microbatches in
@@ -127,6 +127,6 @@ def _members_by_module(plan: Plan) -> dict[tuple[str, int], tuple[int, ...]]:
     return {
         (name, rank): members
         for name, placement in plan.modules.items()
-        for members in placement.groups("tp", "cp")
+        for members in placement.task_groups()
         for rank in members
     }

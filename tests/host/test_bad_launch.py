@@ -22,6 +22,7 @@ modules:
 edges: [[vision, language]]
 schedule: {{kind: colocated}}
 """
+EXPERTS = ", expert_model_parallel_size: 2, expert_tensor_parallel_size: 1, sequence_parallel: true"
 ENDS_WITHIN_S = 20
 
 
@@ -84,6 +85,11 @@ def _check(outcomes: list[tuple[int, list[str], float]], pattern: str) -> None:
         (["--num-attention-heads", "3"], {}, r"parallel_size=2 must divide num_attention_heads=3"),
         (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single"),
         (["--log-params-norm"], {}, r"log_params_norm=True must be False"),
+        (["--num-experts", "4"], {}, r"sequence_parallel=false must be true with num_experts=4"),
+        ([], {"language": EXPERTS}, r"expert_model_parallel_size=2 .* num_experts=None"),
+        (["--num-experts", "3"], {"language": EXPERTS}, r"size=2 must divide num_experts=3"),
+        (["--expert-model-parallel-size", "2"], {}, r"expert_model_parallel_size=2 must equal 1"),
+        (["--moe-use-upcycling"], {}, r"moe_use_upcycling=True must be False"),
         ([], {"world_size": "3"}, r"world_size=3 must equal the 2 launched ranks"),
     ],
 )
@@ -104,6 +110,21 @@ def test_damaged_sample_stops_every_rank(tmp_path):
     )
 
     _check(outcomes, r"data: images=\d+ must equal the image tokens=\d+ of the batch")
+
+
+def test_unequal_sequences_that_would_hang_experts_stop_every_rank(tmp_path):
+    plan = _write(
+        tmp_path,
+        "plan.yaml",
+        language=", expert_model_parallel_size: 2",
+        tensor_model_parallel_size="1, data_parallel_size: 2",
+    )
+
+    # allgather is Megatron's default. In the first microbatch one replica has at most one image in
+    # a sample, the other two.
+    outcomes = run_ranks(_stop, 2, [plan, plan], ["--num-experts", "4"], init=False, timeout_s=60)
+
+    _check(outcomes, r"data: rows=\[1, 2\] in the longest sample of 2 replicas must be equal")
 
 
 def test_loss_that_changes_its_report_stops_every_rank(tmp_path):

@@ -109,6 +109,29 @@ def _exchange(rank):
     return received.tolist()
 
 
+def test_parts_of_unequal_size_are_gathered():
+    assert run_ranks(_gather_unevenly, 2) == [[1.0, 1.0, 10.0]] * 2
+
+
+def _gather_unevenly(rank):
+    own = torch.tensor([[1.0, 1.0], [10.0]][rank])
+    parts = [torch.empty(2), torch.empty(1)]
+    torch.distributed.all_gather(parts, own, group=torch.distributed.group.WORLD)
+    return torch.cat(parts).tolist()
+
+
+def test_parts_of_unequal_size_are_summed_and_scattered():
+    # Rank 0 owns the first two of 1 + 10, 2 + 20, 3 + 30, and rank 1 the last.
+    assert run_ranks(_scatter_unevenly, 2) == [[11.0, 22.0], [33.0]]
+
+
+def _scatter_unevenly(rank):
+    parts = list((torch.tensor([1.0, 2.0, 3.0]) * (1, 10)[rank]).split([2, 1]))
+    own = torch.empty_like(parts[rank])
+    torch.distributed.reduce_scatter(own, parts, group=torch.distributed.group.WORLD)
+    return own.tolist()
+
+
 def test_data_loader_leaves_the_random_numbers_of_the_model_alone():
     with_loader, without_loader = run_ranks(_draw_beside_a_loader, 2)
 

@@ -58,6 +58,7 @@ def _read_two_steps(rank, positions):
         name: ModuleGroups(
             placement=plan.modules[name],
             position=plan.modules[name].coordinates(rank),
+            expert_position=plan.modules[name].expert_coordinates(rank),
             collection=ProcessGroupCollection(),
         )
         for name in plan.modules_of(rank)

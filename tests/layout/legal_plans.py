@@ -49,6 +49,8 @@ def legal_plans(draw):
         sequence_parallel=language_size["tensor_model_parallel_size"] > 1 and draw(st.booleans()),
         trainable=draw(_PARTS) or None,
         layers_per_stage=draw(st.none() | layers),
+        expert_model_parallel_size=draw(st.sampled_from([1, language_size["data_parallel_size"]])),
+        expert_tensor_parallel_size=draw(st.sampled_from([None, 1])),
     )
     # With 1f1b the encoder starts behind the language ranks, otherwise anywhere.
     first = num_language if kind == "1f1b" else draw(st.integers(0, num_language))

@@ -94,6 +94,36 @@ def test_check_model_names_what_does_not_divide(placement, facts, message):
         check(plan_of(**placement), **facts)
 
 
+EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 1024}
+SPLIT = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+
+
+def test_check_model_accepts_experts_that_divide():
+    check(plan_of(sequence_parallel=True, **SPLIT), **EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("placement", "facts", "message"),
+    [
+        (SPLIT, {}, r"expert_model_parallel_size=2 .* num_experts=None; remove"),
+        (
+            {**SPLIT, "sequence_parallel": True},
+            {**EXPERTS, "num_experts": 9},
+            r"expert_model_parallel_size=2 must divide num_experts=9; ",
+        ),
+        (
+            {"sequence_parallel": True},
+            {**EXPERTS, "moe_ffn_hidden_size": 1023},
+            r"expert_tensor_parallel_size=2 must divide moe_ffn_hidden_size=1023; ",
+        ),
+        (SPLIT, EXPERTS, r"sequence_parallel=false must be true with num_experts=8 and .*size=2; "),
+    ],
+)
+def test_check_model_names_what_experts_do_not_allow(placement, facts, message):
+    with pytest.raises(LayoutError, match=r"^modules\.language: .*" + message):
+        check(plan_of(**placement), **facts)
+
+
 def test_check_model_ignores_sequence_length_without_sequence_parallel():
     check(plan_of(), sequence_length=4095)
 

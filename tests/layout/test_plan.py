@@ -189,6 +189,18 @@ def test_digest_changes_with_a_placement(changes):
     assert plan_of(modules=modules).digest() != plan_of().digest()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}], ids=str
+)
+def test_experts_change_the_digest_and_survive_the_round_trip(changes):
+    modules = dict(plan_of().modules)
+    modules["language"] = dataclasses.replace(modules["language"], **changes)
+    plan = plan_of(modules=modules)
+
+    assert plan.digest() != plan_of().digest()
+    assert Plan.loads(plan.to_yaml(), "plan.yaml") == plan
+
+
 def test_digest_is_stable_between_versions():
     # Computed once: ranks of one run may have different minor versions of the package.
     assert plan_of().digest() == "569a80ba96d6a4820d9bddf3544d82655b566e64ed67eae2bd4c7c70dad75624"

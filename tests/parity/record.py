@@ -92,10 +92,9 @@ OPTIMIZERS = {
 class Shard(NamedTuple):
     """A rank's part of a tensor: where it lies, and which of equal parts counts."""
 
-    dim: int  # along which tensor parallelism splits it, or -1
+    dim: int  # along which (expert) tensor parallelism splits it, or -1
     stride: int
     tp: int
-    dp: int
     summed: bool  # whether the parts of data-parallel replicas add up
     values: np.ndarray
 
@@ -142,6 +141,7 @@ def record_plan(
             losses = super().__call__(forward_only=forward_only, **arguments)
             (record.evaluations if forward_only else record.losses).append(_numbers(losses))
             if not forward_only:
+                record.losses[-1] |= _auxiliary_losses(arguments["num_microbatches"])
                 record.gradients.append(dict(_hosted(self._runtime, _gradient)))
                 record.weights.append(dict(_hosted(self._runtime, _weight)))
             return losses
@@ -177,6 +177,7 @@ def record_stock(rank: int, options: list[str], *, by_name: bool = True) -> Reco
             total = _totals(losses)
             (record.evaluations if forward_only else record.losses).append(total)
             if not forward_only:
+                record.losses[-1] |= _auxiliary_losses(arguments["num_microbatches"])
                 record.gradients.append(dict(_shards(model[0], _gradient)))
                 record.weights.append(dict(_shards(model[0], _weight)))
                 models[:] = model
@@ -201,12 +202,14 @@ def _initialized_by_name(*arguments: Any, **options: Any) -> torch.nn.Module:
 
     from megatron_mosaic.host.groups import ModuleGroups
     from megatron_mosaic.host.weights import initialize_by_name
-    from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
+    from megatron_mosaic.layout.placement import ModulePlacement
 
     model = vlm_script.model_provider(*arguments, **options)
+    placement = ModulePlacement(name="language", ranks=(0,))
     groups = ModuleGroups(
-        placement=ModulePlacement(name="language", ranks=(0,)),
-        position=Coordinates(0, 0, 0, 0),
+        placement=placement,
+        position=placement.coordinates(0),
+        expert_position=placement.expert_coordinates(0),
         collection=ProcessGroupCollection(),
     )
     initialize_by_name(model, seed=get_args().seed, groups=groups)
@@ -233,6 +236,16 @@ def _numbers(losses: list[dict]) -> dict[str, list[float]]:
     return {key: value.double().tolist() for key, value in losses[0].items()} if losses else {}
 
 
+def _auxiliary_losses(num_microbatches: int) -> dict[str, list[float]]:
+    """Returns what routers recorded for each layer in this step, as the stock loop scales it."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    metrics = get_moe_metrics_tracker().metrics
+    return {
+        name: (entry.values.double() / num_microbatches).tolist() for name, entry in metrics.items()
+    }
+
+
 def _totals(losses: list[dict]) -> dict[str, list[float]]:
     """Sums (loss, tokens) pairs over microbatches; averages single values."""
     totals = {}
@@ -250,21 +263,19 @@ def _hosted(runtime: Any, read: Any) -> Iterator[tuple[str, Shard]]:
 def _shards(model: torch.nn.Module, read: Any, groups: Any = None) -> Iterator[tuple[str, Shard]]:
     from megatron.core.utils import unwrap_model
 
-    from megatron_mosaic.host.weights import global_named_parameters, partition_of
+    from megatron_mosaic.host.weights import global_named_parameters, partition_of, split_of
 
     for name, _, parameter in global_named_parameters(unwrap_model(model)):
         values, summed = read(model, parameter)
         if values is None:
             continue
         dim, stride = partition_of(parameter)
-        position = groups.position if groups else None
         yield (
             name,
             Shard(
                 dim=dim,
                 stride=stride,
-                tp=position.tp if position else 0,
-                dp=position.dp if position else 0,
+                tp=split_of(parameter, groups=groups).index if groups else 0,
                 summed=summed,
                 values=values.detach().float().cpu().numpy().copy(),
             ),
@@ -281,7 +292,7 @@ def _gradient(model: Any, parameter: Any) -> tuple[torch.Tensor | None, bool]:
         return None, False
     if not model.ddp_config.use_distributed_optimizer:
         return parameter.main_grad, False
-    for group in model.bucket_groups:
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
         for bucket in group.buckets:
             if parameter in bucket.param_to_index:
                 return _own_part(group, bucket, parameter), True

@@ -19,7 +19,6 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from torch.utils.data import default_collate
 
-TEXT_LENGTH = 8
 MAX_IMAGES = 2
 
 
@@ -29,7 +28,7 @@ def model_provider(pre_process=True, post_process=True, **unused):
         args.img_h, args.img_w, args.patch_dim, "clip", True, 1, False, False
     )
     args.seq_length = args.encoder_seq_length = rows
-    longest = TEXT_LENGTH + MAX_IMAGES * (rows - 1)
+    longest = args.text_length + MAX_IMAGES * (rows - 1)
     args.decoder_seq_length = -(-longest // 8) * 8
     args.max_position_embeddings = max(args.max_position_embeddings, args.decoder_seq_length)
     language = core_transformer_config_from_args(args)
@@ -41,7 +40,8 @@ def model_provider(pre_process=True, post_process=True, **unused):
     for config in (vision, projection):
         config.sequence_parallel = False
         config.pipeline_model_parallel_size = 1
-    language_spec = decoder_model_with_local_default_spec(None, False)
+    dense_spec = decoder_model_with_local_default_spec(None, False)
+    language_spec = decoder_model_with_local_default_spec(args.num_experts, False)
     model = LLaVAModel(
         language_transformer_config=language,
         language_transformer_layer_spec=language_spec,
@@ -51,7 +51,7 @@ def model_provider(pre_process=True, post_process=True, **unused):
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
         drop_vision_class_token=True,
         vision_projection_config=projection,
-        vision_projection_layer_spec=get_submodules(language_spec.submodules.mlp),
+        vision_projection_layer_spec=get_submodules(dense_spec.submodules.mlp),
         vision_projection_type="mlp",
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
@@ -84,6 +84,7 @@ class ImageTextSamples(torch.utils.data.Dataset):
         self._num_samples = num_samples
         self._shape = (3, args.img_h, args.img_w)
         self._vocab = args.vocab_size
+        self._length = args.text_length
         self._images_of = images_of
         self._damaged = args.damaged_sample
 
@@ -93,13 +94,15 @@ class ImageTextSamples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(1000 + index)
         num_images = self._images_of(index)
-        tokens = torch.randint(0, self._vocab, (TEXT_LENGTH,), generator=generator)
-        places = torch.randperm(TEXT_LENGTH - 1, generator=generator)[:num_images]
+        tokens = torch.randint(0, self._vocab, (self._length,), generator=generator)
+        places = torch.randperm(self._length - 1, generator=generator)[:num_images]
         tokens[places] = DEFAULT_IMAGE_TOKEN_INDEX
         # Unequal masks: a mean over tokens then differs from a mean over samples.
-        loss_mask = (torch.rand(TEXT_LENGTH, generator=generator) < 0.2 + 0.1 * (index % 7)).float()
+        loss_mask = (
+            torch.rand(self._length, generator=generator) < 0.2 + 0.1 * (index % 7)
+        ).float()
         loss_mask[-1] = 1.0
-        labels = torch.randint(0, self._vocab, (TEXT_LENGTH,), generator=generator)
+        labels = torch.randint(0, self._vocab, (self._length,), generator=generator)
         return {
             "image": torch.randn(
                 num_images + (index == self._damaged), *self._shape, generator=generator
@@ -107,7 +110,7 @@ class ImageTextSamples(torch.utils.data.Dataset):
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask * (tokens != DEFAULT_IMAGE_TOKEN_INDEX),
-            "position_ids": torch.arange(TEXT_LENGTH),
+            "position_ids": torch.arange(self._length),
         }
 
     @staticmethod
@@ -118,6 +121,7 @@ class ImageTextSamples(torch.utils.data.Dataset):
 
 IMAGES_OF = {
     "one": lambda index: 1,
+    "two": lambda index: 2,
     "ragged": lambda index: (1, 0, 2, 1, 0, 0, 2)[index % 7],
     # Whole microbatches without an image.
     "sparse": lambda index: 2 if index % 8 == 3 else 0,
@@ -195,6 +199,7 @@ def add_script_args(parser):
     group.add_argument("--report-more-at", type=int, help="a step that reports another loss")
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
+    group.add_argument("--text-length", type=int, default=8, help="image tokens included")
     group.add_argument("--images", choices=tuple(IMAGES_OF), default="ragged")
     return parser
 

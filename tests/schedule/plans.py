@@ -14,6 +14,8 @@ def place(
     cp: int = 1,
     dp: int = 1,
     pp: int = 1,
+    ep: int = 1,
+    expt_tp: int | None = None,
     trainable: tuple[str, ...] | None = None,
 ) -> ModulePlacement:
     return ModulePlacement(
@@ -23,6 +25,8 @@ def place(
         context_parallel_size=cp,
         data_parallel_size=dp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=expt_tp,
         trainable=trainable,
     )
 

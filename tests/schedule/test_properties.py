@@ -44,7 +44,21 @@ def sizes(draw, num_ranks, *, max_stages):
 def placements(draw, name, pool, *, max_stages):
     grid = draw(sizes(len(pool), max_stages=max_stages))
     ranks = draw(st.permutations(pool))[: math.prod(grid.values())]
-    return place(name, *ranks, **grid, trainable=draw(TRAINABLE))
+    experts = draw(expert_sizes(grid)) if name == "language" else {}
+    return place(name, *ranks, **grid, **experts, trainable=draw(TRAINABLE))
+
+
+@st.composite
+def expert_sizes(draw, grid):
+    """Sizes that divide a stage; mostly none, as in a dense model."""
+    stage = grid["tp"] * grid["cp"] * grid["dp"]
+    expt_tp = draw(st.just(grid["tp"]) | st.sampled_from(_divisors(stage)))
+    ep = draw(st.just(1) | st.sampled_from(_divisors(stage // expt_tp)))
+    return {"expt_tp": expt_tp, "ep": ep}
+
+
+def _divisors(number):
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 @st.composite
@@ -115,7 +129,7 @@ def _passes(plan, steps, done, queues, rank):
         case Wait(transfer):
             return (_members(plan, transfer.edge, rank), *transfer) in done
         case Compute(task) as step:
-            groups = plan.modules[task.module].groups("tp", "cp")
+            groups = plan.modules[task.module].task_groups()
             group = next(members for members in groups if rank in members)
             for member in group:
                 # A member that has left the meeting was there together with the others.

@@ -127,6 +127,14 @@ TORCH_REPLACEMENTS = (
         collectives.split_sizes_listed,
         "MoE turns split sizes into lists only if they are on CUDA",
     ),
+    Replacement(
+        "torch.distributed.all_gather", collectives.uneven_gathered, "gloo gathers equal parts only"
+    ),
+    Replacement(
+        "torch.distributed.reduce_scatter",
+        collectives.uneven_scattered,
+        "gloo scatters equal parts only",
+    ),
 )
 
 

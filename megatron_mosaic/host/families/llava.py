@@ -188,6 +188,8 @@ def _retarget(config: TransformerConfig, placement: ModulePlacement) -> Transfor
     config.context_parallel_size = placement.context_parallel_size
     config.pipeline_model_parallel_size = stages
     config.sequence_parallel = placement.sequence_parallel
+    config.expert_model_parallel_size = placement.expert_model_parallel_size
+    config.expert_tensor_parallel_size = placement.expert_shape.expt_tp
     # The engine posts sends and goes on: an output must outlive its transfer.
     config.deallocate_pipeline_outputs = False
     config.pipeline_model_parallel_layout = None
@@ -199,6 +201,9 @@ def _retarget(config: TransformerConfig, placement: ModulePlacement) -> Transfor
     if placement.name != LANGUAGE:
         # An encoder's gradient is a plain sum over its replicas; the engine scales it.
         config.calculate_per_token_loss = True
+        # Scripts copy the language model's config. An encoder is dense, and its forward steps
+        # must not set the scale of the language model's auxiliary losses.
+        config.num_moe_experts = None
     return config
 
 
