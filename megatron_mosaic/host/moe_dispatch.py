@@ -14,8 +14,8 @@ def check_equal_lengths(
     """Checks that replicas which gather each other's tokens have equally many.
 
     LLaVA pads a replica's microbatch to its longest sample, and all to one length only where the
-    language model has stages or ranks with parts of sequences. The dispatcher ``allgather`` takes the lengths as equal: with others
-    its collectives hang.
+    language model has stages or ranks with parts of sequences. The dispatcher ``allgather`` takes
+    the lengths as equal: with others its collectives hang.
 
     Args:
         rows: Rows that an encoder makes of every sample of a step.

@@ -109,7 +109,7 @@ def test_damaged_sample_stops_every_rank(tmp_path):
         _stop, 2, [plan, plan], ["--damaged-sample", "13"], init=False, timeout_s=60
     )
 
-    _check(outcomes, r"data: images=\d+ must equal the image tokens=\d+ of the batch")
+    _check(outcomes, r"data: rows=\d+ must equal the image tokens=\d+ of the batch")
 
 
 def test_unequal_sequences_that_would_hang_experts_stop_every_rank(tmp_path):

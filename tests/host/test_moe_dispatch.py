@@ -19,7 +19,7 @@ def test_replicas_that_share_no_expert_may_differ():
 
 
 def test_replicas_that_share_experts_must_not_differ():
-    with pytest.raises(HostError, match=r"^data: images=\[1, 0\] .* of 2 replicas .*; use .* all"):
+    with pytest.raises(HostError, match=r"^data: rows=\[1, 0\] .* of 2 replicas .*; use .* all"):
         check([2, 0, 1, 2, 1, 1, 0, 0], **SHARED)
 
 
