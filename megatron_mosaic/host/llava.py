@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.layout.placement import ModulePlacement
 
 VISION, LANGUAGE = "vision", "language"
@@ -104,55 +105,19 @@ def _retarget(config: TransformerConfig, placement: ModulePlacement) -> Transfor
     config.context_parallel_size = placement.context_parallel_size
     config.pipeline_model_parallel_size = stages
     config.sequence_parallel = placement.sequence_parallel
-    # The engine posts sends and goes on: an output must outlive its transfer.
-    config.deallocate_pipeline_outputs = False
+    # A transfer has its own hold on the values that leave a stage (see runner.py).
+    config.deallocate_pipeline_outputs = True
     config.pipeline_model_parallel_layout = None
     if placement.layers_per_stage is not None:
         rows = [["decoder"] * layers for layers in placement.layers_per_stage]
         rows[0].insert(0, "embedding")
         rows[-1].append("loss")
         config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, stages)
+    set_recompute(config, placement)
     if placement.name != LANGUAGE:
         # An encoder's gradient is a plain sum over its replicas; the engine scales it.
         config.calculate_per_token_loss = True
     return config
-
-
-def trainable_parts(module: torch.nn.Module, name: str) -> dict[str, bool | None]:
-    """Tells which parts that this rank holds are trainable; None means partly."""
-    found: dict[str, bool | None] = {}
-    for part, path in PARTS[name].items():
-        node: Any = module
-        for attribute in path.split("."):
-            node = getattr(node, attribute, None)
-        flags = {parameter.requires_grad for parameter in node.parameters()} if node else set()
-        if flags:
-            found[part] = flags.pop() if len(flags) == 1 else None
-    return found
-
-
-def check_trainable(module: torch.nn.Module, placement: ModulePlacement) -> None:
-    """Checks that the script froze what the plan says is frozen.
-
-    Raises:
-        PlanError: A part is trainable in one of the two only, or the plan names no such part.
-    """
-    where = f"modules.{placement.name}"
-    listed = placement.trainable
-    unknown = sorted(set(listed or ()) - set(PARTS[placement.name]))
-    if unknown:
-        raise PlanError(
-            f"{where}: trainable={list(listed or ())} must name parts out of "
-            f"{list(PARTS[placement.name])}; remove {unknown}"
-        )
-    for part, trainable in trainable_parts(module, placement.name).items():
-        wanted = listed is None or part in listed
-        if trainable != wanted:
-            state = {True: "trains", False: "froze", None: "trains only some weights of"}[trainable]
-            raise PlanError(
-                f"{where}: trainable={'everything' if listed is None else list(listed)} must agree "
-                f"with the script, which {state} {part!r}; change the plan or the script's freezing"
-            )
 
 
 class LlavaBoundary:

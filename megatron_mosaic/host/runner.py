@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
-from megatron.core.utils import get_model_config
+from megatron.core.pipeline_parallel.schedules import (
+    backward_step,
+    deallocate_output_tensor,
+    forward_step,
+)
+from megatron.core.utils import get_model_config, make_viewless_tensor
 
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.llava import LANGUAGE, LlavaBoundary
@@ -111,11 +115,13 @@ class ModuleRunner:
                 is_last_stage=self._makes_loss(),
             )
         work.num_tokens = work.num_tokens + num_tokens
-        self._keep(task, _Live(source, inputs, output))
         if self._makes_loss():
+            self._keep(task, _Live(source, inputs, output))
             return None
         # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
-        return self._rows_of(output).detach().to(self.config.params_dtype)
+        leaving = self._rows_of(output.detach()).to(self.config.params_dtype)
+        self._keep(task, _Live(source, inputs, self._without_values(output)))
+        return leaving
 
     def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """Runs a backward task. Returns the gradient of what its forward task received."""
@@ -153,6 +159,12 @@ class ModuleRunner:
     def _keep(self, task: Task, live: _Live | None) -> None:
         if self._current_work().last_backward is not None:
             self._live[task.microbatches] = live
+
+    def _without_values(self, output: torch.Tensor) -> torch.Tensor:
+        """Lets go of an output's values, which only its transfer needs, and keeps its graph."""
+        graph = make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
+        deallocate_output_tensor(graph, self.config.deallocate_pipeline_outputs)
+        return graph
 
     def _reader(self, batch: Batch | None) -> Iterator[Batch] | None:
         return None if batch is None else iter([batch])

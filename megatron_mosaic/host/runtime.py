@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.host.agreement import Agreement
 from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.groups import ModuleGroups
@@ -28,6 +29,7 @@ class Runtime:
         host_group: Group of the world that works on host memory.
         channels: Edges that begin or end on this rank.
         agreement: Makes an error on one rank an error on all.
+        factory: Creates further groups, on all ranks alike.
         runners: Modules on this rank, once they are built.
     """
 
@@ -38,6 +40,7 @@ class Runtime:
     host_group: dist.ProcessGroup
     channels: ChannelSet
     agreement: Agreement
+    factory: GroupFactory
     randomness: ModuleRandomness = field(default_factory=ModuleRandomness)
     runners: "dict[str, ModuleRunner]" = field(default_factory=dict)
 

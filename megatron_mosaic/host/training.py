@@ -170,6 +170,7 @@ def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Ru
         host_group=host_group,
         channels=ChannelSet(plan, factory, rank=rank),
         agreement=meeting.agreement,
+        factory=factory,
     )
 
 

@@ -46,6 +46,7 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "sequence_parallel": boolean,
     "trainable": names,
     "layers_per_stage": integers,
+    "recompute": text,
 }
 _SCHEDULE_KEYS: Mapping[str, Parse] = {"kind": text, "encoder_group": integer}
 

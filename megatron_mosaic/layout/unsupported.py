@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 LATER_MODULE_KEYS: Mapping[str, str] = {
     "share": "a share of a GPU",
-    "recompute": "recomputation chosen by the plan",
     "expert_model_parallel_size": "expert parallelism",
     "expert_tensor_parallel_size": "expert parallelism",
 }
