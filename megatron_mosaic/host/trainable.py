@@ -9,12 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.host.weights import global_named_parameters
+from megatron_mosaic.host.weights import global_named_parameters, tied_name
 from megatron_mosaic.layout.placement import ModulePlacement
 
 _WILDCARD = re.compile(r"[*?\[]")
-_TIED_COPY = "output_layer.weight"
-_TIED_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def planned_names(
@@ -32,13 +30,12 @@ def planned_names(
     Note:
         The last stage's copy of tied embeddings has the name of the embedding.
     """
-    for name, _, parameter in global_named_parameters(module):
+    for weight, _, parameter in global_named_parameters(module):
+        name = tied_name(weight, parameter)
         for part, place in parts.items():
             if name.startswith(f"{place}."):
                 name = part + name[len(place) :]
                 break
-        if name == _TIED_COPY and getattr(parameter, "shared_embedding", False):
-            name = _TIED_EMBEDDING
         yield name, parameter
 
 

@@ -20,6 +20,7 @@ from megatron_mosaic.host.groups import ModuleGroups
 InitMethod = Callable[[torch.Tensor], object]
 
 _LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
+_TIED_COPY = re.compile(r"\boutput_layer\.weight$")
 # Linear layers whose weight Megatron scales down with depth.
 _OUTPUT_LINEARS = ("linear_proj", "linear_fc2")
 
@@ -45,7 +46,9 @@ def initialize_by_name(
         if init_method is None:
             kept.append(NamedParameter(name, local, parameter))
             continue
-        full = _draw(parameter, init_method, groups=groups, seed=_seed_of(seed, name))
+        full = _draw(
+            parameter, init_method, groups=groups, seed=_seed_of(seed, tied_name(name, parameter))
+        )
         with torch.no_grad():
             parameter.copy_(shard_of(full, parameter, groups=groups))
     if kept:
@@ -75,6 +78,17 @@ def global_named_parameters(module: torch.nn.Module) -> Iterator[NamedParameter]
         yield NamedParameter(
             renamed.get(prefix, "") + local_name[len(prefix) :], local_name, parameter
         )
+
+
+def tied_name(name: str, parameter: torch.Tensor) -> str:
+    """Returns the global name whose values a parameter has.
+
+    With tied embeddings the last pipeline stage holds a copy of the first one's embedding as the
+    weight of its output layer.
+    """
+    if getattr(parameter, "shared_embedding", False):
+        return _TIED_COPY.sub("embedding.word_embeddings.weight", name)
+    return name
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:
@@ -140,6 +154,9 @@ def _init_method(
     embedding: Any = owners.get(parent)
     if isinstance(embedding, LanguageModelEmbedding):
         return embedding.config.embedding_init_method
+    if getattr(parameter, "shared_embedding", False):
+        tied: Any = module
+        return tied.config.embedding_init_method
     if isinstance(module, CLIPViTModel) and key == "class_token":
         return torch.nn.init.normal_
     if isinstance(module, torch.nn.Embedding):
