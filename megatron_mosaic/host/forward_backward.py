@@ -141,6 +141,13 @@ class PlanForwardBackward:
             forward_only=schedule.forward_only,
             batches=batches.batches[runner.name],
             rows=self._rows(runner, tasks),
+            gradient_to=frozenset(
+                edge.source
+                for kind, edge in self._runtime.channels.open
+                if kind == "gradient" and edge.destination == runner.name
+            )
+            if backward
+            else frozenset(),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )

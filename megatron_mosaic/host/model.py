@@ -23,6 +23,7 @@ from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host import llava
+from megatron_mosaic.host.checkpoint import LayerKeys
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
 from megatron_mosaic.host.recompute import keep_gradients_of_recomputed
@@ -47,8 +48,16 @@ class MosaicModel(MimoModel):
     over ``language_model`` and ``modality_submodules``.
     """
 
-    def __init__(self, config: TransformerConfig, *, runtime: Runtime, grids: GridMap) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        runtime: Runtime,
+        grids: GridMap,
+        layer_keys: LayerKeys,
+    ) -> None:
         MegatronModule.__init__(self, config=config)
+        self._layer_keys = layer_keys
         self.mimo_config = SimpleNamespace(module_to_grid_map=grids)
         self.language_model = None
         self.modality_submodules = torch.nn.ModuleDict()
@@ -77,9 +86,12 @@ class MosaicModel(MimoModel):
         So a checkpoint says nothing about the layout that wrote it.
         """
         entries: dict[str, Any] = {}
-        for module in self.hosted().values():
+        for name, module in self.hosted().items():
             inner = unwrap_model(module)
-            own = dict(metadata or {}) | {"dp_cp_group": inner.pg_collection.dp_cp}
+            own = dict(metadata or {}) | {
+                "dp_cp_group": inner.pg_collection.dp_cp,
+                "non_homogeneous_layers": self._layer_keys.apart(name),
+            }
             entries.update(sharded_state_dict_default(inner, prefix, sharded_offsets, own))
         return entries
 
@@ -89,6 +101,7 @@ class MosaicModel(MimoModel):
             inner = unwrap_model(module)
             own = {key: state_dict[key] for key in inner.state_dict() if key in state_dict}
             inner.load_state_dict(own, strict=strict)
+        self._layer_keys.loaded()
 
 
 @dataclass
@@ -143,6 +156,7 @@ class MosaicBuilder(ModelBuilder):
             core_transformer_config_from_args(args),
             runtime=runtime,
             grids=_grid_map(runtime, ddp_config, trainability),
+            layer_keys=LayerKeys(args, uneven=trainability.uneven),
         )
         for name, (module, _, _) in built.items():
             groups = runtime.hosted[name]

@@ -34,6 +34,8 @@ class StepWork:
         batches: What each forward task of the module reads; None on ranks that are sent it by
             their tensor-parallel rank 0.
         rows: Boundary rows that each of an encoder's tasks makes on this rank.
+        gradient_to: Modules that wait for the gradient of what they sent this one; its own name
+            stands for its previous stage.
         last_backward: The module's last backward task on this rank.
         losses: What the loss function reported, one entry for each microbatch.
         num_tokens: Tokens that count in the loss of this rank.
@@ -44,6 +46,7 @@ class StepWork:
     forward_only: bool
     batches: Mapping[tuple[int, ...], Batch | None]
     rows: Mapping[tuple[int, ...], int]
+    gradient_to: frozenset[str]
     last_backward: Task | None
     first_val_step: bool | None = None
     losses: list[Any] = field(default_factory=list)
@@ -115,6 +118,8 @@ class ModuleRunner:
                 is_last_stage=self._makes_loss(),
             )
         work.num_tokens = work.num_tokens + num_tokens
+        if inputs is not None and not inputs.requires_grad:
+            source = inputs = None
         if self._makes_loss():
             self._keep(task, _Live(source, inputs, output))
             return None
@@ -183,7 +188,7 @@ class ModuleRunner:
             return None, None
         ((source, rows),) = received.items()
         inputs = rows if source == self.name else self.boundary.embeddings_of(rows)
-        return source, inputs.detach().requires_grad_(not self._current_work().forward_only)
+        return source, inputs.detach().requires_grad_(source in self._current_work().gradient_to)
 
     def _rows_of(self, output: torch.Tensor) -> torch.Tensor:
         return output if self.name == LANGUAGE else self.boundary.rows_of(output)

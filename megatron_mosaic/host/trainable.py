@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,6 +12,7 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host.weights import global_named_parameters, tied_name
 from megatron_mosaic.layout.placement import ModulePlacement
 
+_LAYER = re.compile(r"^(.*\blayers\.)\d+\.(.*)$")
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -54,6 +55,7 @@ class TrainableStage:
         used: Entries of ``trainable`` that select a parameter here.
         num_trainable: Trainable weights by part, on this rank.
         num_weights: All weights by part, on this rank.
+        layers: What trains in each layer: names inside it, beside the name of its block.
     """
 
     module: str
@@ -61,6 +63,7 @@ class TrainableStage:
     used: frozenset[str]
     num_trainable: Mapping[str, int]
     num_weights: Mapping[str, int]
+    layers: frozenset[tuple[str, frozenset[str]]]
 
     @property
     def trains(self) -> bool:
@@ -108,7 +111,20 @@ def check_trainable(
         used=frozenset(used),
         num_trainable=num_trainable,
         num_weights=num_weights,
+        layers=_trained_in_layers(module, parts),
     )
+
+
+def _trained_in_layers(
+    module: torch.nn.Module, parts: Mapping[str, str]
+) -> frozenset[tuple[str, frozenset[str]]]:
+    layers: dict[str, tuple[str, set[str]]] = {}
+    for name, parameter in planned_names(module, parts):
+        match = _LAYER.match(name)
+        if match:
+            _, trained = layers.setdefault(name[: match.start(2)], (match[1], set()))
+            trained.update([match[2]] if parameter.requires_grad else [])
+    return frozenset((block, frozenset(trained)) for block, trained in layers.values())
 
 
 def _check_parts(where: str, listed: Sequence[str], parts: Mapping[str, str]) -> None:
@@ -129,10 +145,12 @@ class Trainability:
     Args:
         stages: Pipeline stages with a trainable weight, ascending, by module.
         share: Part of the weights that trains, 0 to 1, by module and part.
+        uneven: Modules in which not every layer of a block trains the same.
     """
 
     stages: Mapping[str, tuple[int, ...]]
-    share: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    share: Mapping[str, Mapping[str, float]]
+    uneven: frozenset[str]
 
 
 def gather_trainability(
@@ -174,7 +192,13 @@ def gather_trainability(
             for name in placements
         },
         share={name: _shares([s for s in found if s.module == name]) for name in placements},
+        uneven=frozenset(name for name in placements if _is_uneven(found, name)),
     )
+
+
+def _is_uneven(stages: Sequence[TrainableStage], module: str) -> bool:
+    layers = {layer for stage in stages if stage.module == module for layer in stage.layers}
+    return len(layers) > len({block for block, _ in layers})
 
 
 def _shares(stages: Sequence[TrainableStage]) -> dict[str, float]:
