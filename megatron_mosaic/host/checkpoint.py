@@ -12,8 +12,9 @@ from megatron.training.utils import print_rank_0
 def prepare_loading(args: argparse.Namespace) -> None:
     """Fits the arguments to the checkpoint that is to be loaded, if there is one.
 
-    Tells Megatron not to look for random states that a checkpoint cannot have. Random states are saved for each rank and module. Megatron decides from the language model's
-    sizes alone whether they fit, and fails on a missing one if the plan differs elsewhere.
+    Random states are saved for each rank and module. Megatron decides from the language model's
+    sizes alone whether they fit, and fails on a missing one if the plan differs elsewhere: so it
+    is told not to look for them.
     """
     saved = _saved_arguments(args) if args.load is not None else None
     # Modules whose layers the checkpoint keeps apart; None if nothing is loaded.
