@@ -93,6 +93,7 @@ class PlanForwardBackward:
         self._begin_boundaries(batches.images, schedule)
         if not forward_only:
             self._flops.num_images = sum(batches.images)
+            self._flops.trained = runtime.trained
         works = {}
         for name, runner in runtime.runners.items():
             runner.config.grad_scale_func = top.config.grad_scale_func

@@ -152,6 +152,7 @@ class MosaicBuilder(ModelBuilder):
         ddp_config = ddp_config or DistributedDataParallelConfig()
         built = _build_modules(provider, runtime)
         trainability = _settle_weights(built, runtime)
+        runtime.trained = trainability.share
         model = MosaicModel(
             core_transformer_config_from_args(args),
             runtime=runtime,

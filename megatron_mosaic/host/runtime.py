@@ -1,5 +1,6 @@
 """What a rank holds while a plan runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Runtime:
         agreement: Makes an error on one rank an error on all.
         factory: Creates further groups, on all ranks alike.
         runners: Modules on this rank, once they are built.
+        trained: Part of the weights that trains, by module and part, once they are built.
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Runtime:
     factory: GroupFactory
     randomness: ModuleRandomness = field(default_factory=ModuleRandomness)
     runners: "dict[str, ModuleRunner]" = field(default_factory=dict)
+    trained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def scope_of(self, module: str) -> ParallelStateScope:
         """Parallel state of one module on this rank."""

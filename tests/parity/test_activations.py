@@ -88,7 +88,6 @@ def _watch(rank: int, plan: str, options: list[str]):
         key = (task.module, task.microbatches)
 
         def pack(tensor):
-            # A parameter lives anyway.
             saved = _Saved(tensor)
             alive[key] += 1
             weakref.finalize(saved, alive.subtract, [key])
@@ -109,7 +108,8 @@ def _watch(rank: int, plan: str, options: list[str]):
             wrong.append(f"{task}: its graph is alive")
         return gradients
 
-    ModuleRunner.forward, ModuleRunner.backward = watched_forward, watched_backward
+    for method, watched in (("forward", watched_forward), ("backward", watched_backward)):
+        setattr(ModuleRunner, method, watched)
     record_plan(rank, plan, options)
     return dict(peak), wrong
 
