@@ -94,6 +94,8 @@ class Walker:
                     self._under_way.append(pending)
                 case Compute(task):
                     self._compute(task)
+            # What has left frees its buffers now, not at the end of the step.
+            self._under_way = [each for each in self._under_way if not each.is_done()]
         for pending in self._under_way:
             pending.finish()
 
@@ -104,8 +106,6 @@ class Walker:
             self._awaited[transfer] = pending
         else:
             self._under_way.append(pending)
-        # What has left frees its buffers now, not at the end of the step.
-        self._under_way = [each for each in self._under_way if not each.is_done()]
 
     def _compute(self, task: Task) -> None:
         start_s = time.perf_counter()

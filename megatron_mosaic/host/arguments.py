@@ -17,6 +17,7 @@ from megatron.training.utils import print_rank_0
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import stop
 from megatron_mosaic.host.meeting import meet
+from megatron_mosaic.host.recompute import check_recompute
 from megatron_mosaic.layout.model_facts import ModuleFacts, check_model
 from megatron_mosaic.layout.plan import Plan
 
@@ -113,6 +114,7 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     _decide(args, "expert_tensor_parallel_size", expert.expt_tp, unset=None)
     _decide(args, "micro_batch_size", plan.micro_batch_size, unset=None)
     _decide(args, "global_batch_size", plan.global_batch_size, unset=None)
+    check_recompute(args, plan)
     for name, allowed, why in REFUSED:
         value = getattr(args, name, allowed)
         if value != allowed:

@@ -103,6 +103,7 @@ class PlanForwardBackward:
                 sum(map(count_rows, samples)) * runtime.row_facts[name].flops
                 for name, samples in batches.rows.items()
             )
+            self._flops.trained = runtime.trained.get(LANGUAGE, {})
         works = {}
         for name, runner in runtime.runners.items():
             runner.config.grad_scale_func = top.config.grad_scale_func
@@ -156,6 +157,13 @@ class PlanForwardBackward:
             batches=batches.batches[runner.name],
             items=self._items(runner, tasks),
             samples=self._samples(runner, tasks),
+            gradient_to=frozenset(
+                edge.source
+                for kind, edge in self._runtime.channels.open
+                if kind == "gradient" and edge.destination == runner.name
+            )
+            if backward
+            else frozenset(),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )

@@ -1,6 +1,7 @@
 """Process groups of every module, from the plan's rank lists."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -118,3 +119,51 @@ def _create_fields(
     fields.setdefault("embd", alone)
     fields.setdefault("pos_embd", alone)
     return fields
+
+
+def trained_collection(
+    groups: ModuleGroups | None,
+    placement: ModulePlacement,
+    stages: Sequence[int],
+    factory: GroupFactory,
+) -> ProcessGroupCollection | None:
+    """Restricts a module's groups to the pipeline stages that train something.
+
+    The optimizer works on these alone: it reduces norms over them, and the first of them writes
+    what a checkpoint holds once for all.
+
+    Args:
+        groups: The module's groups on this rank; None if it does not host the module.
+        placement: The module's placement.
+        stages: Stages with a trainable weight, ascending.
+        factory: Creates the groups of fewer stages.
+
+    Returns:
+        None on ranks of other stages, and on those that do not host the module.
+
+    Note:
+        Collective over the world, unless every stage trains or none does.
+    """
+    here = groups if groups is not None and groups.position.pp in stages else None
+    if not stages or len(stages) == placement.pipeline_model_parallel_size:
+        return here.collection if here else None
+    members = {rank for stage in stages for rank in placement.stage_ranks(stage)}
+    restricted = copy.copy(here.collection) if here else None
+    over_stages = {
+        field: placement.groups(*axes) for field, axes in AXES_OF_FIELD.items() if "pp" in axes
+    } | {
+        field: placement.expert_groups(*axes)
+        for field, axes in EXPERT_AXES_OF_FIELD.items()
+        if "pp" in axes
+    }
+    for field, groups_of_field in over_stages.items():
+        for ranks in groups_of_field:
+            kept = [rank for rank in ranks if rank in members]
+            group = factory.group(kept, scope=_scope_of_trained(placement, kept))
+            if restricted is not None and group is not None:
+                setattr(restricted, field, group)
+    return restricted
+
+
+def _scope_of_trained(placement: ModulePlacement, ranks: Sequence[int]) -> str:
+    return "alone" if len(ranks) == 1 else f"{placement.name}.trained"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -23,14 +23,24 @@ from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host.channels import ActivationSizes
-from megatron_mosaic.host.families.family import building_one_module, check_trainable, family_of
+from megatron_mosaic.host.checkpoint import LayerKeys
+from megatron_mosaic.host.families.family import building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
-from megatron_mosaic.host.groups import ModuleGroups, lone_collection
+from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
+from megatron_mosaic.host.recompute import keep_gradients_of_recomputed
+from megatron_mosaic.host.replicas import check_replicas
 from megatron_mosaic.host.runner import ModuleRunner
 from megatron_mosaic.host.runtime import Runtime, share_row_facts
-from megatron_mosaic.host.weights import initialize_by_name, mark_gated_linears
+from megatron_mosaic.host.trainable import (
+    Trainability,
+    TrainableStage,
+    check_trainable,
+    gather_trainability,
+)
+from megatron_mosaic.host.weights import NamedParameter, initialize_by_name, mark_gated_linears
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.plan import Plan
 
 
 class MosaicModel(MimoModel):
@@ -41,8 +51,16 @@ class MosaicModel(MimoModel):
     over ``language_model`` and ``modality_submodules``.
     """
 
-    def __init__(self, config: TransformerConfig, *, runtime: Runtime, grids: GridMap) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        runtime: Runtime,
+        grids: GridMap,
+        layer_keys: LayerKeys,
+    ) -> None:
         MegatronModule.__init__(self, config=config)
+        self._layer_keys = layer_keys
         self.mimo_config = SimpleNamespace(module_to_grid_map=grids)
         self.language_model = None
         self.modality_submodules = torch.nn.ModuleDict()
@@ -71,9 +89,12 @@ class MosaicModel(MimoModel):
         So a checkpoint says nothing about the layout that wrote it.
         """
         entries: dict[str, Any] = {}
-        for module in self.hosted().values():
+        for name, module in self.hosted().items():
             inner = unwrap_model(module)
-            own = dict(metadata or {}) | {"dp_cp_group": inner.pg_collection.dp_cp}
+            own = dict(metadata or {}) | {
+                "dp_cp_group": inner.pg_collection.dp_cp,
+                "non_homogeneous_layers": self._layer_keys.apart(name),
+            }
             entries.update(sharded_state_dict_default(inner, prefix, sharded_offsets, own))
         return entries
 
@@ -83,6 +104,7 @@ class MosaicModel(MimoModel):
             inner = unwrap_model(module)
             own = {key: state_dict[key] for key in inner.state_dict() if key in state_dict}
             inner.load_state_dict(own, strict=strict)
+        self._layer_keys.loaded()
 
 
 @dataclass
@@ -131,20 +153,16 @@ class MosaicBuilder(ModelBuilder):
         runtime, provider = self._model_config._runtime, self._model_config._provider
         args = get_args()
         ddp_config = ddp_config or DistributedDataParallelConfig()
+        built = _build_modules(provider, runtime)
+        trainability = _settle_weights(built, runtime)
+        runtime.trained = trainability.share
         model = MosaicModel(
             core_transformer_config_from_args(args),
             runtime=runtime,
-            grids=_grid_map(runtime, ddp_config),
+            grids=_grid_map(runtime, ddp_config, trainability),
+            layer_keys=LayerKeys(args, uneven=trainability.uneven),
         )
-        built = {}
-        error = None
-        for name, groups in runtime.hosted.items():
-            try:
-                built[name] = _build_module(provider, groups, runtime=runtime)
-            except PlanError as plan_error:
-                error = error or str(plan_error)
-        runtime.agreement.settle("model", error)
-        for name, module in built.items():
+        for name, (module, _, _) in built.items():
             groups = runtime.hosted[name]
             (wrapped,) = prepare_existing_model_chunks_for_distributed_training(
                 [module],
@@ -177,9 +195,59 @@ class MosaicBuilder(ModelBuilder):
         return [model]
 
 
+class _Built(NamedTuple):
+    """A module, what trains in it, and the random weights that stay as the script made them."""
+
+    module: torch.nn.Module
+    trainable: TrainableStage
+    kept: list[NamedParameter]
+
+
+def _build_modules(provider: Callable[..., torch.nn.Module], runtime: Runtime) -> dict[str, _Built]:
+    """Builds this rank's modules, or stops all ranks if the script and the plan disagree."""
+    built = {}
+    error = None
+    for name, groups in runtime.hosted.items():
+        try:
+            built[name] = _build_module(provider, groups, runtime=runtime)
+        except PlanError as plan_error:
+            error = error or str(plan_error)
+    runtime.agreement.settle("model", error)
+    return built
+
+
+def _settle_weights(built: Mapping[str, _Built], runtime: Runtime) -> Trainability:
+    """Puts together what trains anywhere, and checks what only several ranks can tell."""
+    trainability = gather_trainability(
+        [each.trainable for each in built.values()],
+        runtime.plan.modules,
+        group=runtime.host_group,
+    )
+    check_replicas(
+        {name: each.kept for name, each in built.items()},
+        runtime.hosted,
+        group=runtime.host_group,
+    )
+    _check_saving(trainability, runtime.plan)
+    return trainability
+
+
+def _check_saving(trainability: Trainability, plan: Plan) -> None:
+    """Refuses what would lose an optimizer, as arguments.py does for modules."""
+    args = get_args()
+    for name, stages in trainability.stages.items():
+        writer = any(0 in plan.modules[name].stage_ranks(stage) for stage in stages)
+        if args.save and stages and not (writer or args.bf16 or args.use_distributed_optimizer):
+            raise PlanError(
+                f"modules.{name}: trainable={list(plan.modules[name].trainable or ())} must leave "
+                f"rank 0 a trainable weight with --save in fp32, for Megatron would save rank 0's "
+                f"optimizer only; add --use-distributed-optimizer"
+            )
+
+
 def _build_module(
     provider: Callable[..., torch.nn.Module], groups: ModuleGroups, *, runtime: Runtime
-) -> torch.nn.Module:
+) -> _Built:
     """Builds one module through the script's own provider."""
     args = get_args()
     name = groups.placement.name
@@ -196,27 +264,15 @@ def _build_module(
     finally:
         args.ckpt_format = ckpt_format
     parts = family_of(module, known_families()).parts(module, name)
-    check_trainable(module, groups.placement, parts)
-    _check_stage_trains(module, groups)
+    trainable = check_trainable(module, groups.placement, parts=parts, stage=groups.position.pp)
     mark_gated_linears(module)
+    keep_gradients_of_recomputed(module)
     for part in module.modules():
         # Some upstream modules look their tensor-parallel group up when they are checkpointed.
         if isinstance(part, MegatronModule) and not hasattr(part, "tp_group"):
             part.tp_group = groups.collection.tp
-    initialize_by_name(module, seed=args.seed, groups=groups)
-    return module
-
-
-def _check_stage_trains(module: torch.nn.Module, groups: ModuleGroups) -> None:
-    """Refuses what Megatron's distributed optimizer would fail on when it saves."""
-    args, placement = get_args(), groups.placement
-    idle = not any(parameter.requires_grad for parameter in module.parameters())
-    if idle and placement.trainable != () and args.save and args.use_distributed_optimizer:
-        raise PlanError(
-            f"modules.{placement.name}: trainable={list(placement.trainable or ())} must leave "
-            f"stage {groups.position.pp} a trainable weight, else --save fails with "
-            f"--use-distributed-optimizer; remove one of the two options"
-        )
+    kept = initialize_by_name(module, seed=args.seed, groups=groups)
+    return _Built(module, trainable, kept)
 
 
 def _ddp_config_of(
@@ -230,9 +286,18 @@ def _ddp_config_of(
     return own
 
 
-def _grid_map(runtime: Runtime, ddp_config: DistributedDataParallelConfig) -> GridMap:
+def _grid_map(
+    runtime: Runtime, ddp_config: DistributedDataParallelConfig, trainability: Trainability
+) -> GridMap:
     optimizer_config, _ = get_megatron_optimizer_config(get_args())
-    grids = {name: ModuleGrid(runtime.hosted.get(name)) for name in runtime.plan.modules}
+    grids = {
+        name: ModuleGrid(
+            trained_collection(
+                runtime.hosted.get(name), placement, trainability.stages[name], runtime.factory
+            )
+        )
+        for name, placement in runtime.plan.modules.items()
+    }
     return GridMap(
         grids,
         optimizer_config=optimizer_config,

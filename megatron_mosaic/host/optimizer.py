@@ -12,8 +12,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.host.groups import ModuleGroups
-
 _FIELD_OF_DIMS: dict[tuple[str, ...], str] = {
     ("dp",): "dp",
     ("dp", "cp"): "dp_cp",
@@ -30,23 +28,26 @@ class ModuleGrid:
     """Stands where ``get_mimo_optimizer`` expects a ``HyperCommGrid``.
 
     Upstream's grid knows contiguous ranks only; the optimizer asks it no more than this.
+
+    Args:
+        collection: Groups over the stages that train; None where nothing is to be optimized.
     """
 
-    def __init__(self, groups: ModuleGroups | None) -> None:
-        self._groups = groups
+    def __init__(self, collection: ProcessGroupCollection | None) -> None:
+        self._collection = collection
 
     def is_current_rank_in_grid(self) -> bool:
-        """Whether this rank optimizes the module: it hosts it, and something in it trains.
+        """Whether this rank optimizes the module: something in its stage of it trains.
 
-        Megatron's optimizer of a module without trainable weights cannot be saved.
+        Megatron's optimizer of a stage without trainable weights cannot be saved.
         """
-        return self._groups is not None and self._groups.placement.trainable != ()
+        return self._collection is not None
 
     def get_pg(self, dims: str | list[str], view: str | None = None) -> dist.ProcessGroup | None:
         """Returns the group along some axes, by the axes' names in upstream's grid."""
-        assert self._groups is not None
+        assert self._collection is not None
         key = (dims,) if isinstance(dims, str) else tuple(dims)
-        return getattr(self._groups.collection, _FIELD_OF_DIMS[key])
+        return getattr(self._collection, _FIELD_OF_DIMS[key])
 
 
 class GridMap(dict[str, ModuleGrid]):

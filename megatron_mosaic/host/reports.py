@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.training.training import num_floating_point_operations as stock_operations
@@ -17,6 +18,8 @@ class StepFlops:
     def __init__(self) -> None:
         # Operations behind the boundary rows of the last step.
         self.of_rows = 0.0
+        # Part of the language model's weights that trains, by part; all until it is known.
+        self.trained: Mapping[str, float] = {}
 
     def __call__(self, args: argparse.Namespace, batch_size: int, **unused: Any) -> float:
         """Counts forward and backward operations of one global batch.
@@ -26,24 +29,33 @@ class StepFlops:
             batch_size: Samples.
             unused: Statistics of packed sequences, which these scripts do not have.
         """
-        return language_flops(args, batch_size) + self.of_rows
+        return language_flops(args, batch_size, trained=self.trained) + self.of_rows
 
 
-def language_flops(args: argparse.Namespace, batch_size: int) -> float:
-    """Counts the language model's operations, at the length of text and image together."""
+def language_flops(
+    args: argparse.Namespace, batch_size: int, *, trained: Mapping[str, float]
+) -> float:
+    """Counts the language model's operations, at the length of text and image together.
+
+    Of the stock count a third each is for the forward pass, the gradient of the input, and that of
+    the weights; frozen weights have none.
+    """
     language = copy.copy(args)
     language.seq_length = args.decoder_seq_length or args.seq_length
     language.num_layers = args.decoder_num_layers or args.num_layers
-    return stock_operations(language, batch_size)
+    return stock_operations(language, batch_size) * (2 + trained.get("decoder", 1.0)) / 3
 
 
-def encoder_flops(args: argparse.Namespace, num_images: int) -> float:
+def encoder_flops(
+    args: argparse.Namespace, num_images: int, *, trained: Mapping[str, float]
+) -> float:
     """Counts the operations of the vision transformer and its projector.
 
     A layer does, for each of the s tokens of an image, 2 h (h + 2 k) for queries, keys and values
     of width k = groups * head size, 2 h^2 for the output, 4 s h for scores and weighted values of
     full attention, and 2 h f for each linear layer of its MLP, which has a third one if gated.
-    A backward pass does twice as much; a frozen transformer has none.
+    A backward pass does as much for the gradient of the input, and for that of the weights by
+    the part of them that trains. Where nothing trains at or before a part, it has none.
     """
     tokens = args.seq_length + int(args.disable_vision_class_token)
     hidden, ffn = args.hidden_size, args.ffn_hidden_size
@@ -54,5 +66,7 @@ def encoder_flops(args: argparse.Namespace, num_images: int) -> float:
     patches = 2 * hidden * 3 * args.patch_dim**2
     transformer = tokens * (args.encoder_num_layers * (attention + mlp) + patches)
     projector = args.seq_length * mlp
-    passes = 1 if getattr(args, "freeze_ViT", False) else 3
-    return num_images * (passes * transformer + 3 * projector)
+    encoder, projecting = trained.get("encoder", 1.0), trained.get("projector", 1.0)
+    transformer_passes = 2 + encoder if encoder else 1
+    projector_passes = 2 + projecting if encoder or projecting else 1
+    return num_images * (transformer_passes * transformer + projector_passes * projector)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
-from megatron.core.utils import get_model_config
+from megatron.core.pipeline_parallel.schedules import (
+    backward_step,
+    deallocate_output_tensor,
+    forward_step,
+)
+from megatron.core.utils import get_model_config, make_viewless_tensor
 
 from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.host.context_loss import with_loss_over_context
@@ -32,6 +36,8 @@ class StepWork:
             their tensor-parallel rank 0.
         items: Items, such as images, that this rank's replica of an encoder takes in each task.
         samples: Where the rows belong that arrive for each task, by the module that made them.
+        gradient_to: Modules that wait for the gradient of what they sent this one; its own name
+            stands for its previous stage.
         last_backward: The module's last backward task on this rank.
         losses: What the loss function reported, one entry for each microbatch.
         num_tokens: Tokens that count in the loss of this rank.
@@ -43,6 +49,7 @@ class StepWork:
     batches: Mapping[tuple[int, ...], Batch | None]
     items: Mapping[tuple[int, ...], int]
     samples: Mapping[tuple[int, ...], Mapping[str, Samples]]
+    gradient_to: frozenset[str]
     last_backward: Task | None
     first_val_step: bool | None = None
     losses: list[Any] = field(default_factory=list)
@@ -102,7 +109,7 @@ class ModuleRunner:
             # No image among the samples of this replica: the others run without it.
             self._keep(task, None)
             return None
-        leaves = {source: self._leaf(values) for source, values in received.items()}
+        leaves = {source: self._leaf(source, values) for source, values in received.items()}
         with self.as_process(), self._gradient_sync(task):
             output, num_tokens = forward_step(
                 self._forward_step_func(work),
@@ -118,13 +125,15 @@ class ModuleRunner:
                 is_last_stage=self._makes_loss(),
             )
         work.num_tokens = work.num_tokens + num_tokens
+        awaited = {source: leaf for source, leaf in leaves.items() if leaf.requires_grad}
         if self._makes_loss():
-            self._keep(task, _Live(leaves, output))
+            self._keep(task, _Live(awaited, output))
             return None
         # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
         leaving = self._leaving(output).to(self.config.params_dtype)
-        self._keep(task, _Live(leaves, leaving))
-        return leaving.detach()
+        values = leaving.detach()
+        self._keep(task, _Live(awaited, self._without_values(leaving)))
+        return values
 
     def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """Runs a backward task. Returns the gradient of what its forward task received."""
@@ -163,6 +172,12 @@ class ModuleRunner:
         if self._current_work().last_backward is not None:
             self._live[task.microbatches] = live
 
+    def _without_values(self, output: torch.Tensor) -> torch.Tensor:
+        """Lets go of an output's values, which only its transfer needs, and keeps its graph."""
+        graph = make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
+        deallocate_output_tensor(graph, self.config.deallocate_pipeline_outputs)
+        return graph
+
     def _reader(self, batch: Batch | None) -> Iterator[Batch] | None:
         return None if batch is None else iter([batch])
 
@@ -173,8 +188,8 @@ class ModuleRunner:
         wrapper: Any = self.model
         return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
 
-    def _leaf(self, values: torch.Tensor) -> torch.Tensor:
-        return values.detach().requires_grad_(not self._current_work().forward_only)
+    def _leaf(self, source: str, values: torch.Tensor) -> torch.Tensor:
+        return values.detach().requires_grad_(source in self._current_work().gradient_to)
 
     def _inputs_of(self, task: Task, leaves: Mapping[str, torch.Tensor]) -> Any:
         """Returns what ``set_input_tensor`` takes: a hidden state, or what rows stand for."""

@@ -1,12 +1,14 @@
 """What a rank holds while a plan runs."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
 from megatron_mosaic.comm.boundary import ItemShape
+from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.host.agreement import Agreement
 from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.groups import ModuleGroups
@@ -44,8 +46,10 @@ class Runtime:
         host_group: Group of the world that works on host memory.
         channels: Edges that begin or end on this rank.
         agreement: Makes an error on one rank an error on all.
+        factory: Creates further groups, on all ranks alike.
         runners: Modules on this rank, once they are built.
         row_facts: Rows of every module of the plan, once all are built.
+        trained: Part of the weights that trains, by module and part, once they are built.
     """
 
     plan: Plan
@@ -55,9 +59,11 @@ class Runtime:
     host_group: dist.ProcessGroup
     channels: ChannelSet
     agreement: Agreement
+    factory: GroupFactory
     randomness: ModuleRandomness = field(default_factory=ModuleRandomness)
     runners: "dict[str, ModuleRunner]" = field(default_factory=dict)
     row_facts: dict[str, RowFacts] = field(default_factory=dict)
+    trained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def scope_of(self, module: str) -> ParallelStateScope:
         """Parallel state of one module on this rank."""
@@ -72,7 +78,9 @@ def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
     """
     own = {
         name: RowFacts(
-            runner.boundary.width, runner.boundary.flops_per_row(args), runner.boundary.item
+            runner.boundary.width,
+            runner.boundary.flops_per_row(args, trained=runtime.trained.get(name, {})),
+            runner.boundary.item,
         )
         for name, runner in runtime.runners.items()
         if runner.groups.is_last_stage

@@ -119,6 +119,18 @@ SEAMS: tuple[Seam, ...] = (
         why="it knows one pipeline stage; wrapped in later stages of an encoder",
     ),
     Seam(
+        symbol="megatron.core.transformer.transformer_block:TransformerBlock",
+        how="wrapped",
+        why="its checkpointed layers get no gradient where their input needs none; a forward "
+        "pre-hook on each block that recomputes marks the input",
+    ),
+    Seam(
+        symbol="megatron.core.pipeline_parallel.schedules:deallocate_output_tensor",
+        how="argument",
+        parameters=("out", "deallocate_pipeline_outputs"),
+        why="tasks let go of their output's values as upstream's schedules do",
+    ),
+    Seam(
         symbol="megatron.core.parallel_state:_TENSOR_MODEL_PARALLEL_GROUP",
         how="set",
         why="scripts and some layers read global groups; set around each module's tasks",

@@ -20,7 +20,7 @@ from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import log_choices
 from megatron_mosaic.host.channels import ChannelSet
-from megatron_mosaic.host.checkpoint import keep_or_drop_random_states
+from megatron_mosaic.host.checkpoint import prepare_loading
 from megatron_mosaic.host.data import StepReader
 from megatron_mosaic.host.forward_backward import PlanForwardBackward
 from megatron_mosaic.host.groups import lone_collection, module_groups
@@ -97,7 +97,7 @@ def _pretrain_plan(
     args = get_args()
     runtime = start_runtime(meeting, args)
     log_choices(args, meeting.plan)
-    keep_or_drop_random_states(args)
+    prepare_loading(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
     forward_backward = PlanForwardBackward(runtime, trace=_trace(args), flops=flops)
@@ -170,6 +170,7 @@ def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Ru
         host_group=host_group,
         channels=ChannelSet(plan, factory, rank=rank),
         agreement=meeting.agreement,
+        factory=factory,
     )
 
 

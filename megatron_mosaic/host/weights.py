@@ -21,15 +21,21 @@ from megatron_mosaic.host.groups import ModuleGroups
 InitMethod = Callable[[torch.Tensor], object]
 
 _LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
+_TIED_COPY = re.compile(r"\boutput_layer\.weight$")
 # Linear layers whose weight Megatron scales down with depth.
 _OUTPUT_LINEARS = ("linear_proj", "linear_fc2")
 
 
-def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGroups) -> None:
+def initialize_by_name(
+    module: torch.nn.Module, *, seed: int, groups: ModuleGroups
+) -> "list[NamedParameter]":
     """Overwrites the random weights of a module with values that no layout changes.
 
     Weights that the script set to a constant (biases, norms) stay. A random weight whose init
     method is not known stays as the script made it; rank 0 says so once.
+
+    Returns:
+        The weights that stay as the script made them, constants left out.
     """
     owners = dict(module.named_modules())
     kept = []
@@ -37,15 +43,19 @@ def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGrou
         owner, _, key = local.rpartition(".")
         if parameter.numel() == 0 or bool((parameter == parameter.flatten()[0]).all()):
             continue
-        init_method = _init_method(owners, owner, key)
+        init_method = _init_method(owners, owner, key, parameter)
         if init_method is None:
-            kept.append(name)
+            kept.append(NamedParameter(name, local, parameter))
             continue
-        full = _draw(parameter, init_method, groups=groups, seed=_seed_of(seed, name))
+        full = _draw(
+            parameter, init_method, groups=groups, seed=_seed_of(seed, tied_name(name, parameter))
+        )
         with torch.no_grad():
             parameter.copy_(shard_of(full, parameter, groups=groups))
     if kept:
-        print_rank_0(f"mosaic: initial weights left as the script made them: {', '.join(kept)}")
+        shown = ", ".join(weight.name for weight in kept)
+        print_rank_0(f"mosaic: initial weights left as the script made them: {shown}")
+    return kept
 
 
 class NamedParameter(NamedTuple):
@@ -83,6 +93,17 @@ def _global_prefixes(module: torch.nn.Module) -> dict[str, str]:
                 experts = f"{name}.local_experts."
                 renamed[f"{experts}{local}."] = f"{experts}{first + local}."
     return renamed
+
+
+def tied_name(name: str, parameter: torch.Tensor) -> str:
+    """Returns the global name whose values a parameter has.
+
+    With tied embeddings the last pipeline stage holds a copy of the first one's embedding as the
+    weight of its output layer.
+    """
+    if getattr(parameter, "shared_embedding", False):
+        return _TIED_COPY.sub("embedding.word_embeddings.weight", name)
+    return name
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:
@@ -160,13 +181,18 @@ def _draw(
     return full
 
 
-def _init_method(owners: dict[str, torch.nn.Module], owner: str, key: str) -> InitMethod | None:
+def _init_method(
+    owners: dict[str, torch.nn.Module], owner: str, key: str, parameter: torch.Tensor
+) -> InitMethod | None:
     """Finds how the script draws a weight."""
     module = owners[owner]
     parent, _, name = owner.rpartition(".")
     embedding: Any = owners.get(parent)
     if isinstance(embedding, LanguageModelEmbedding):
         return embedding.config.embedding_init_method
+    if getattr(parameter, "shared_embedding", False):
+        tied: Any = module
+        return tied.config.embedding_init_method
     if isinstance(module, CLIPViTModel) and key == "class_token":
         return torch.nn.init.normal_
     if isinstance(module, torch.nn.Embedding):
@@ -176,7 +202,12 @@ def _init_method(owners: dict[str, torch.nn.Module], owner: str, key: str) -> In
     config: Any = getattr(module, "config", None)
     if config is None or key != "weight":
         return None
-    return config.output_layer_init_method if name in _OUTPUT_LINEARS else config.init_method
+    # A wrapper, as of adapters, may stand between a linear layer and its name.
+    wrapped = parent.rpartition(".")[2] in _OUTPUT_LINEARS
+    whole = parameter.shape[0] == config.hidden_size
+    if name in _OUTPUT_LINEARS or (wrapped and whole):
+        return config.output_layer_init_method
+    return config.init_method
 
 
 def _conv_init(module: torch.nn.Conv2d) -> InitMethod:

@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Literal
+from typing import Literal, get_args
 
-from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.layout.fields import nearest, show
 from megatron_mosaic.layout.grid import (
     Coordinates,
     ExpertCoordinates,
@@ -18,6 +19,7 @@ from megatron_mosaic.layout.ranks import show_ranks
 
 Axis = Literal["tp", "cp", "dp", "pp"]
 ExpertAxis = Literal["expt_tp", "ep", "expt_dp", "pp"]
+Recompute = Literal["selective", "full"]
 
 LANGUAGE = "language"  # the plan's name of the module that every other one is connected with
 
@@ -35,13 +37,18 @@ class ModulePlacement:
     Args:
         name: Key of the module in the plan, such as ``"vision"`` or ``"language"``.
         ranks: Global ranks in the order tp-cp-dp-pp, fastest first; any list without repeats.
-        trainable: Parts with trainable weights: ``None`` is everything, ``()`` is nothing.
+        trainable: What trains: parts of the module, or patterns on names of its parameters;
+            ``None`` is everything, ``()`` is nothing.
         layers_per_stage: Layers of each pipeline stage; ``None`` is an even split.
         expert_model_parallel_size: Parts into which the list of experts is split.
         expert_tensor_parallel_size: Ranks that split each expert; ``None`` is
             ``tensor_model_parallel_size``, and becomes ``None`` if written out.
+        recompute: Activations that a backward pass computes again: ``"selective"`` those of the
+            attention operator, ``"full"`` all but each layer's input; ``None`` leaves it to the
+            script and its arguments.
 
     Raises:
+        PlanError: ``recompute`` is another word.
         LayoutError: A size is not positive, a rank repeats or is negative, the sizes do not
             multiply to the number of ranks, ``layers_per_stage`` does not name every stage,
             sequence parallelism has no tensor parallelism to work with, or the experts of a
@@ -59,12 +66,14 @@ class ModulePlacement:
     layers_per_stage: tuple[int, ...] | None = None
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
+    recompute: Recompute | None = None
 
     def __post_init__(self) -> None:
         where = f"modules.{self.name}"
         self._check_ranks(where)
         self._check_sizes(where)
         self._check_layers(where)
+        self._check_recompute(where)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             # Megatron switches it off here without a word.
             raise LayoutError(
@@ -123,6 +132,15 @@ class ModulePlacement:
             raise LayoutError(
                 f"{where}: layers_per_stage={list(self.layers_per_stage)} must be >= 1 everywhere; "
                 f"give every stage a layer or lower pipeline_model_parallel_size"
+            )
+
+    def _check_recompute(self, where: str) -> None:
+        kinds = get_args(Recompute)
+        if self.recompute is not None and self.recompute not in kinds:
+            advice = nearest(self.recompute, kinds, otherwise="remove the key for none")
+            raise PlanError(
+                f"{where}: recompute={show(self.recompute)} must be one of {', '.join(kinds)}; "
+                f"{advice}"
             )
 
     def sizes(self) -> dict[str, int]:

@@ -48,6 +48,7 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "layers_per_stage": integers,
     "expert_model_parallel_size": integer,
     "expert_tensor_parallel_size": integer,
+    "recompute": text,
 }
 _SCHEDULE_KEYS: Mapping[str, Parse] = {"kind": text, "encoder_group": integer}
 

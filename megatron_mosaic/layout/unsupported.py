@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 LATER_MODULE_KEYS: Mapping[str, str] = {
     "share": "a share of a GPU",
-    "recompute": "recomputation chosen by the plan",
 }
 LATER_SCHEDULE_KEYS: Mapping[str, str] = {"order": "a stored task order"}
 LATER_SCHEDULE_KINDS: Mapping[str, str] = {"bubble_fill": "filling pipeline bubbles"}

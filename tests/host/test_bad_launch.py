@@ -77,9 +77,33 @@ def _check(outcomes: list[tuple[int, list[str], float]], pattern: str) -> None:
     ("options", "changes", "pattern"),
     [
         ([], {"vision": ", trainable: [projector]"}, r"vision: trainable=\['projector'\] must"),
-        (["--freeze-ViT"], {}, r"vision: trainable=everything must agree .* froze 'encoder'"),
+        (
+            ["--freeze-ViT"],
+            {},
+            r"vision: trainable=everything must agree .* froze 'encoder\.class_token",
+        ),
         (["--freeze-LM"], {}, r"language: trainable=everything must agree"),
         ([], {"vision": ", trainable: [tower]"}, r"vision: trainable=\['tower'\] must name parts"),
+        (
+            ["--train", "*.layers.0.*"],
+            {"language": ", trainable: [decoder.*]", "vision": ", trainable: ['*.layers.0.*']"},
+            r"language: trainable=\['decoder\.\*'\] must agree .* froze 'decoder\.layers\.1\.",
+        ),
+        (
+            [],
+            {"language": ", trainable: ['*', decoder.*.lora_*]"},
+            r"language: trainable=.* must select .* \['decoder\.\*\.lora_\*'\] select none",
+        ),
+        (
+            ["--recompute-activations"],
+            {"language": ", recompute: full"},
+            r"recompute_granularity=selective must equal full, as modules\.language",
+        ),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "block"],
+            {"vision": ", recompute: full"},
+            r"recompute_method=block must equal uniform, as modules\.vision",
+        ),
         (["--fp16"], {}, r"fp16=True must be False"),
         (["--tensor-model-parallel-size", "4"], {}, r"tensor_model_parallel_size=4 must equal 2"),
         (["--num-attention-heads", "3"], {}, r"parallel_size=2 must divide num_attention_heads=3"),

@@ -1,4 +1,4 @@
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -14,17 +14,18 @@ ARGUMENTS = SimpleNamespace(
     swiglu=False,
     patch_dim=2,
     encoder_num_layers=3,
-    freeze_ViT=False,
 )
 
 
-def _encoder_flops(num_images, **changes):
+def _encoder_flops(num_images, trained=MappingProxyType({}), **changes):
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
     from megatron_mosaic.host.reports import encoder_flops
 
-    return encoder_flops(SimpleNamespace(**{**vars(ARGUMENTS), **changes}), num_images)
+    return encoder_flops(
+        SimpleNamespace(**{**vars(ARGUMENTS), **changes}), num_images, trained=trained
+    )
 
 
 def test_encoder_flops_of_one_image():
@@ -34,7 +35,14 @@ def test_encoder_flops_of_one_image():
 
 
 def test_encoder_flops_of_a_frozen_transformer_have_no_backward_pass():
-    assert _encoder_flops(1, freeze_ViT=True) == 18720 + 3 * 2048
+    assert _encoder_flops(1, {"encoder": 0.0, "projector": 1.0}) == 18720 + 3 * 2048
+    assert _encoder_flops(1, {"encoder": 0.0, "projector": 0.0}) == 18720 + 2048
+
+
+def test_encoder_flops_of_adapters_have_the_gradient_of_the_input():
+    # An eighth of the transformer's weights trains; the projector passes the gradient on.
+    trained = {"encoder": 0.125, "projector": 0.0}
+    assert _encoder_flops(1, trained) == 2.125 * 18720 + 2 * 2048
 
 
 def test_encoder_flops_grow_with_the_images():

@@ -6,9 +6,10 @@ from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 
 _SIZES = st.integers(1, 3)
-_PARTS = st.none() | st.lists(st.sampled_from(["projector", "on", "3", "a: b"]), unique=True).map(
-    tuple
-)
+_PARTS = st.none() | st.lists(
+    st.sampled_from(["projector", "on", "3", "a: b", "*.bias"]), unique=True
+).map(tuple)
+_RECOMPUTE = st.sampled_from([None, "selective", "full"])
 _NOTES = st.none() | st.dictionaries(
     st.text(max_size=4),
     st.recursive(
@@ -51,6 +52,7 @@ def legal_plans(draw):
         layers_per_stage=draw(st.none() | layers),
         expert_model_parallel_size=draw(st.sampled_from([1, language_size["data_parallel_size"]])),
         expert_tensor_parallel_size=draw(st.sampled_from([None, 1])),
+        recompute=draw(_RECOMPUTE),
     )
     # With 1f1b the encoder starts behind the language ranks, otherwise anywhere.
     first = num_language if kind == "1f1b" else draw(st.integers(0, num_language))
@@ -59,6 +61,7 @@ def legal_plans(draw):
         ranks=tuple(ranks[first : first + num_vision]),
         **vision_size,
         trainable=draw(_PARTS),
+        recompute=draw(_RECOMPUTE),
     )
     group, num_groups, micro_batch_size = draw(_SIZES), draw(_SIZES), draw(_SIZES)
     return Plan(

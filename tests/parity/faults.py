@@ -52,8 +52,16 @@ def _skip_boundary_gradient(rank: int) -> None:
     boundary.BoundaryChannel.post = post_nothing
 
 
+def _unmark_recomputed(rank: int) -> None:
+    """Checkpointed layers behind frozen ones get inputs that need no gradient."""
+    from megatron_mosaic.host import model
+
+    model.keep_gradients_of_recomputed = lambda module: None
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "double_vision_gradient": _double_vision_gradient,
     "swap_replicas": _swap_replicas,
     "skip_boundary_gradient": _skip_boundary_gradient,
+    "unmark_recomputed": _unmark_recomputed,
 }

@@ -115,3 +115,37 @@ def test_dropout_continues_where_a_checkpoint_stopped():
 
     for name, weight in through.weights[-1].items():
         np.testing.assert_array_equal(resumed.weights[-1][name], weight, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stages", "no_stages"),
+    [
+        (
+            "one_layer_pp2",
+            ("--train", "language_model.decoder.layers.2.*"),
+            "ranks: 0-3, data_parallel_size: 2, pipeline_model_parallel_size: 2",
+            "ranks: 0-1, data_parallel_size: 2",
+        ),
+        (
+            "lora_language",
+            ("--lora", "language", "--train", "*lora_*"),
+            "ranks: 0-3, tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2",
+            "ranks: 3",
+        ),
+    ],
+)
+def test_partly_trained_model_resumes_without_its_stages(
+    tmp_path, monkeypatch, name, options, stages, no_stages
+):
+    through, folder = _saved(name, (*options, *SHARDED))
+    text = PLAN_OF[name].read_text()
+    assert stages in text
+    other = tmp_path / "other.yaml"
+    text = text.replace(stages, no_stages)
+    # No idle ranks.
+    other.write_text(text if "0-3" in text else text.replace("world_size: 4", "world_size: 2"))
+    monkeypatch.setitem(PLAN_OF, "other", other)
+
+    resumed = _run("other", *options, *SHARDED, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+
+    assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5

@@ -42,10 +42,17 @@ def test_plan_trains_like_one_process(plan, optimizer, record_property):
 
 
 @pytest.mark.parametrize(
-    "fault", ["double_vision_gradient", "swap_replicas", "skip_boundary_gradient"]
+    ("fault", "name"),
+    [
+        ("double_vision_gradient", "disjoint_v1_l2"),
+        ("swap_replicas", "disjoint_v1_l2"),
+        ("skip_boundary_gradient", "disjoint_v1_l2"),
+        ("unmark_recomputed", "recompute_full_frozen_embedding"),
+        ("unmark_recomputed", "recompute_vision_later_layers"),
+    ],
 )
-def test_planted_fault_is_seen(fault):
-    plan = Path(__file__).parent.parent / "plans" / "disjoint_v1_l2.yaml"
+def test_planted_fault_is_seen(fault, name):
+    plan = Path(__file__).parent.parent / "plans" / f"{name}.yaml"
     result = compared(trained(plan, "sgd", (fault,)), plan, "sgd")
 
     assert any(line.startswith("gradient ") for line in result.failures)

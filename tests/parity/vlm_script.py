@@ -19,6 +19,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from torch.utils.data import default_collate
 
+from tests.parity.adapters import add_adapters, train_only
+
 MAX_IMAGES = 2
 
 
@@ -54,7 +56,7 @@ def model_provider(pre_process=True, post_process=True, **unused):
         vision_projection_layer_spec=get_submodules(dense_spec.submodules.mlp),
         vision_projection_type="mlp",
         parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=args.tie_embeddings,
         language_position_embedding_type=args.position_embedding_type,
         language_rotary_percent=args.rotary_percent,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -70,6 +72,12 @@ def model_provider(pre_process=True, post_process=True, **unused):
         freeze_vision_model=args.freeze_ViT,
         freeze_vision_projection=args.freeze_projection,
     )
+    blocks = {"vision": model.vision_model, "language": model.language_model}
+    for name in args.lora:
+        if blocks[name] is not None:
+            add_adapters(blocks[name].decoder)
+    if args.train:
+        train_only(model, args.train)
     return model
 
 
@@ -195,6 +203,9 @@ def add_script_args(parser):
     group.add_argument("--freeze-LM", action="store_true")
     group.add_argument("--freeze-ViT", action="store_true")
     group.add_argument("--freeze-projection", action="store_true")
+    group.add_argument("--tie-embeddings", action="store_true")
+    group.add_argument("--lora", nargs="+", choices=("vision", "language"), default=())
+    group.add_argument("--train", nargs="+", help="freeze all but parameters of such names")
     group.add_argument("--damaged-sample", type=int, help="it has an image without a token")
     group.add_argument("--report-more-at", type=int, help="a step that reports another loss")
     group.add_argument("--legacy-loss", action="store_true")

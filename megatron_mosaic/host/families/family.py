@@ -11,7 +11,6 @@ from megatron_mosaic.comm.boundary import ItemShape, Samples
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.layout.ownership import Runs
-from megatron_mosaic.layout.placement import ModulePlacement
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -52,8 +51,13 @@ class ModuleBoundary(Protocol):
         """
         ...
 
-    def flops_per_row(self, args: argparse.Namespace) -> float:
-        """Counts the operations of forward and backward pass behind one row of this module."""
+    def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
+        """Counts the operations of forward and backward pass behind one row of this module.
+
+        Args:
+            args: Megatron's arguments.
+            trained: Part of the weights that trains, by part of the module.
+        """
         ...
 
 
@@ -111,42 +115,3 @@ def family_of(model: torch.nn.Module, families: Sequence[ModelFamily]) -> ModelF
         f"script: model={type(model).__name__} must be one of {known} under a plan; "
         f"return one of them from model_provider"
     )
-
-
-def trainable_parts(model: torch.nn.Module, parts: Mapping[str, str]) -> dict[str, bool | None]:
-    """Tells which parts that this rank holds are trainable; None means partly."""
-    found: dict[str, bool | None] = {}
-    for part, path in parts.items():
-        node: Any = model
-        for attribute in path.split("."):
-            node = getattr(node, attribute, None)
-        flags = {parameter.requires_grad for parameter in node.parameters()} if node else set()
-        if flags:
-            found[part] = flags.pop() if len(flags) == 1 else None
-    return found
-
-
-def check_trainable(
-    model: torch.nn.Module, placement: ModulePlacement, parts: Mapping[str, str]
-) -> None:
-    """Checks that the script froze what the plan says is frozen.
-
-    Raises:
-        PlanError: A part is trainable in one of the two only, or the plan names no such part.
-    """
-    where = f"modules.{placement.name}"
-    listed = placement.trainable
-    unknown = sorted(set(listed or ()) - set(parts))
-    if unknown:
-        raise PlanError(
-            f"{where}: trainable={list(listed or ())} must name parts out of "
-            f"{list(parts)}; remove {unknown}"
-        )
-    for part, trainable in trainable_parts(model, parts).items():
-        wanted = listed is None or part in listed
-        if trainable != wanted:
-            state = {True: "trains", False: "froze", None: "trains only some weights of"}[trainable]
-            raise PlanError(
-                f"{where}: trainable={'everything' if listed is None else list(listed)} must agree "
-                f"with the script, which {state} {part!r}; change the plan or the script's freezing"
-            )

@@ -30,6 +30,7 @@ from megatron_mosaic.host.families.llava_vision import (
     with_gathered_attention,
 )
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
@@ -190,14 +191,15 @@ def _retarget(config: TransformerConfig, placement: ModulePlacement) -> Transfor
     config.sequence_parallel = placement.sequence_parallel
     config.expert_model_parallel_size = placement.expert_model_parallel_size
     config.expert_tensor_parallel_size = placement.expert_shape.expt_tp
-    # The engine posts sends and goes on: an output must outlive its transfer.
-    config.deallocate_pipeline_outputs = False
+    # A transfer has its own hold on the values that leave a stage (see runner.py).
+    config.deallocate_pipeline_outputs = True
     config.pipeline_model_parallel_layout = None
     if placement.layers_per_stage is not None:
         rows = [["decoder"] * layers for layers in placement.layers_per_stage]
         rows[0].insert(0, "embedding")
         rows[-1].append("loss")
         config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, stages)
+    set_recompute(config, placement)
     if placement.name != LANGUAGE:
         # An encoder's gradient is a plain sum over its replicas; the engine scales it.
         config.calculate_per_token_loss = True
@@ -262,9 +264,11 @@ class LlavaBoundary:
             ]
         }
 
-    def flops_per_row(self, args: argparse.Namespace) -> float:
+    def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
         """Counts the encoder's operations behind one of an image's rows."""
-        return encoder_flops(args, 1) / self.rows_per_image if self._name == VISION else 0.0
+        if self._name != VISION:
+            return 0.0
+        return encoder_flops(args, 1, trained=trained) / self.rows_per_image
 
 
 def image_tokens(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list[list[int]]:

@@ -1,0 +1,73 @@
+"""Checks that replicas begin with equal weights where the script made them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_mosaic.errors import HostError
+from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.weights import NamedParameter, partition_of
+
+
+class _Copy(NamedTuple):
+    """What ranks with equal values have in common; ``tp`` is -1 for a weight that is not split."""
+
+    module: str
+    stage: int
+    tp: int
+    weight: str
+
+
+def check_replicas(
+    kept: Mapping[str, Sequence[NamedParameter]],
+    hosted: Mapping[str, ModuleGroups],
+    *,
+    group: dist.ProcessGroup,
+) -> None:
+    """Checks the weights whose values no layout-independent rule gives.
+
+    Data-parallel ranks are replicas; so are, for Megatron, tensor-parallel ranks of a weight
+    that is not marked as split. It never compares them, and checkpoints keep one of them.
+
+    Args:
+        kept: Weights left as the script made them, by module of this rank.
+        hosted: Groups of this rank's modules.
+        group: Group of the world for objects of the host.
+
+    Raises:
+        HostError: Replicas differ; on every rank.
+
+    Note:
+        Collective over the world.
+    """
+    own = {
+        _copy_of(hosted[module], weight): _digest_of(weight.parameter)
+        for module, weights in kept.items()
+        for weight in weights
+    }
+    every: list[dict[_Copy, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, own, group=group)
+    first: dict[_Copy, tuple[int, str]] = {}
+    for rank, digests in enumerate(every):
+        for copy, digest in digests.items():
+            first_rank, first_digest = first.setdefault(copy, (rank, digest))
+            if digest != first_digest:
+                raise HostError(
+                    f"modules.{copy.module}: initial {copy.weight} of rank {rank} must equal that "
+                    f"of its replica rank {first_rank}; seed both alike in the script, or mark a "
+                    f"tensor-parallel weight with set_tensor_model_parallel_attributes"
+                )
+
+
+def _copy_of(groups: ModuleGroups, weight: NamedParameter) -> _Copy:
+    split = partition_of(weight.parameter)[0] >= 0
+    position = groups.position
+    return _Copy(groups.placement.name, position.pp, position.tp if split else -1, weight.name)
+
+
+def _digest_of(parameter: torch.Tensor) -> str:
+    values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

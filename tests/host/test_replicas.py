@@ -1,0 +1,38 @@
+from types import SimpleNamespace
+
+import pytest
+
+from tests.ranks import RanksError, run_ranks
+
+
+def _check(rank: int, values: list[float], split: bool) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mosaic.host.groups import ModuleGroups
+    from megatron_mosaic.host.replicas import check_replicas
+    from megatron_mosaic.host.weights import NamedParameter
+    from megatron_mosaic.layout.placement import ModulePlacement
+
+    placement = ModulePlacement(name="language", ranks=(0, 1), tensor_model_parallel_size=2)
+    groups = ModuleGroups(
+        placement=placement,
+        position=placement.coordinates(rank),
+        collection=SimpleNamespace(),
+    )
+    parameter = torch.nn.Parameter(torch.full((2, 3), values[rank]))
+    if split:
+        parameter.tensor_model_parallel, parameter.partition_dim = True, 0
+        parameter.partition_stride = 1
+    kept = [NamedParameter("decoder.adapter", "decoder.adapter", parameter)]
+    check_replicas({"language": kept}, {"language": groups}, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(("values", "split"), [([1.0, 1.0], False), ([1.0, 2.0], True)])
+def test_equal_replicas_and_unlike_shards_pass(values, split):
+    run_ranks(_check, 2, values, split)
+
+
+def test_unlike_tensor_parallel_replicas_are_named():
+    with pytest.raises(RanksError, match=r"decoder\.adapter of rank 1 must equal .* rank 0"):
+        run_ranks(_check, 2, [1.0, 2.0], False)
