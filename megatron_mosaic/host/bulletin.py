@@ -34,7 +34,9 @@ class Bulletin:
         start = Place(Phase.START, 0, 0, 0, 0, 0, now_s, UNKNOWN_S)
         nothing = asdict(Report(place=start, age_s=0.0, silent_s=0.0, state="on"))
         # Of every writer: its last number, when it was new here, and what it said.
-        self._heard: dict[int, tuple[int, float, dict[str, Any]]] = dict.fromkeys(range(world_size), (0, now_s, nothing))
+        self._heard: dict[int, tuple[int, float, dict[str, Any]]] = dict.fromkeys(
+            range(world_size), (0, now_s, nothing)
+        )
         self.lost: Lost | None = None
 
     def write_report(self, report: Report) -> None:
@@ -56,6 +58,12 @@ class Bulletin:
         """Says, for rank 0, where it is and which rank is lost."""
         found = None if lost is None else asdict(lost)
         self._store.set(_BOARD, _to_bytes(self._number, report=asdict(report), lost=found))
+
+    def write_lost(self, lost: Lost) -> None:
+        """Writes in rank 0's place that it is lost."""
+        number, _, report = self._heard[0]
+        content = _to_bytes(number, report=report, lost=asdict(lost))
+        self._store.set(_BOARD, content)
 
     def read_board(self) -> None:
         """Reads rank 0's board, if it is there; sets ``lost``."""

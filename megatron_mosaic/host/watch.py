@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from types import TracebackType
@@ -23,14 +24,13 @@ from megatron_mosaic.engine.lost import Limits, Lost, Report, State, find_lost
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.bulletin import Bulletin
+from megatron_mosaic.host.dependence import error_communicates, frame_communicates
 from megatron_mosaic.host.record_file import RecordFile, read_record, remove_record
 from megatron_mosaic.host.termination import Termination
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 
-# Where a main thread is, or an error comes from, when it depends on other ranks.
-_COMMUNICATION = ("torch.distributed", "megatron.core.distributed", "megatron_mosaic.comm")
 _EXIT_LOST = 1
 _EXIT_TERMINATED = 128 + 15  # as a shell calls an end by SIGTERM
 _LAST_WORDS_S = 5.0  # for a traceback, or a log that nobody takes off our hands
@@ -115,7 +115,7 @@ class Watch:
 
     def _fail(self, error: BaseException) -> None:
         """Waits until the others know; the watching thread ends the rank if another is lost."""
-        self._change("cut_off" if _comes_of_communication(error) else "raised", error)
+        self._change("cut_off" if error_communicates(error) else "raised", error)
         self._wake.set()
         self._told.wait(2 * self._limits.hurried_s + 10 * self._limits.interval_s)
         self._record.remove()
@@ -129,16 +129,16 @@ class Watch:
 
     def _report(self) -> Report:
         now_s, place, state = time.monotonic(), self._progress.place, self._state
-        frame = sys._current_frames().get(self._main)
-        where = frame.f_globals.get("__name__", "") if frame else ""
+        age_s = now_s - place.since_s
+        stands = age_s > 2 * self._limits.interval_s  # a rank that runs need not be looked at
         return Report(
             place=place,
-            age_s=now_s - place.since_s,
+            age_s=age_s,
             silent_s=0.0,
             state=state,
             state_s=now_s - self._changed_s,
             order=self._order,
-            communicates=where.startswith(_COMMUNICATION),
+            communicates=stands and frame_communicates(sys._current_frames().get(self._main)),
             message=self._message,
             record=self._record.path,
         )
@@ -244,8 +244,13 @@ class Watch:
             os._exit(_EXIT_LOST)
         if lost.why == "silent" and (place := read_record(lost.record)):
             lost = replace(lost, place=place)
-        remove_record(lost.record)
+        if self._lost is None and not self._unreachable:
+            # No judge is left: whoever finds out first tells the others.
+            _within(_LAST_WORDS_S, lambda: self._bulletin.write_lost(lost))
         _say(f"error: {lost.line(self._plan)}", stacks=lost.rank == self._rank)
+        # Others on this machine read the file too, an interval later at most.
+        time.sleep(2 * self._limits.interval_s)
+        remove_record(lost.record)
         os._exit(_EXIT_LOST)
 
     def _steps_of_all(self, num_microbatches: int, forward_only: bool) -> list[tuple[Step, ...]]:
@@ -254,14 +259,6 @@ class Watch:
             plan, num_microbatches=num_microbatches, forward_only=forward_only
         )
         return [steps_of(plan, schedule, rank) for rank in range(plan.world_size)]
-
-
-def _comes_of_communication(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return isinstance(error, dist.DistError) or where.startswith(_COMMUNICATION)
 
 
 def _say(line: str | None, *, stacks: bool = False) -> None:
@@ -275,6 +272,11 @@ def _say(line: str | None, *, stacks: bool = False) -> None:
         sys.stderr.flush()
         sys.stdout.flush()
 
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    writer.join(_LAST_WORDS_S)
+    _within(_LAST_WORDS_S, write)
+
+
+def _within(limit_s: float, act: Callable[[], None]) -> None:
+    """Does something, unless it takes too long."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(limit_s)
