@@ -26,7 +26,8 @@ class Bulletin:
     """
 
     def __init__(self, store: dist.Store, *, rank: int, world_size: int) -> None:
-        self._store = dist.PrefixStore("mosaic-watch", store).clone()
+        prefixed: Any = dist.PrefixStore("mosaic-watch", store)  # torch's types lack clone
+        self._store: dist.Store = prefixed.clone()
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
         self._number = 0
@@ -42,7 +43,7 @@ class Bulletin:
     def write_report(self, report: Report) -> None:
         """Says where this rank is."""
         self._number += 1
-        self._store.set(f"report/{self._rank}", _to_bytes(self._number, report=asdict(report)))
+        self._store.set(f"report/{self._rank}", _to_text(self._number, report=asdict(report)))
 
     def read_reports(self) -> dict[int, Report]:
         """Reads what all other ranks said last; a rank that has said nothing yet is starting."""
@@ -57,12 +58,12 @@ class Bulletin:
     def write_board(self, report: Report, lost: Lost | None) -> None:
         """Says, for rank 0, where it is and which rank is lost."""
         found = None if lost is None else asdict(lost)
-        self._store.set(_BOARD, _to_bytes(self._number, report=asdict(report), lost=found))
+        self._store.set(_BOARD, _to_text(self._number, report=asdict(report), lost=found))
 
     def write_lost(self, lost: Lost) -> None:
         """Writes in rank 0's place that it is lost."""
         number, _, report = self._heard[0]
-        content = _to_bytes(number, report=report, lost=asdict(lost))
+        content = _to_text(number, report=report, lost=asdict(lost))
         self._store.set(_BOARD, content)
 
     def read_board(self) -> None:
@@ -100,5 +101,5 @@ class Bulletin:
             self._heard[rank] = (content["number"], time.monotonic(), content["report"])
 
 
-def _to_bytes(number: int, **content: Any) -> bytes:
-    return json.dumps({"number": number, **content}).encode()
+def _to_text(number: int, **content: Any) -> str:
+    return json.dumps({"number": number, **content})

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.task import Task
 from tests.parity.record import ARGUMENTS, OPTIMIZERS
-from tests.ranks import Ended, run_to_the_end
+from tests.ranks import ROOT, Ended, run_to_the_end
 
 # Vision has TP 2 on ranks 0 and 2, language has PP 2 on ranks 1 and 2.
 PLAN_PATH = Path(__file__).parent.parent / "plans" / "partial_interleaved.yaml"
@@ -167,6 +170,48 @@ def test_rank_that_raises_ends_all_others_which_name_it(tmp_path):
 def test_rank_that_hangs_ends_all_others_which_name_it(tmp_path):
     options = [*HEARTBEAT, "--mosaic-task-timeout-s", "5"]
     _strike_all("hang", options, r"leave .* within \S+ s; .*", tmp_path)
+
+
+SCRIPT = """
+from tests.host import test_faults as faults
+if __name__ == "__main__":
+    from megatron.training import pretrain
+    from megatron.training.arguments import parse_and_validate_args
+    from tests.parity import vlm_script
+    if int(os.environ["RANK"]) == fault.rank:
+        vlm_script.forward_step = faults._faulty(vlm_script.forward_step, fault)
+    vlm_script.main(parse_and_validate_args, pretrain)
+"""
+
+
+@pytest.mark.parametrize("kind", ["kill", "hang"])
+def test_launched_ranks_say_which_of_them_is_lost(tmp_path, kind):
+    task = Task("F", "vision", 0, (2, 3))
+    fault = Fault(kind=kind, rank=2, step=2, task=task)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os\nfrom tests.host.test_faults import Fault, Task\nfault = {fault!r}\n{SCRIPT}"
+    )
+    # torchrun ends the others as soon as one has died, and still they say why.
+    options = [*OPTIONS, *HEARTBEAT, "--mosaic-task-timeout-s", "5"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "megatron_mosaic.run", "--mosaic-device", "cpu", str(script)),
+            *(*ARGUMENTS, *options, "--mosaic-plan", str(PLAN_PATH)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key != "RANK"}
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+    assert done.returncode != 0
+    lines = re.findall(r"error: run: rank=2 must .*", done.stderr)
+    assert len(lines) >= PLAN.world_size - 1, done.stderr
+    assert all(f"{task} of step 2" in line for line in lines), lines
 
 
 def test_slow_rank_is_not_lost():
