@@ -127,6 +127,57 @@ def run_ranks(
         return [rank.value for rank in ranks]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a rank ended: its exit status, or 1 if it raised, and what it wrote."""
+
+    status: int | None
+    output: str
+
+
+def run_to_the_end(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+) -> list[Ended]:
+    """Calls ``fn(rank, *args)`` on processes of which some may die, and lets the others go on.
+
+    They initialise torch.distributed themselves.
+
+    Raises:
+        RanksError: A rank did not end in time.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = _torchrun_environment(world_size, port=store.port) | {"CUDA_VISIBLE_DEVICES": ""}
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    call = pickle.dumps((fn, args))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        logs = [Path(folder) / f"rank{index}.log" for index in range(world_size)]
+        ranks = [
+            _start(context, index, call, environment, log, None) for index, log in enumerate(logs)
+        ]
+        try:
+            deadline_s = time.monotonic() + timeout_s
+            for rank in ranks:
+                rank.process.join(max(deadline_s - time.monotonic(), 0.0))
+            late = [rank.index for rank in ranks if rank.process.is_alive()]
+            ended = [_how_it_ended(rank) for rank in ranks if rank.index not in late]
+        finally:
+            _end(ranks)
+        if late:
+            raise RanksError(_report(f"ranks {late} did not end within {timeout_s} s", ranks))
+        return ended
+
+
+def _how_it_ended(rank: _Rank) -> Ended:
+    status = rank.process.exitcode
+    if status == 0:
+        rank.receive()
+        status = int(rank.error is not None)
+    return Ended(status=status, output=f"{_log(rank)}{rank.error or ''}")
+
+
 def start_server() -> None:
     """Starts the process that ranks are forked from, without waiting for its imports."""
     forkserver.set_forkserver_preload(["tests.preload"])

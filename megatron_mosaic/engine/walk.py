@@ -1,16 +1,14 @@
 """Walks the steps of a rank: computes, posts transfers, waits for them."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from megatron_mosaic.comm.pending import Pending
+from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.schedule.steps import Compute, Edge, Post, Step, Transfer, TransferKind, Wait
 from megatron_mosaic.schedule.task import Task
-
-TaskObserver = Callable[[Task, float, float], None]
 
 
 class TaskRunner(Protocol):
@@ -71,11 +69,11 @@ class Walker:
         *,
         runners: Mapping[str, TaskRunner],
         channels: Channels,
-        observe: TaskObserver | None = None,
+        progress: Progress,
     ) -> None:
         self._runners = runners
         self._channels = channels
-        self._observe = observe
+        self._progress = progress
         self._leaving: dict[Transfer, torch.Tensor | None] = {}
         self._awaited: dict[Transfer, Pending] = {}
         self._under_way: list[Pending] = []
@@ -84,7 +82,8 @@ class Walker:
     def walk(self, steps: Sequence[Step]) -> None:
         """Runs all steps in order, then waits until everything sent has left."""
         awaited = {step.transfer for step in steps if isinstance(step, Wait)}
-        for step in steps:
+        for position, step in enumerate(steps):
+            self._progress.begin(position)
             match step:
                 case Post(transfer):
                     self._post(transfer, awaited=transfer in awaited)
@@ -96,6 +95,7 @@ class Walker:
                     self._compute(task)
             # What has left frees its buffers now, not at the end of the step.
             self._under_way = [each for each in self._under_way if not each.is_done()]
+            self._progress.end(step)
         for pending in self._under_way:
             pending.finish()
 
@@ -108,13 +108,10 @@ class Walker:
             self._under_way.append(pending)
 
     def _compute(self, task: Task) -> None:
-        start_s = time.perf_counter()
         if task.kind == "F":
             self._forward(task)
         else:
             self._backward(task)
-        if self._observe is not None:
-            self._observe(task, start_s, time.perf_counter())
 
     def _forward(self, task: Task) -> None:
         received = {

@@ -14,12 +14,17 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
+from megatron_mosaic.engine.lost import Limits
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import stop
 from megatron_mosaic.host.meeting import meet
 from megatron_mosaic.host.recompute import check_recompute
 from megatron_mosaic.layout.model_facts import ModuleFacts, check_model
 from megatron_mosaic.layout.plan import Plan
+
+# A run in which every second task takes this long is as good as lost; and the ranks end within a
+# minute: this, two heartbeats, and the time to say so.
+_TASK_TIMEOUT_S = 45.0
 
 # Options that cannot work under a plan: attribute, what it must be, why.
 REFUSED: tuple[tuple[str, Any, str], ...] = (
@@ -96,6 +101,21 @@ def _with_mosaic_arguments(provider: Callable[..., Any] | None) -> Callable[...,
         group.add_argument(
             "--mosaic-trace", default=None, help="write when each task ran into this folder"
         )
+        group.add_argument(
+            "--mosaic-task-timeout-s",
+            type=float,
+            default=None,
+            help="end the run when a rank, waiting for no other, stays in a task for longer than "
+            "its longest task of the step before and so many seconds more (by default "
+            f"{_TASK_TIMEOUT_S:g}, and in the first step --distributed-timeout-minutes)",
+        )
+        group.add_argument(
+            "--mosaic-heartbeat-timeout-s",
+            type=float,
+            default=30.0,
+            help="end the run when a rank has given no sign of life for so long; raise it where a "
+            "call into C holds the interpreter for longer",
+        )
         return parser
 
     return add
@@ -132,10 +152,31 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
             f"arguments: mosaic_trace={args.mosaic_trace} must not be given on GPUs, which end a "
             f"task later than the host's clock says; remove it or use --mosaic-device cpu"
         )
+    _check_timeouts(args)
     _check_saving(args, plan)
     # Only this format can be read under another layout than it was written.
     args.ckpt_format = "torch_dist"
     args.dist_ckpt_optim_fully_reshardable = True
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """How long the ranks wait for a rank that gives no sign of life or stays in a task."""
+    heartbeat_s = args.mosaic_heartbeat_timeout_s
+    return Limits(
+        task_s=args.mosaic_task_timeout_s,
+        default_task_s=_TASK_TIMEOUT_S,
+        heartbeat_s=heartbeat_s,
+        # Megatron gives up a collective after this time, compilation or not.
+        start_s=max(60.0 * args.distributed_timeout_minutes, heartbeat_s),
+        interval_s=min(heartbeat_s / 10, 1.0),
+    )
+
+
+def _check_timeouts(args: argparse.Namespace) -> None:
+    for name in ("mosaic_task_timeout_s", "mosaic_heartbeat_timeout_s"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise HostError(f"arguments: {name}={value:g} must be above 0; give seconds")
 
 
 def _check_saving(args: argparse.Namespace, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.boundary import Samples
-from megatron_mosaic.engine.trace import TaskTrace
+from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data import StepBatches
@@ -35,12 +35,10 @@ from megatron_mosaic.schedule.task import Task
 class PlanForwardBackward:
     """Executes the plan's schedule on this rank, with the stock function's arguments."""
 
-    def __init__(
-        self, runtime: Runtime, *, flops: StepFlops, trace: TaskTrace | None = None
-    ) -> None:
+    def __init__(self, runtime: Runtime, *, flops: StepFlops, progress: Progress) -> None:
         self._runtime = runtime
         self._flops = flops
-        self._trace = trace
+        self._progress = progress
         self._report = LossReport(runtime.host_group)
         self._moe_metrics = MoeMetrics(runtime.host_group)
         self._prepared = cache(self._prepare)
@@ -113,12 +111,20 @@ class PlanForwardBackward:
             )
             runner.begin(works[name])
             gather_parameters(runner.model)
-        if self._trace is not None:
-            self._trace.begin(forward_only=forward_only)
-        Walker(runners=runtime.runners, channels=runtime.channels.open, observe=self._trace).walk(
+        progress = self._progress
+        progress.begin_step(
+            # Without training there is no current iteration.
+            getattr(get_args(), "curr_iteration", -1) + 1,
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+        )
+        Walker(runners=runtime.runners, channels=runtime.channels.open, progress=progress).walk(
             steps
         )
-        return self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
+        progress.close_step(len(steps))
+        losses = self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
+        progress.end_step()
+        return losses
 
     def _check_dispatch(self, rows: Mapping[str, Sequence[Runs]]) -> None:
         args, plan = get_args(), self._runtime.plan

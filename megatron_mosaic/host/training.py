@@ -1,7 +1,8 @@
 """Megatron's ``pretrain`` under a plan."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from megatron.training import pretrain as stock_pretrain
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.groups import GroupFactory
+from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
-from megatron_mosaic.host.arguments import log_choices
+from megatron_mosaic.host.arguments import limits_of, log_choices
 from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.checkpoint import prepare_loading
 from megatron_mosaic.host.data import StepReader
@@ -27,9 +29,11 @@ from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
+from megatron_mosaic.host.record_file import RecordFile
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
+from megatron_mosaic.host.watch import Watch
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.sharding import splits_sequences
 from megatron_mosaic.schedule.build import build_schedule
@@ -70,15 +74,17 @@ def pretrain(
         return
     try:
         check_seams()
-        _pretrain_plan(
-            cfg_container,
-            train_valid_test_dataset_provider,
-            model_type,
-            forward_step_func,
-            model_provider,
-            meeting,
-            **options,
-        )
+        with _watched(meeting, args) as progress:
+            _pretrain_plan(
+                cfg_container,
+                train_valid_test_dataset_provider,
+                model_type,
+                forward_step_func,
+                model_provider,
+                meeting,
+                progress,
+                **options,
+            )
     except (PlanError, LayoutError, HostError) as error:
         # All ranks have the error: it came from equal data, or one told the others.
         speaker = error.speaker if isinstance(error, RankError) else 0
@@ -92,6 +98,7 @@ def _pretrain_plan(
     forward_step_func: Callable[..., Any],
     model_provider: Callable[..., torch.nn.Module],
     meeting: Meeting,
+    progress: Progress,
     **options: Any,
 ) -> None:
     args = get_args()
@@ -100,7 +107,7 @@ def _pretrain_plan(
     prepare_loading(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
-    forward_backward = PlanForwardBackward(runtime, trace=_trace(args), flops=flops)
+    forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
     collections = {name: groups.collection for name, groups in runtime.hosted.items()}
     language = LANGUAGE if LANGUAGE in collections else None
     pg_collection = MultiModuleProcessGroupCollection(
@@ -125,6 +132,27 @@ def _pretrain_plan(
             skip_model_parallel_init=True,
             **options,
         )
+
+
+@contextmanager
+def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
+    """Follows this rank; the loss of any other ends it."""
+    trace = _trace(args)
+    if meeting.plan.world_size == 1:
+        yield Progress(trace=trace)
+        return
+    record = RecordFile(rank=args.rank)
+    progress = Progress(record.buffer, trace=trace)
+    with Watch(
+        meeting.store,
+        plan=meeting.plan,
+        progress=progress,
+        record=record,
+        rank=args.rank,
+        limits=limits_of(args),
+        minds_sigterm=not (args.exit_signal_handler or args.exit_signal_handler_for_training),
+    ):
+        yield progress
 
 
 def _trace(args: argparse.Namespace) -> TaskTrace | None:

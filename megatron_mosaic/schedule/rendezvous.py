@@ -14,6 +14,7 @@ from megatron_mosaic.schedule.steps import (
     Wait,
     communicators,
     edges_of,
+    participants,
 )
 from megatron_mosaic.schedule.task import Task
 
@@ -58,6 +59,51 @@ def blocked_ranks(plan: Plan, steps: Sequence[Sequence[Step]]) -> tuple[Blocked,
     while ready:
         ready.extend(world.advance(ready.popleft()))
     return tuple(world.blocked())
+
+
+def needed_ranks(
+    plan: Plan, steps: Sequence[Sequence[Step]], positions: Sequence[int]
+) -> tuple[frozenset[int], ...]:
+    """Returns for every rank the ranks that must go on before it can.
+
+    A rank needs the senders of each transfer it waits for that have not posted it, and the ranks
+    of its group that have not come to the task it is in. On a device that works asynchronously
+    the host runs ahead of what it waits for, so what it has passed counts as well: there, a task
+    is done when no rank of the group is in it or before it. A rank that has ended its steps
+    needs all that have not.
+
+    Args:
+        steps: Steps of every rank.
+        positions: Step that each rank is at; its number of steps, or more, where it has ended.
+    """
+    in_group, on_edge = _members_by_module(plan), _members_by_edge(plan)
+    # A rank is through with a transfer once it has posted it, with a task once it has ended it.
+    at = [
+        {step[0]: index for index, step in enumerate(own) if not isinstance(step, Wait)}
+        for own in steps
+    ]
+    unfinished = {rank for rank, own in enumerate(steps) if positions[rank] < len(own)}
+
+    def needed(rank: int) -> Iterator[int]:
+        if rank not in unfinished:
+            yield from unfinished
+        for index, step in enumerate(steps[rank][: positions[rank] + 1]):
+            if isinstance(step, Wait):
+                senders = _senders(plan, step.transfer)
+                others = [m for m in on_edge[step.transfer.edge, rank] if m in senders]
+                margin = 1
+            elif isinstance(step, Compute):
+                others, margin = in_group[step.task.module, rank], int(index < positions[rank])
+            else:
+                continue
+            yield from (m for m in others if positions[m] < at[m].get(step[0], -1) + margin)
+
+    return tuple(frozenset(needed(rank)) - {rank} for rank in range(len(steps)))
+
+
+def _senders(plan: Plan, transfer: Transfer) -> tuple[int, ...]:
+    sources, destinations = participants(plan, transfer.edge)
+    return sources if transfer.kind == "activation" else destinations
 
 
 class _World:
