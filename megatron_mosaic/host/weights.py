@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer.module import MegatronModule
 from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.host.groups import ModuleGroups
@@ -22,6 +23,7 @@ InitMethod = Callable[[torch.Tensor], object]
 _LAYER = re.compile(r"^(.*\blayers\.)(\d+)$")
 # Linear layers whose weight Megatron scales down with depth.
 _OUTPUT_LINEARS = ("linear_proj", "linear_fc2")
+_OUTPUT_LAYER, _WORD_EMBEDDINGS = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGroups) -> None:
@@ -37,6 +39,9 @@ def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGrou
         if parameter.numel() == 0 or bool((parameter == parameter.flatten()[0]).all()):
             continue
         init_method = _init_method(owners, owner, key)
+        if _is_copy_of_embedding(name, parameter):
+            name = name.replace(_OUTPUT_LAYER, _WORD_EMBEDDINGS)
+            init_method = owners[owner].config.embedding_init_method
         if init_method is None:
             kept.append(name)
             continue
@@ -103,6 +108,11 @@ def shard_of(
     return torch.cat(pieces[groups.position.tp :: size], dim=dim)
 
 
+def _is_copy_of_embedding(name: str, parameter: Any) -> bool:
+    """Tells whether a last stage holds the embedding again, which it is tied to."""
+    return name.endswith(_OUTPUT_LAYER) and getattr(parameter, "shared_embedding", False)
+
+
 def _seed_of(seed: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -133,17 +143,19 @@ def _init_method(owners: dict[str, torch.nn.Module], owner: str, key: str) -> In
         return embedding.config.embedding_init_method
     if isinstance(module, CLIPViTModel) and key == "class_token":
         return torch.nn.init.normal_
-    if isinstance(module, torch.nn.Embedding):
-        return torch.nn.init.normal_
-    if isinstance(module, torch.nn.Conv2d):
-        return _conv_init(module)
+    # Elsewhere torch's own layers may hold weights that were trained before.
+    if isinstance(owners.get(parent), MegatronModule):
+        if isinstance(module, torch.nn.Embedding):
+            return torch.nn.init.normal_
+        if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear):
+            return _fan_in_init(module)
     config: Any = getattr(module, "config", None)
     if config is None or key != "weight":
         return None
     return config.output_layer_init_method if name in _OUTPUT_LINEARS else config.init_method
 
 
-def _conv_init(module: torch.nn.Conv2d) -> InitMethod:
+def _fan_in_init(module: torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear) -> InitMethod:
     """torch's default for weight and bias alike: uniform within 1/sqrt(fan_in)."""
-    bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
+    bound = module.weight[0].numel() ** -0.5
     return lambda tensor: torch.nn.init.uniform_(tensor, -bound, bound)

@@ -54,7 +54,7 @@ def model_provider(pre_process=True, post_process=True, **unused):
         vision_projection_layer_spec=get_submodules(language_spec.submodules.mlp),
         vision_projection_type="mlp",
         parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=args.tie_embeddings,
         language_position_embedding_type=args.position_embedding_type,
         language_rotary_percent=args.rotary_percent,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -191,21 +191,42 @@ def add_script_args(parser):
     group.add_argument("--freeze-projection", action="store_true")
     group.add_argument("--damaged-sample", type=int, help="it has an image without a token")
     group.add_argument("--report-more-at", type=int, help="a step that reports another loss")
+    group.add_argument("--tie-embeddings", action="store_true")
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
     group.add_argument("--images", choices=tuple(IMAGES_OF), default="ragged")
     return parser
 
 
-def main(parse_and_validate_args, pretrain, provider=model_provider):
-    """Runs the script with Megatron's two entry functions, or with Mosaic's."""
+def run_script(
+    parse_and_validate_args,
+    pretrain,
+    *,
+    add_script_args,
+    datasets_provider,
+    forward_step,
+    provider,
+):
+    """Runs the functions of a script with Megatron's two entry functions, or with Mosaic's."""
     warnings.simplefilter("ignore")
-    train_valid_test_datasets_provider.is_distributed = True
+    datasets_provider.is_distributed = True
     args = parse_and_validate_args(extra_args_provider=add_script_args)
     pretrain(
         pretrain_cfg_container_from_args(args),
-        train_valid_test_datasets_provider,
+        datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
         provider,
+    )
+
+
+def main(parse_and_validate_args, pretrain, provider=model_provider):
+    """Runs the script with Megatron's two entry functions, or with Mosaic's."""
+    run_script(
+        parse_and_validate_args,
+        pretrain,
+        add_script_args=add_script_args,
+        datasets_provider=train_valid_test_datasets_provider,
+        forward_step=forward_step,
+        provider=provider,
     )
