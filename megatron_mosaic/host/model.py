@@ -21,7 +21,7 @@ from megatron.training.models.dist_utils import (
 )
 from megatron.training.training import get_megatron_optimizer_config
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.host.families.family import building_one_module, check_trainable, family_of
 from megatron_mosaic.host.families.registry import known_families
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection
@@ -140,7 +140,7 @@ class MosaicBuilder(ModelBuilder):
         for name, groups in runtime.hosted.items():
             try:
                 built[name] = _build_module(provider, groups, runtime=runtime)
-            except PlanError as plan_error:
+            except (PlanError, LayoutError) as plan_error:
                 error = error or str(plan_error)
         runtime.agreement.settle("model", error)
         for name, module in built.items():
@@ -163,7 +163,7 @@ class MosaicBuilder(ModelBuilder):
         share_row_facts(runtime, args)
         if built:
             runtime.channels.open_all(
-                hidden_size=args.hidden_size,
+                hidden_size=runtime.row_facts[LANGUAGE].width,
                 row_widths={name: facts.width for name, facts in runtime.row_facts.items()},
                 sequence_length=args.decoder_seq_length or args.seq_length,
                 dtype=args.params_dtype,
@@ -191,6 +191,8 @@ def _build_module(
             module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
     finally:
         args.ckpt_format = ckpt_format
+    # The stock loop wants one on the model, so scripts may have set it to the global groups.
+    module.pg_collection = groups.collection
     parts = family_of(module, known_families()).parts(module, name)
     check_trainable(module, groups.placement, parts)
     _check_stage_trains(module, groups)

@@ -4,6 +4,7 @@ import argparse
 import copy
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.training import num_floating_point_operations as stock_operations
 
 
@@ -56,3 +57,15 @@ def encoder_flops(args: argparse.Namespace, num_images: int) -> float:
     projector = args.seq_length * mlp
     passes = 1 if getattr(args, "freeze_ViT", False) else 3
     return num_images * (passes * transformer + 3 * projector)
+
+
+def flops_per_token(config: TransformerConfig) -> float:
+    """Counts the operations of one forward pass of a transformer's linear layers for a token.
+
+    The terms are those of :func:`encoder_flops`, without the scores of attention.
+    """
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size or 4 * config.hidden_size
+    key_width = (config.num_query_groups or config.num_attention_heads) * config.kv_channels
+    attention = 2 * hidden * (hidden + 2 * key_width) + 2 * hidden**2
+    mlp = (3 if config.gated_linear_unit else 2) * 2 * hidden * ffn
+    return float(config.num_layers * (attention + mlp))

@@ -170,10 +170,9 @@ class ModuleRunner:
         return values.detach().requires_grad_(not self._current_work().forward_only)
 
     def _inputs_of(self, leaves: Mapping[str, torch.Tensor]) -> Any:
-        """Returns what ``set_input_tensor`` takes: a hidden state, or what rows stand for."""
-        if not leaves:
-            return None
-        return leaves[self.name] if self.name in leaves else self.boundary.inputs_of(leaves)
+        return self.boundary.inputs_of(leaves) if leaves else None
 
     def _leaving(self, output: Any) -> torch.Tensor:
-        return output if self.name == LANGUAGE else self.boundary.rows_of(output)
+        if self.groups.is_last_stage:
+            return self.boundary.rows_of(output)
+        return self.boundary.hidden_of(output)

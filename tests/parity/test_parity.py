@@ -1,7 +1,8 @@
 """Every plan trains like one process: losses, gradients of every tensor, and weights.
 
 The reference is stock Megatron in one process, without anything of Mosaic but the initial
-weights. A plan file of ``tests/plans`` names the options of its run in its first line.
+weights. A plan file of ``tests/plans`` names the options of its run in its first line, and in
+the second one the training script, if it is another than ``vlm_script``.
 """
 
 import re
@@ -32,23 +33,34 @@ def options_of(plan: Path) -> list[str]:
     return match[1].split() if match else []
 
 
+def script_of(plan: Path) -> str:
+    match = re.search(r"^# script: (\w+)$", plan.read_text(), re.MULTILINE)
+    return match[1] if match else "vlm_script"
+
+
 @cache
-def _reference(optimizer: str, options: tuple[str, ...]) -> Whole:
+def _reference(optimizer: str, options: tuple[str, ...], script: str = "vlm_script") -> Whole:
     arguments = [*OPTIMIZERS[optimizer], *options]
-    return whole(run_ranks(record_stock, 1, arguments, init=False, timeout_s=TIMEOUT_S))
+    return whole(run_ranks(record_stock, 1, arguments, script, init=False, timeout_s=TIMEOUT_S))
 
 
 def _run(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Record]:
     arguments = [*OPTIMIZERS[optimizer], *options_of(plan)]
-    world_size = Plan.load(plan).world_size
     return run_ranks(
-        record_plan, world_size, str(plan), arguments, faults, init=False, timeout_s=TIMEOUT_S
+        record_plan,
+        Plan.load(plan).world_size,
+        str(plan),
+        arguments,
+        faults,
+        script_of(plan),
+        init=False,
+        timeout_s=TIMEOUT_S,
     )
 
 
 def _compare(records: list[Record], plan: Path, optimizer: str) -> Comparison:
     options = tuple(option for option in options_of(plan) if option not in LAYOUT_OPTIONS)
-    reference = _reference(optimizer, options)
+    reference = _reference(optimizer, options, script_of(plan))
     return compare(whole(records), reference, adam=optimizer == "adam")
 
 

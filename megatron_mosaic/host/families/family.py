@@ -6,12 +6,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.model_facts import ModuleFacts
 from megatron_mosaic.layout.placement import ModulePlacement
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 
 class ModuleBoundary(Protocol):
@@ -24,11 +26,20 @@ class ModuleBoundary(Protocol):
     """Width of the rows that the module makes."""
 
     def rows_of(self, output: Any) -> torch.Tensor:
-        """Turns what the module returned into rows, sample after sample."""
+        """Turns what the module's last stage returned into rows, sample after sample."""
         ...
 
-    def inputs_of(self, rows: Mapping[str, torch.Tensor]) -> Any:
-        """Turns rows, by the module that made them, into what ``set_input_tensor`` takes."""
+    def hidden_of(self, output: Any) -> torch.Tensor:
+        """Turns what another stage returned into the hidden state for the next one."""
+        ...
+
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Any:
+        """Turns what a stage received into what ``set_input_tensor`` takes.
+
+        Args:
+            received: Rows by the module that made them; or under the module's own name the
+                hidden state of the stage before.
+        """
         ...
 
     def row_counts(self, batch: Batch) -> Mapping[str, Sequence[int]]:
@@ -74,6 +85,17 @@ class ModelFamily(Protocol):
     def boundary(self, model: torch.nn.Module, name: str) -> ModuleBoundary:
         """Returns the translator of a built module, which may be wrapped."""
         ...
+
+
+def facts_of(config: TransformerConfig) -> ModuleFacts:
+    """Returns the sizes of a transformer that limit how it can be split."""
+    return ModuleFacts(
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size or 4 * config.hidden_size,
+    )
 
 
 @contextmanager
@@ -140,3 +162,18 @@ def check_trainable(
                 f"{where}: trainable={'everything' if listed is None else list(listed)} must agree "
                 f"with the script, which {state} {part!r}; change the plan or the script's freezing"
             )
+
+
+def token_ids(batch: Batch) -> torch.Tensor:
+    """Finds the token ids ``[b, s]`` of a batch.
+
+    Raises:
+        HostError: They have another name.
+    """
+    tokens = next((batch[key] for key in ("tokens", "input_ids") if key in batch), None)
+    if tokens is None:
+        raise HostError(
+            f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
+            f"name the token ids so in the data set"
+        )
+    return tokens

@@ -19,8 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.errors import HostError, PlanError
+from megatron_mosaic.host.families.family import facts_of, token_ids
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.reports import encoder_flops
+from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 
 VISION = "vision"
@@ -96,22 +98,23 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
 
 def _overrides(arguments: Mapping[str, Any], groups: ModuleGroups) -> dict[str, Any]:
     placement = groups.placement
+    config = arguments[f"{placement.name}_transformer_config"]
+    check_module(placement, facts_of(config))
     common = {"pg_collection": groups.collection}
     if placement.name == LANGUAGE:
-        config = _retarget(arguments["language_transformer_config"], placement)
         return common | {
-            "language_transformer_config": config,
+            "language_transformer_config": retarget(config, placement),
             "add_encoder": False,
             "add_decoder": True,
             "pre_process": groups.is_first_stage,
             "post_process": groups.is_last_stage,
         }
-    vision = _retarget(arguments["vision_transformer_config"], placement)
+    vision = retarget(config, placement)
     return common | {
         # The half's own config: DDP and the gradient rules read it from the model.
         "language_transformer_config": vision,
         "vision_transformer_config": vision,
-        "vision_projection_config": _retarget(arguments["vision_projection_config"], placement),
+        "vision_projection_config": retarget(arguments["vision_projection_config"], placement),
         "add_encoder": True,
         "add_decoder": False,
         "pre_process": True,
@@ -119,7 +122,7 @@ def _overrides(arguments: Mapping[str, Any], groups: ModuleGroups) -> dict[str, 
     }
 
 
-def _retarget(config: TransformerConfig, placement: ModulePlacement) -> TransformerConfig:
+def retarget(config: TransformerConfig, placement: ModulePlacement) -> TransformerConfig:
     """Copies a config with the parallel sizes of a module."""
     config = copy.copy(config)
     stages = placement.pipeline_model_parallel_size
@@ -161,9 +164,15 @@ class LlavaBoundary:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
         return output.transpose(0, 1).reshape(-1, output.shape[-1])
 
-    def inputs_of(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def hidden_of(self, output: torch.Tensor) -> torch.Tensor:
+        """Leaves a hidden state as it is."""
+        return output
+
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``."""
-        (embeddings,) = rows.values()
+        if self._name in received:
+            return received[self._name]
+        (embeddings,) = received.values()
         if embeddings.shape[0] == 0:
             return embeddings.reshape(0, 0, embeddings.shape[-1])
         images = embeddings.reshape(-1, self.rows_per_image, embeddings.shape[-1])
@@ -185,13 +194,7 @@ def images_per_sample(batch: Mapping[str, torch.Tensor], *, image_token: int) ->
     Raises:
         HostError: The batch has no token ids under a known key, or another number of images.
     """
-    tokens = next((batch[key] for key in ("tokens", "input_ids") if key in batch), None)
-    if tokens is None:
-        raise HostError(
-            f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
-            f"name the token ids so in the data set"
-        )
-    counts = (tokens == image_token).sum(dim=1).tolist()
+    counts = (token_ids(batch) == image_token).sum(dim=1).tolist()
     images = next((batch[key] for key in ("image", "images") if key in batch), None)
     if images is not None and images.shape[0] != sum(counts):
         raise HostError(

@@ -1,0 +1,294 @@
+"""MimoModel, upstream's model of specs, as modules with layouts of their own.
+
+Its modules are called like its modalities. A modality with several encoders is one module
+``<modality>``, or a module ``<modality>_<encoder>`` for each of them: then their rows are combined
+and projected where they meet, on the language model's first stage.
+
+The class builds from specs whatever its role names, so while a module is built the constructor
+gets that module's role, and specs with its groups and sizes.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.role import RankRole
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.host.families.family import ModuleBoundary, facts_of
+from megatron_mosaic.host.families.llava import retarget
+from megatron_mosaic.host.families.mimo_boundary import MimoBoundary
+from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.model_facts import check_module
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModalityPart:
+    """What one module of a plan is of a modality.
+
+    Args:
+        modality: The modality.
+        encoders: Its encoders in this module.
+        whole: Whether they are all of them, with the projection behind them.
+    """
+
+    modality: str
+    encoders: tuple[str, ...]
+    whole: bool
+
+
+class MimoFamily:
+    """MimoModel: a module for each modality or each of its encoders, and the language model."""
+
+    model_class = MimoModel
+
+    def building_one_module(
+        self, groups: ModuleGroups, *, modules: Sequence[str]
+    ) -> AbstractContextManager[None]:
+        """Makes MimoModel build one module only."""
+        return building_one_module(groups, modules=modules)
+
+    def parts(self, model: torch.nn.Module, name: str) -> Mapping[str, str]:
+        """Tells where the encoders and the projection of a modality lie, or the decoder's parts."""
+        mimo: Any = unwrap_model(model)
+        if name != LANGUAGE:
+            path = f"modality_submodules.{mimo.mosaic_parts[name].modality}"
+            return {"encoder": f"{path}.encoders", "projector": f"{path}.input_projections"}
+        parts = {
+            "embedding": "language_model.embedding",
+            "decoder": "language_model.decoder",
+            "output_layer": "language_model.output_layer",
+        }
+        return parts | {
+            f"{modality}_projector": f"modality_submodules.{modality}.input_projections"
+            for modality in _split_modalities(mimo.mosaic_parts)
+        }
+
+    def boundary(self, model: torch.nn.Module, name: str) -> ModuleBoundary:
+        """Returns the translator of a module."""
+        mimo: Any = unwrap_model(model)
+        return MimoBoundary(mimo, name, parts=mimo.mosaic_parts)
+
+
+@contextmanager
+def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iterator[None]:
+    """Makes MimoModel build one module only, on that module's groups and sizes."""
+    original = MimoModel.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def build_part(self: MimoModel, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        whole = bound.arguments["mimo_config"]
+        parts = modality_parts(whole, modules)
+        bound.arguments |= {
+            "mimo_config": _config_of_one(whole, parts, groups),
+            "cp_group": groups.collection.cp,
+            "tp_group": groups.collection.tp,
+        }
+        original(*bound.args, **bound.kwargs)
+        _finish(self, whole, parts, groups)
+
+    MimoModel.__init__ = build_part
+    try:
+        yield
+    finally:
+        MimoModel.__init__ = original
+
+
+def modality_parts(config: MimoModelConfig, modules: Sequence[str]) -> dict[str, ModalityPart]:
+    """Tells what every module of a plan, beside the language model, is of a MimoModel.
+
+    Args:
+        config: The script's.
+        modules: Modules of the plan.
+
+    Raises:
+        PlanError: The plan has other modules than the model.
+    """
+    parts: dict[str, ModalityPart] = {}
+    for modality, spec in config.modality_submodules_spec.items():
+        encoders = tuple((spec.submodules or {}).get("encoders", {}))
+        single = {
+            f"{modality}_{encoder}": ModalityPart(
+                modality=modality, encoders=(encoder,), whole=False
+            )
+            for encoder in encoders
+        }
+        if len(single) > 1 and modality not in modules and set(single) & set(modules):
+            _check_rows_are_known(modality, spec)
+            parts |= single
+        else:
+            parts[modality] = ModalityPart(modality=modality, encoders=encoders, whole=True)
+    legal = sorted([*parts, LANGUAGE])
+    if not parts or sorted(modules) != legal:
+        raise PlanError(
+            f"modules: names={sorted(modules)} must be {legal}, as the script's MimoModel has "
+            f"them, a modality or each of its encoders; rename the modules of the plan"
+        )
+    return parts
+
+
+def _check_rows_are_known(modality: str, spec: ModuleSpec) -> None:
+    if not hasattr(spec.module, "encoder_rows"):
+        raise PlanError(
+            f"modules.{modality}: encoders must be one module, for {spec.module.__name__} does not "
+            f"say how many rows each has; define a static method encoder_rows(num_tokens) that "
+            f"returns them by encoder, or name the module {modality}"
+        )
+
+
+def _split_modalities(parts: Mapping[str, ModalityPart]) -> list[str]:
+    """Modalities whose encoders are modules of their own, each once."""
+    return list(dict.fromkeys(part.modality for part in parts.values() if not part.whole))
+
+
+class _Place:
+    """Stands where MimoModel expects a HyperCommGrid: it asks for its role and nothing else."""
+
+    dim_names = ("pp",)
+
+    def __init__(self, pipeline: dist.ProcessGroup | None) -> None:
+        self._pipeline = pipeline
+        self.rank_offset, self.size = (-1, 0) if pipeline is None else (dist.get_rank(), 1)
+
+    def get_pg(self, dims: str) -> dist.ProcessGroup | None:
+        return self._pipeline
+
+
+def _config_of_one(
+    whole: MimoModelConfig, parts: Mapping[str, ModalityPart], groups: ModuleGroups
+) -> MimoModelConfig:
+    """Returns a config from which MimoModel builds one module."""
+    name = groups.placement.name
+    if name == LANGUAGE:
+        here = {LANGUAGE, *_split_modalities(parts)}
+        specs = {
+            modality: _without(spec, "encoders") if modality in here else spec
+            for modality, spec in whole.modality_submodules_spec.items()
+        }
+        language = _language_spec(whole.language_model_spec, groups)
+        tokens = whole.special_token_ids
+    else:
+        part = parts[name]
+        here = {part.modality}
+        spec = _modality_spec(whole.modality_submodules_spec[part.modality], part)
+        config = first_config(spec) or whole.language_model_spec.params["config"]
+        check_module(groups.placement, facts_of(config))
+        specs = dict(whole.modality_submodules_spec) | {part.modality: spec}
+        # The module's own config: DDP and the gradient rules read it from the model.
+        language = ModuleSpec(
+            module=whole.language_model_spec.module,
+            params={"config": retarget(config, groups.placement)},
+        )
+        # Upstream would tell its own communicator how rows are split over replicas.
+        tokens = {}
+    # Projections beside the language model see whole rows, before its sequence is sharded.
+    whole_rows = replace(groups, placement=replace(groups.placement, sequence_parallel=False))
+    placed = {
+        modality: _place(spec, whole_rows) if modality in here else spec
+        for modality, spec in specs.items()
+    }
+    return replace(
+        whole,
+        language_model_spec=language,
+        modality_submodules_spec=placed,
+        special_token_ids=tokens,
+        module_to_grid_map={
+            key: _Place(groups.collection.pp if key in here else None) for key in [*specs, LANGUAGE]
+        },
+    )
+
+
+def _language_spec(spec: ModuleSpec, groups: ModuleGroups) -> ModuleSpec:
+    config = spec.params["config"]
+    check_module(groups.placement, facts_of(config))
+    placed = _place(spec, groups)
+    placed.params |= {"pre_process": groups.is_first_stage, "post_process": groups.is_last_stage}
+    if groups.placement.sequence_parallel:
+        # MimoModel scatters the merged embeddings itself, and insists on this.
+        placed.params["scatter_embedding_sequence_parallel"] = False
+    return placed
+
+
+def _modality_spec(spec: ModuleSpec, part: ModalityPart) -> ModuleSpec:
+    if part.whole:
+        return spec
+    alone = _without(spec, "input_projections")
+    encoders = {encoder: spec.submodules["encoders"][encoder] for encoder in part.encoders}
+    return replace(alone, submodules=alone.submodules | {"encoders": encoders})
+
+
+def _without(spec: ModuleSpec, key: str) -> ModuleSpec:
+    return replace(spec, submodules={k: v for k, v in spec.submodules.items() if k != key})
+
+
+def _place(spec: ModuleSpec, groups: ModuleGroups) -> ModuleSpec:
+    """Copies a spec with the groups and sizes of a module, down to encoders and projections."""
+    if not isinstance(spec, ModuleSpec):
+        return spec
+    params = {key: _placed(value, groups.placement) for key, value in (spec.params or {}).items()}
+    accepted = inspect.signature(spec.module).parameters
+    modality = inspect.isclass(spec.module) and issubclass(spec.module, ModalitySubmodules)
+    if modality or "pg_collection" in accepted:
+        params["pg_collection"] = groups.collection
+    elif "tp_group" in accepted:
+        params["tp_group"] = groups.collection.tp
+    submodules = spec.submodules
+    if modality:
+        submodules = {key: _place_all(below, groups) for key, below in spec.submodules.items()}
+    return replace(spec, params=params, submodules=submodules)
+
+
+def _place_all(below: Any, groups: ModuleGroups) -> Any:
+    if isinstance(below, Mapping):
+        return {key: _place(spec, groups) for key, spec in below.items()}
+    return [_place(spec, groups) for spec in below]
+
+
+def _placed(value: Any, placement: ModulePlacement) -> Any:
+    return retarget(value, placement) if isinstance(value, TransformerConfig) else value
+
+
+def first_config(spec: ModuleSpec) -> TransformerConfig | None:
+    """Finds the config of a modality's first encoder that has one, else of its projection."""
+    submodules = spec.submodules or {}
+    below = [*submodules.get("encoders", {}).values(), *submodules.get("input_projections", [])]
+    for inner in below:
+        for value in (inner.params or {}).values():
+            if isinstance(value, TransformerConfig):
+                return value
+    return None
+
+
+def _finish(
+    model: Any,
+    whole: MimoModelConfig,
+    parts: Mapping[str, ModalityPart],
+    groups: ModuleGroups,
+) -> None:
+    """Gives a built module what the rest of Megatron and Mosaic asks it for."""
+    model.mimo_config = whole
+    model.mosaic_parts = dict(parts)
+    model.pre_process, model.post_process = groups.is_first_stage, groups.is_last_stage
+    if groups.placement.name != LANGUAGE:
+        return
+    # Not modalities: their projections here are part of the language model.
+    stages = {LANGUAGE: model.role.modules[LANGUAGE]}
+    model.role = RankRole(modules=stages, mode=model.role.mode)
+    language = model.language_model
+    # Gradients of tied embeddings are reduced between the stages that hold them.
+    model.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+    model.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
