@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
 from megatron.core.utils import get_model_config
 
+from megatron_mosaic.host.agreement import RankError
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
@@ -119,6 +121,8 @@ class ModuleRunner:
             return None
         # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
         leaving = self._leaving(output).to(self.config.params_dtype)
+        if self.groups.is_last_stage:
+            self._check_rows(leaving, expected=work.rows[task.microbatches])
         self._keep(task, _Live(leaves, leaving))
         return leaving.detach()
 
@@ -137,6 +141,15 @@ class ModuleRunner:
             source: torch.zeros_like(live.received[source]) if gradient is None else gradient
             for source, gradient in zip(sources, gradients, strict=True)
         }
+
+    def _check_rows(self, rows: torch.Tensor, *, expected: int) -> None:
+        if tuple(rows.shape) != (expected, self.boundary.width):
+            raise RankError(
+                f"model: rows={tuple(rows.shape)} that {self.name} made must be "
+                f"{(expected, self.boundary.width)}, as the data and the model's sizes say; "
+                f"give each sample as many special tokens as its encoder makes rows",
+                speaker=dist.get_rank(),
+            )
 
     def _current_work(self) -> StepWork:
         assert self._work is not None, "begin() comes before the first task"

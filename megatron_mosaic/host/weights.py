@@ -38,10 +38,11 @@ def initialize_by_name(module: torch.nn.Module, *, seed: int, groups: ModuleGrou
         owner, _, key = local.rpartition(".")
         if parameter.numel() == 0 or bool((parameter == parameter.flatten()[0]).all()):
             continue
-        init_method = _init_method(owners, owner, key)
         if _is_copy_of_embedding(name, parameter):
             name = name.replace(_OUTPUT_LAYER, _WORD_EMBEDDINGS)
-            init_method = owners[owner].config.embedding_init_method
+            init_method = _config_of(owners[owner]).embedding_init_method
+        else:
+            init_method = _init_method(owners, owner, key)
         if init_method is None:
             kept.append(name)
             continue
@@ -106,6 +107,10 @@ def shard_of(
     size = groups.placement.tensor_model_parallel_size
     pieces = full.chunk(size * stride, dim=dim)
     return torch.cat(pieces[groups.position.tp :: size], dim=dim)
+
+
+def _config_of(module: Any) -> Any:
+    return module.config
 
 
 def _is_copy_of_embedding(name: str, parameter: Any) -> bool:

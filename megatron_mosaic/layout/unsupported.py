@@ -59,11 +59,6 @@ def refuse_unsupported(plan: "Plan") -> None:
     """
     for placement in plan.modules.values():
         _refuse_sizes(placement)
-    if len(plan.encoders) > 1:
-        raise PlanError(
-            f"modules: encoders={show(list(plan.encoders))} must be one at most: several encoders "
-            f"are not supported by this version; keep one of them"
-        )
     for edge in plan.edges:
         if edge[1] != "language":
             raise PlanError(

@@ -114,7 +114,43 @@ def _audio():
     )
 
 
-MODALITIES = {"vision": (_vision, IMAGE), "audio": (_audio, SOUND)}
+class ChainedImages(VisionModalitySubmodules):
+    """Two encoders, whose rows stand one after the other, as upstream combines them."""
+
+    @staticmethod
+    def encoder_rows(num_tokens):
+        return {"clip": num_tokens // 2, "dino": num_tokens // 2}
+
+
+class PairedImages(VisionModalitySubmodules):
+    """Two encoders of unlike width, whose rows stand side by side."""
+
+    def combine_embeddings(self, embeddings):
+        return torch.cat(embeddings, dim=-1)
+
+    @staticmethod
+    def encoder_rows(num_tokens):
+        return {"clip": num_tokens, "dino": num_tokens}
+
+
+def _two_encoders(submodules, *, hidden_size, input_size):
+    clip = _config(num_layers=get_args().encoder_num_layers)
+    dino = _config(num_layers=1, hidden_size=hidden_size, heads=2)
+    return ModuleSpec(
+        module=submodules,
+        submodules={
+            "encoders": {"clip": _vit(clip), "dino": _vit(dino)},
+            "input_projections": [_projection(input_size)],
+        },
+    )
+
+
+MODALITIES = {
+    "vision": (_vision, IMAGE),
+    "audio": (_audio, SOUND),
+    "chained": (partial(_two_encoders, ChainedImages, hidden_size=32, input_size=32), IMAGE),
+    "paired": (partial(_two_encoders, PairedImages, hidden_size=16, input_size=48), IMAGE),
+}
 
 
 def model_provider(pre_process=True, post_process=True, **unused):
@@ -166,9 +202,10 @@ class MultimodalSamples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         args = self._args
         generator = torch.Generator().manual_seed(1000 + index)
-        num_images = (1, 0, 2, 1, 0, 0, 2)[index % 7] if "vision" in args.modalities else 0
+        num_images = (1, 0, 2, 1, 0, 0, 2)[index % 7] if args.modalities != ["audio"] else 0
+        image_rows = 2 * IMAGE_ROWS if "chained" in args.modalities else IMAGE_ROWS
         num_sounds = (0, 0, 1, 2, 0)[index % 5] if "audio" in args.modalities else 0
-        spans = [[IMAGE] * IMAGE_ROWS] * num_images + [[SOUND] * FRAMES] * num_sounds
+        spans = [[IMAGE] * image_rows] * num_images + [[SOUND] * FRAMES] * num_sounds
         text = torch.randint(0, args.vocab_size, (LENGTH,), generator=generator).tolist()
         spans += [[token] for token in text[: LENGTH - sum(map(len, spans))]]
         order = torch.randperm(len(spans) - 1, generator=generator).tolist()
@@ -217,11 +254,14 @@ def get_batch(data_iterator):
 
 
 def _modality_inputs(batch):
+    image, sound = {"x": batch["image"]}, {"frames": batch["sound"]}
     inputs = {
-        "vision": {"clip": {"x": batch["image"]}},
-        "audio": {"frames": {"frames": batch["sound"]}},
+        "vision": {"clip": image},
+        "audio": {"frames": sound},
+        "chained": {"clip": image, "dino": image},
+        "paired": {"clip": image, "dino": image},
     }
-    present = {"vision": batch["image"], "audio": batch["sound"]}
+    present = {name: batch["sound" if name == "audio" else "image"] for name in inputs}
     return {
         name: inputs[name] if present[name].shape[0] else None for name in get_args().modalities
     }

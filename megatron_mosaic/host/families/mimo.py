@@ -10,7 +10,7 @@ gets that module's role, and specs with its groups and sizes.
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.config import MimoModelConfig
-from megatron.core.models.mimo.config.role import RankRole
+from megatron.core.models.mimo.config.role import ModuleLayout, RankRole
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -155,17 +155,31 @@ def _split_modalities(parts: Mapping[str, ModalityPart]) -> list[str]:
     return list(dict.fromkeys(part.modality for part in parts.values() if not part.whole))
 
 
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Stands where MimoModel expects a pipeline's process group: it asks for the stage."""
+
+    index: int
+    num_stages: int
+
+    def rank(self) -> int:
+        return self.index
+
+    def size(self) -> int:
+        return self.num_stages
+
+
 class _Place:
     """Stands where MimoModel expects a HyperCommGrid: it asks for its role and nothing else."""
 
     dim_names = ("pp",)
 
-    def __init__(self, pipeline: dist.ProcessGroup | None) -> None:
-        self._pipeline = pipeline
-        self.rank_offset, self.size = (-1, 0) if pipeline is None else (dist.get_rank(), 1)
+    def __init__(self, stage: _Stage | None) -> None:
+        self._stage = stage
+        self.rank_offset, self.size = (-1, 0) if stage is None else (dist.get_rank(), 1)
 
-    def get_pg(self, dims: str) -> dist.ProcessGroup | None:
-        return self._pipeline
+    def get_pg(self, dims: str) -> _Stage | None:
+        return self._stage
 
 
 def _config_of_one(
@@ -174,7 +188,8 @@ def _config_of_one(
     """Returns a config from which MimoModel builds one module."""
     name = groups.placement.name
     if name == LANGUAGE:
-        here = {LANGUAGE, *_split_modalities(parts)}
+        # Rows are projected where they arrive.
+        here = {LANGUAGE, *(_split_modalities(parts) if groups.is_first_stage else ())}
         specs = {
             modality: _without(spec, "encoders") if modality in here else spec
             for modality, spec in whole.modality_submodules_spec.items()
@@ -206,10 +221,16 @@ def _config_of_one(
         language_model_spec=language,
         modality_submodules_spec=placed,
         special_token_ids=tokens,
-        module_to_grid_map={
-            key: _Place(groups.collection.pp if key in here else None) for key in [*specs, LANGUAGE]
-        },
+        module_to_grid_map=_places(here, [*specs, LANGUAGE], groups),
     )
+
+
+def _places(here: Collection[str], names: Sequence[str], groups: ModuleGroups) -> dict[str, _Place]:
+    """Returns the roles of a rank: the module's own stage, and projections in a single one."""
+    own = _Stage(groups.position.pp, groups.placement.pipeline_model_parallel_size)
+    beside = _Stage(0, 1) if LANGUAGE in here else own
+    places = {name: _Place(beside if name in here else None) for name in names}
+    return places | ({LANGUAGE: _Place(own)} if LANGUAGE in here else {})
 
 
 def _language_spec(spec: ModuleSpec, groups: ModuleGroups) -> ModuleSpec:
@@ -287,7 +308,7 @@ def _finish(
         return
     # Not modalities: their projections here are part of the language model.
     stages = {LANGUAGE: model.role.modules[LANGUAGE]}
-    model.role = RankRole(modules=stages, mode=model.role.mode)
+    model.role = RankRole(modules=stages, mode=ModuleLayout.NON_COLOCATED)
     language = model.language_model
     # Gradients of tied embeddings are reduced between the stages that hold them.
     model.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
