@@ -26,6 +26,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from torch.utils.data import default_collate
 
 from tests.parity import vlm_script
+from tests.parity.deep_model import DeepGPT, DeepImages, DeepMimo
 
 IMAGE, SOUND = -200, -201
 LENGTH = 24
@@ -88,10 +89,10 @@ def _vit(config):
     )
 
 
-def _vision():
+def _vision(submodules=VisionModalitySubmodules):
     config = _config(num_layers=get_args().encoder_num_layers)
     return ModuleSpec(
-        module=VisionModalitySubmodules,
+        module=submodules,
         submodules={
             "encoders": {"clip": _vit(config)},
             "input_projections": [_projection(config.hidden_size)],
@@ -148,6 +149,7 @@ def _two_encoders(submodules, *, hidden_size, input_size):
 MODALITIES = {
     "vision": (_vision, IMAGE),
     "audio": (_audio, SOUND),
+    "deep": (partial(_vision, DeepImages), IMAGE),
     "chained": (partial(_two_encoders, ChainedImages, hidden_size=32, input_size=32), IMAGE),
     "paired": (partial(_two_encoders, PairedImages, hidden_size=16, input_size=48), IMAGE),
 }
@@ -158,10 +160,11 @@ def model_provider(pre_process=True, post_process=True, **unused):
     args.seq_length = args.encoder_seq_length = args.decoder_seq_length = LENGTH
     language = core_transformer_config_from_args(args)
     language.num_layers = args.decoder_num_layers
-    model = MimoModel(
+    deep = "deep" in args.modalities
+    model = (DeepMimo if deep else MimoModel)(
         MimoModelConfig(
             language_model_spec=ModuleSpec(
-                module=GPTModel,
+                module=DeepGPT if deep else GPTModel,
                 params={
                     "config": language,
                     "transformer_layer_spec": get_gpt_layer_local_spec(
@@ -260,6 +263,7 @@ def _modality_inputs(batch):
         "audio": {"frames": sound},
         "chained": {"clip": image, "dino": image},
         "paired": {"clip": image, "dino": image},
+        "deep": {"clip": image},
     }
     present = {name: batch["sound" if name == "audio" else "image"] for name in inputs}
     return {

@@ -261,16 +261,26 @@ def _place(spec: ModuleSpec, groups: ModuleGroups) -> ModuleSpec:
     if not isinstance(spec, ModuleSpec):
         return spec
     params = {key: _placed(value, groups.placement) for key, value in (spec.params or {}).items()}
-    accepted = inspect.signature(spec.module).parameters
-    modality = inspect.isclass(spec.module) and issubclass(spec.module, ModalitySubmodules)
-    if modality or "pg_collection" in accepted:
+    modality = issubclass(spec.module, ModalitySubmodules)
+    if _accepts(spec.module, "pg_collection"):
         params["pg_collection"] = groups.collection
-    elif "tp_group" in accepted:
+    elif _accepts(spec.module, "tp_group"):
         params["tp_group"] = groups.collection.tp
     submodules = spec.submodules
     if modality:
         submodules = {key: _place_all(below, groups) for key, below in spec.submodules.items()}
     return replace(spec, params=params, submodules=submodules)
+
+
+def _accepts(cls: type, parameter: str) -> bool:
+    """Tells whether a class takes an argument, itself or by handing what is left to its base."""
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters
+        if parameter in parameters:
+            return True
+        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+            return False
+    return False
 
 
 def _place_all(below: Any, groups: ModuleGroups) -> Any:

@@ -18,7 +18,9 @@ class MimoBoundary:
     """Translates between MimoModel's tensors and boundary rows.
 
     A modality has one row ``[h]`` for each of its special tokens. An encoder that is a module of
-    its own has as many as ``encoder_rows`` of the modality's class says, of its own width.
+    its own has as many as ``encoder_rows`` of the modality's class says, of its own width. A
+    modality whose class has ``output_widths`` returns a dict of tensors with equal rows, which
+    travel side by side as one wide row.
 
     Args:
         model: A built module, unwrapped.
@@ -37,14 +39,16 @@ class MimoBoundary:
         """Takes the rows of a modality out of what MimoModel returns for each."""
         if self._name == LANGUAGE:
             return output
-        return output[self._parts[self._name].modality]
+        made = output[self._parts[self._name].modality]
+        widths = self._output_widths(self._name)
+        return made if widths is None else torch.cat([made[key] for key in widths], dim=-1)
 
     def hidden_of(self, output: Any) -> torch.Tensor:
         """Takes the hidden state out of what MimoModel returns for each module."""
         key = LANGUAGE if self._name == LANGUAGE else self._parts[self._name].modality
         return output[key]
 
-    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
         """Returns rows or a hidden state under the names that MimoModel looks for.
 
         Rows of a modality whose encoders are modules of their own are combined and projected.
@@ -52,10 +56,10 @@ class MimoBoundary:
         if self._name in received:
             key = LANGUAGE if self._name == LANGUAGE else self._parts[self._name].modality
             return {key: received[self._name]}
-        inputs: dict[str, torch.Tensor] = {}
+        inputs: dict[str, Any] = {}
         for name, part in self._parts.items():
             if part.whole:
-                inputs[part.modality] = received[name]
+                inputs[part.modality] = self._unpack(name, received[name])
             elif part.modality not in inputs:
                 inputs[part.modality] = self._combine(part.modality, received)
         return inputs
@@ -82,10 +86,31 @@ class MimoBoundary:
 
     def _row_width(self) -> int:
         language = self._model.mimo_config.language_model_spec.params["config"]
-        if self._name == LANGUAGE or self._parts[self._name].whole:
+        if self._name == LANGUAGE:
+            return language.hidden_size
+        widths = self._output_widths(self._name)
+        if widths is not None:
+            return sum(widths.values())
+        if self._parts[self._name].whole:
             return language.hidden_size
         (encoder,) = self._encoders().values()
         return encoder.config.hidden_size
+
+    def _output_widths(self, name: str) -> Mapping[str, int] | None:
+        """Returns the tensors that a module makes, with their widths; None if it makes one."""
+        config, part = self._model.mimo_config, self._parts[name]
+        declared = getattr(
+            config.modality_submodules_spec[part.modality].module, "output_widths", None
+        )
+        if declared is None or not part.whole:
+            return None
+        return declared(config.language_model_spec.params["config"].hidden_size)
+
+    def _unpack(self, name: str, rows: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        widths = self._output_widths(name)
+        if widths is None:
+            return rows
+        return dict(zip(widths, rows.split(list(widths.values()), dim=-1), strict=True))
 
     def _encoders(self) -> Mapping[str, Any]:
         modality = self._parts[self._name].modality
