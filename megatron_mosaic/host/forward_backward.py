@@ -1,6 +1,6 @@
 """The ``forward_backward`` function that Megatron's loop calls under a plan."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -74,7 +74,7 @@ class PlanForwardBackward:
             The losses of the whole batch as one entry, the same on every rank.
 
         Raises:
-            HostError: Non-loss data is asked for.
+            HostError: Non-loss data is asked for, or two modules report a loss of one name.
             LayoutError: Modules count different rows of a sample.
 
         Note:
@@ -109,7 +109,7 @@ class PlanForwardBackward:
         Walker(runners=runtime.runners, channels=runtime.channels.open, observe=self._trace).walk(
             steps
         )
-        return self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
+        return self._close(works, forward_only, force_all_reduce=force_all_reduce)
 
     def _prepare(
         self, num_microbatches: int, forward_only: bool
@@ -142,7 +142,7 @@ class PlanForwardBackward:
         )
 
     def _rows(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
-        if runner.name == LANGUAGE:
+        if runner.boundary.makes_loss:
             return {}
         return {
             task.microbatches: self._runtime.channels.rows_made(runner.name, task.microbatches)
@@ -151,14 +151,14 @@ class PlanForwardBackward:
         }
 
     def _close(
-        self, language: StepWork | None, forward_only: bool, *, force_all_reduce: bool | None
+        self, works: Mapping[str, StepWork], forward_only: bool, *, force_all_reduce: bool | None
     ) -> list[dict[str, torch.Tensor]]:
         runtime = self._runtime
         replicas = runtime.plan.language.data_parallel_size
-        speaks = language is not None and runtime.runners[LANGUAGE].speaks
+        spoken = {name: work for name, work in works.items() if runtime.runners[name].speaks}
         losses, num_tokens = self._report.reduce(
-            language.losses if language is not None and speaks else [],
-            num_tokens=language.num_tokens if language is not None and speaks else 0,
+            {name: work.losses for name, work in spoken.items()},
+            num_tokens=spoken[LANGUAGE].num_tokens if LANGUAGE in spoken else 0,
             replicas=replicas,
             forward_only=forward_only,
         )

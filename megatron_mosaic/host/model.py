@@ -22,7 +22,12 @@ from megatron.training.models.dist_utils import (
 from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.host.families.family import building_one_module, check_trainable, family_of
+from megatron_mosaic.host.families.family import (
+    ModuleBoundary,
+    building_one_module,
+    check_trainable,
+    family_of,
+)
 from megatron_mosaic.host.families.registry import known_families
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
@@ -145,11 +150,12 @@ class MosaicBuilder(ModelBuilder):
         runtime.agreement.settle("model", error)
         for name, module in built.items():
             groups = runtime.hosted[name]
+            boundary = family_of(module, known_families()).boundary(module, name)
             (wrapped,) = prepare_existing_model_chunks_for_distributed_training(
                 [module],
                 module.config,
                 groups.collection,
-                ddp_config=_ddp_config_of(name, ddp_config),
+                ddp_config=_ddp_config_of(boundary, ddp_config),
                 wrap_with_ddp=wrap_with_ddp,
                 mixed_precision_wrapper=mixed_precision_wrapper,
             )
@@ -157,7 +163,7 @@ class MosaicBuilder(ModelBuilder):
             runtime.runners[name] = ModuleRunner(
                 wrapped,
                 groups=groups,
-                boundary=family_of(module, known_families()).boundary(wrapped, name),
+                boundary=boundary,
                 randomness=runtime.randomness,
             )
         share_row_facts(runtime, args)
@@ -186,7 +192,7 @@ def _build_module(
         with (
             runtime.scope_of(name).active(),
             runtime.randomness.of(name),
-            building_one_module(known_families(), groups, modules=list(runtime.plan.modules)),
+            building_one_module(known_families(), groups, plan=runtime.plan),
         ):
             module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
     finally:
@@ -218,12 +224,12 @@ def _check_stage_trains(module: torch.nn.Module, groups: ModuleGroups) -> None:
 
 
 def _ddp_config_of(
-    name: str, ddp_config: DistributedDataParallelConfig
+    boundary: ModuleBoundary, ddp_config: DistributedDataParallelConfig
 ) -> DistributedDataParallelConfig:
     own = deepcopy(ddp_config)
     # The engine starts parameter gathers itself, before the first task (see gradients.py).
     own.align_param_gather = own.overlap_param_gather
-    if name != LANGUAGE:
+    if not boundary.makes_loss:
         own.average_in_collective = False
     return own
 

@@ -16,7 +16,6 @@ from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
-from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.task import Task
 
 
@@ -30,7 +29,8 @@ class StepWork:
         forward_only: Evaluation: nothing is kept for a backward pass.
         batches: What each forward task of the module reads; None on ranks that are sent it by
             their tensor-parallel rank 0.
-        rows: Boundary rows that each of an encoder's tasks makes on this rank.
+        rows: Boundary rows that each of an encoder's tasks makes on this rank; a module with a
+            loss has none, it runs without rows too.
         last_backward: The module's last backward task on this rank.
         losses: What the loss function reported, one entry for each microbatch.
         num_tokens: Tokens that count in the loss of this rank.
@@ -49,10 +49,17 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """Ends of the autograd graph of one forward task: what it received, by sender, and made."""
+    """Ends of the autograd graph of one forward task.
+
+    Args:
+        received: What it received, by sender.
+        output: What it made: what leaves the stage, or a loss.
+        beside: Rows that left beside a loss.
+    """
 
     received: Mapping[str, torch.Tensor]
     output: torch.Tensor
+    beside: torch.Tensor | None = None
 
 
 class ModuleRunner:
@@ -94,9 +101,9 @@ class ModuleRunner:
             yield
 
     def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Runs a forward task. Returns boundary rows, a hidden state, or None on a last stage."""
+        """Runs a forward task. Returns boundary rows, a hidden state, or None beside a loss."""
         work = self._current_work()
-        if self.name != LANGUAGE and not work.rows[task.microbatches]:
+        if work.rows.get(task.microbatches) == 0:
             # No image among the samples of this rank: its replicas run without it.
             self._keep(task, None)
             return None
@@ -117,8 +124,9 @@ class ModuleRunner:
             )
         work.num_tokens = work.num_tokens + num_tokens
         if self._makes_loss():
-            self._keep(task, _Live(leaves, output))
-            return None
+            beside = self.boundary.rows_beside_loss()
+            self._keep(task, _Live(leaves, output, beside))
+            return None if beside is None else beside.detach()
         # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
         leaving = self._leaving(output).to(self.config.params_dtype)
         if self.groups.is_last_stage:
@@ -132,9 +140,13 @@ class ModuleRunner:
         if live is None:
             return {}
         sources = list(live.received)
+        output, gradient = live.output, received
+        if live.beside is not None and received is not None:
+            # One backward pass for both: the gradient of this term is what was received.
+            output, gradient = output + (live.beside * received).sum(), None
         with self.as_process(), self._gradient_sync(task):
             gradients = backward_step(
-                [live.received[source] for source in sources], live.output, received, self.config
+                [live.received[source] for source in sources], output, gradient, self.config
             )
         return {
             # No gradient: nothing of it had a part in the loss.
@@ -156,7 +168,7 @@ class ModuleRunner:
         return self._work
 
     def _makes_loss(self) -> bool:
-        return self.name == LANGUAGE and self.groups.is_last_stage
+        return self.boundary.makes_loss and self.groups.is_last_stage
 
     def _is_first(self, task: Task) -> bool:
         work = self._current_work()

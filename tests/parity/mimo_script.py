@@ -27,6 +27,8 @@ from torch.utils.data import default_collate
 
 from tests.parity import vlm_script
 from tests.parity.deep_model import DeepGPT, DeepImages, DeepMimo
+from tests.parity.generating_model import TARGET_WIDTH, GeneratingMimo, Generator
+from tests.parity.generating_model import loss_func as generating_loss_func
 
 IMAGE, SOUND = -200, -201
 LENGTH = 24
@@ -146,9 +148,14 @@ def _two_encoders(submodules, *, hidden_size, input_size):
     )
 
 
+def _generator():
+    return ModuleSpec(module=Generator, submodules={"output_projections": [_projection(32)]})
+
+
 MODALITIES = {
     "vision": (_vision, IMAGE),
     "audio": (_audio, SOUND),
+    "generator": (_generator, None),
     "deep": (partial(_vision, DeepImages), IMAGE),
     "chained": (partial(_two_encoders, ChainedImages, hidden_size=32, input_size=32), IMAGE),
     "paired": (partial(_two_encoders, PairedImages, hidden_size=16, input_size=48), IMAGE),
@@ -161,7 +168,8 @@ def model_provider(pre_process=True, post_process=True, **unused):
     language = core_transformer_config_from_args(args)
     language.num_layers = args.decoder_num_layers
     deep = "deep" in args.modalities
-    model = (DeepMimo if deep else MimoModel)(
+    plain = GeneratingMimo if "generator" in args.modalities else MimoModel
+    model = (DeepMimo if deep else plain)(
         MimoModelConfig(
             language_model_spec=ModuleSpec(
                 module=DeepGPT if deep else GPTModel,
@@ -179,7 +187,11 @@ def model_provider(pre_process=True, post_process=True, **unused):
                 },
             ),
             modality_submodules_spec={name: MODALITIES[name][0]() for name in args.modalities},
-            special_token_ids={name: MODALITIES[name][1] for name in args.modalities},
+            special_token_ids={
+                name: token
+                for name in args.modalities
+                if (token := MODALITIES[name][1]) is not None
+            },
         )
     )
     # The stock loop reduces losses and success over it; MimoModel itself has none.
@@ -222,6 +234,7 @@ class MultimodalSamples(torch.utils.data.Dataset):
             "tokens": tokens,
             "labels": torch.randint(0, args.vocab_size, (LENGTH,), generator=generator),
             "loss_mask": loss_mask * (tokens >= 0),
+            "targets": torch.randn(LENGTH, TARGET_WIDTH, generator=generator),
             "position_ids": torch.arange(LENGTH),
         }
 
@@ -251,9 +264,9 @@ def get_batch(data_iterator):
     integers = tensor_parallel.broadcast_data(
         ["tokens", "labels", "position_ids"], data, torch.int64
     )
-    floats = tensor_parallel.broadcast_data([*media, "loss_mask"], data, torch.float32)
+    floats = tensor_parallel.broadcast_data([*media, "loss_mask", "targets"], data, torch.float32)
     sent = {key: floats[key][:-1].to(args.params_dtype) for key in media}
-    return integers | sent | {"loss_mask": floats["loss_mask"]}
+    return floats | integers | sent
 
 
 def _modality_inputs(batch):
@@ -264,8 +277,10 @@ def _modality_inputs(batch):
         "chained": {"clip": image, "dino": image},
         "paired": {"clip": image, "dino": image},
         "deep": {"clip": image},
+        "generator": {"targets": batch["targets"][Generator.takes_hidden_states(batch["tokens"])]},
     }
     present = {name: batch["sound" if name == "audio" else "image"] for name in inputs}
+    present["generator"] = batch["targets"]
     return {
         name: inputs[name] if present[name].shape[0] else None for name in get_args().modalities
     }
@@ -281,6 +296,8 @@ def forward_step(data_iterator, model):
         labels=batch["labels"],
         modality_inputs=_modality_inputs(batch),
     )
+    if "generator" in get_args().modalities:
+        return output, partial(generating_loss_func, loss_mask)
     legacy = get_args().legacy_loss
     loss_func = vlm_script.legacy_loss_func if legacy else vlm_script.loss_func
     return output, partial(loss_func, loss_mask)

@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.layout.model_facts import ModuleFacts
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
+from megatron_mosaic.layout.plan import Plan
 
 Batch = Mapping[str, Any]
 
@@ -25,8 +26,15 @@ class ModuleBoundary(Protocol):
     width: int
     """Width of the rows that the module makes."""
 
+    makes_loss: bool
+    """Whether the module's last stage computes a loss."""
+
     def rows_of(self, output: Any) -> torch.Tensor:
         """Turns what the module's last stage returned into rows, sample after sample."""
+        ...
+
+    def rows_beside_loss(self) -> torch.Tensor | None:
+        """Takes rows that the last forward pass of a module with a loss made for another one."""
         ...
 
     def hidden_of(self, output: Any) -> torch.Tensor:
@@ -65,16 +73,17 @@ class ModelFamily(Protocol):
     """What a script's ``model_provider`` returns."""
 
     def building_one_module(
-        self, groups: ModuleGroups, *, modules: Sequence[str]
+        self, groups: ModuleGroups, *, plan: Plan
     ) -> AbstractContextManager[None]:
         """Makes the class build one module only, on that module's groups and sizes.
 
         Args:
             groups: Groups of the module.
-            modules: All modules of the plan.
+            plan: The plan.
 
         Raises:
-            PlanError: The model has other modules than the plan; raised by the constructor.
+            PlanError: The model has other modules or edges than the plan; raised by the
+                constructor.
         """
         ...
 
@@ -100,12 +109,12 @@ def facts_of(config: TransformerConfig) -> ModuleFacts:
 
 @contextmanager
 def building_one_module(
-    families: Sequence[ModelFamily], groups: ModuleGroups, *, modules: Sequence[str]
+    families: Sequence[ModelFamily], groups: ModuleGroups, *, plan: Plan
 ) -> Iterator[None]:
     """Makes the model class of every family build one module only, whichever the script uses."""
     with ExitStack() as stack:
         for family in families:
-            stack.enter_context(family.building_one_module(groups, modules=modules))
+            stack.enter_context(family.building_one_module(groups, plan=plan))
         yield
 
 
@@ -123,6 +132,25 @@ def family_of(model: torch.nn.Module, families: Sequence[ModelFamily]) -> ModelF
         f"script: model={type(model).__name__} must be one of {known} under a plan; "
         f"return one of them from model_provider"
     )
+
+
+def check_edges(plan: Plan, *, outputs: Sequence[str] = ()) -> None:
+    """Checks that encoders feed the language model, and it feeds the outputs.
+
+    Args:
+        plan: The plan.
+        outputs: Those of its modules that are outputs.
+
+    Raises:
+        PlanError: It has other edges.
+    """
+    encoders = [name for name in plan.modules if name not in (LANGUAGE, *outputs)]
+    legal = [[name, LANGUAGE] for name in encoders] + [[LANGUAGE, name] for name in outputs]
+    if sorted(map(list, plan.edges)) != sorted(legal):
+        raise PlanError(
+            f"edges: edges={[list(edge) for edge in plan.edges]} must be {legal}, as data flows in "
+            f"the script's model; change the edges of the plan"
+        )
 
 
 def trainable_parts(model: torch.nn.Module, parts: Mapping[str, str]) -> dict[str, bool | None]:

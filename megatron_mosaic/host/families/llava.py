@@ -19,11 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.errors import HostError, PlanError
-from megatron_mosaic.host.families.family import facts_of, token_ids
+from megatron_mosaic.host.families.family import check_edges, facts_of, token_ids
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.reports import encoder_flops
 from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
+from megatron_mosaic.layout.plan import Plan
 
 VISION = "vision"
 
@@ -44,10 +45,10 @@ class LlavaFamily:
     model_class = LLaVAModel
 
     def building_one_module(
-        self, groups: ModuleGroups, *, modules: Sequence[str]
+        self, groups: ModuleGroups, *, plan: Plan
     ) -> AbstractContextManager[None]:
         """Makes LLaVAModel build one half only."""
-        return building_one_module(groups, modules=modules)
+        return building_one_module(groups, plan=plan)
 
     def parts(self, model: torch.nn.Module, name: str) -> Mapping[str, str]:
         """Tells where the parts of a half lie."""
@@ -72,7 +73,7 @@ def check_modules(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iterator[None]:
+def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
     """Makes LLaVAModel build one module only, on that module's groups and sizes.
 
     ``pretrain_vlm.py`` hard-codes ``add_decoder=True`` and gives both halves the language
@@ -83,7 +84,8 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
 
     @functools.wraps(original)
     def build_half(self: LLaVAModel, *args: Any, **kwargs: Any) -> None:
-        check_modules(modules)
+        check_modules(list(plan.modules))
+        check_edges(plan)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         bound.arguments.update(_overrides(bound.arguments, groups))
@@ -158,11 +160,16 @@ class LlavaBoundary:
         self.image_token: int = inner.image_token_index
         # Only the half with the encoder has a projection, and makes rows.
         self.width: int = (inner.vision_projection or inner).config.hidden_size
+        self.makes_loss = name == LANGUAGE
         self._name = name
 
     def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
         return output.transpose(0, 1).reshape(-1, output.shape[-1])
+
+    def rows_beside_loss(self) -> None:
+        """Returns None: nothing is fed by the language model."""
+        return None
 
     def hidden_of(self, output: torch.Tensor) -> torch.Tensor:
         """Leaves a hidden state as it is."""

@@ -1,8 +1,7 @@
 """MimoModel, upstream's model of specs, as modules with layouts of their own.
 
-Its modules are called like its modalities. A modality with several encoders is one module
-``<modality>``, or a module ``<modality>_<encoder>`` for each of them: then their rows are combined
-and projected where they meet, on the language model's first stage.
+Its modules are its modalities, see ``mimo_parts``. Rows of encoders that are modules of their own
+are combined and projected where they meet, on the language model's first stage.
 
 The class builds from specs whatever its role names, so while a module is built the constructor
 gets that module's role, and specs with its groups and sizes.
@@ -25,28 +24,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_mosaic.errors import PlanError
-from megatron_mosaic.host.families.family import ModuleBoundary, facts_of
+from megatron_mosaic.host.families.family import ModuleBoundary, check_edges, facts_of
 from megatron_mosaic.host.families.llava import retarget
 from megatron_mosaic.host.families.mimo_boundary import MimoBoundary
+from megatron_mosaic.host.families.mimo_parts import (
+    ModalityPart,
+    modality_parts,
+    split_modalities,
+)
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModalityPart:
-    """What one module of a plan is of a modality.
-
-    Args:
-        modality: The modality.
-        encoders: Its encoders in this module.
-        whole: Whether they are all of them, with the projection behind them.
-    """
-
-    modality: str
-    encoders: tuple[str, ...]
-    whole: bool
+from megatron_mosaic.layout.plan import Plan
 
 
 class MimoFamily:
@@ -55,16 +44,19 @@ class MimoFamily:
     model_class = MimoModel
 
     def building_one_module(
-        self, groups: ModuleGroups, *, modules: Sequence[str]
+        self, groups: ModuleGroups, *, plan: Plan
     ) -> AbstractContextManager[None]:
         """Makes MimoModel build one module only."""
-        return building_one_module(groups, modules=modules)
+        return building_one_module(groups, plan=plan)
 
     def parts(self, model: torch.nn.Module, name: str) -> Mapping[str, str]:
         """Tells where the encoders and the projection of a modality lie, or the decoder's parts."""
         mimo: Any = unwrap_model(model)
         if name != LANGUAGE:
-            path = f"modality_submodules.{mimo.mosaic_parts[name].modality}"
+            part = mimo.mosaic_parts[name]
+            path = f"modality_submodules.{part.modality}"
+            if part.is_output:
+                return {"projector": f"{path}.output_projections", "decoder": f"{path}.decoders"}
             return {"encoder": f"{path}.encoders", "projector": f"{path}.input_projections"}
         parts = {
             "embedding": "language_model.embedding",
@@ -73,7 +65,7 @@ class MimoFamily:
         }
         return parts | {
             f"{modality}_projector": f"modality_submodules.{modality}.input_projections"
-            for modality in _split_modalities(mimo.mosaic_parts)
+            for modality in split_modalities(mimo.mosaic_parts)
         }
 
     def boundary(self, model: torch.nn.Module, name: str) -> ModuleBoundary:
@@ -83,7 +75,7 @@ class MimoFamily:
 
 
 @contextmanager
-def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iterator[None]:
+def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
     """Makes MimoModel build one module only, on that module's groups and sizes."""
     original = MimoModel.__init__
     signature = inspect.signature(original)
@@ -92,7 +84,8 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
     def build_part(self: MimoModel, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         whole = bound.arguments["mimo_config"]
-        parts = modality_parts(whole, modules)
+        parts = modality_parts(whole, plan)
+        check_edges(plan, outputs=[name for name, part in parts.items() if part.is_output])
         bound.arguments |= {
             "mimo_config": _config_of_one(whole, parts, groups),
             "cp_group": groups.collection.cp,
@@ -106,53 +99,6 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
         yield
     finally:
         MimoModel.__init__ = original
-
-
-def modality_parts(config: MimoModelConfig, modules: Sequence[str]) -> dict[str, ModalityPart]:
-    """Tells what every module of a plan, beside the language model, is of a MimoModel.
-
-    Args:
-        config: The script's.
-        modules: Modules of the plan.
-
-    Raises:
-        PlanError: The plan has other modules than the model.
-    """
-    parts: dict[str, ModalityPart] = {}
-    for modality, spec in config.modality_submodules_spec.items():
-        encoders = tuple((spec.submodules or {}).get("encoders", {}))
-        single = {
-            f"{modality}_{encoder}": ModalityPart(
-                modality=modality, encoders=(encoder,), whole=False
-            )
-            for encoder in encoders
-        }
-        if len(single) > 1 and modality not in modules and set(single) & set(modules):
-            _check_rows_are_known(modality, spec)
-            parts |= single
-        else:
-            parts[modality] = ModalityPart(modality=modality, encoders=encoders, whole=True)
-    legal = sorted([*parts, LANGUAGE])
-    if not parts or sorted(modules) != legal:
-        raise PlanError(
-            f"modules: names={sorted(modules)} must be {legal}, as the script's MimoModel has "
-            f"them, a modality or each of its encoders; rename the modules of the plan"
-        )
-    return parts
-
-
-def _check_rows_are_known(modality: str, spec: ModuleSpec) -> None:
-    if not hasattr(spec.module, "encoder_rows"):
-        raise PlanError(
-            f"modules.{modality}: encoders must be one module, for {spec.module.__name__} does not "
-            f"say how many rows each has; define a static method encoder_rows(num_tokens) that "
-            f"returns them by encoder, or name the module {modality}"
-        )
-
-
-def _split_modalities(parts: Mapping[str, ModalityPart]) -> list[str]:
-    """Modalities whose encoders are modules of their own, each once."""
-    return list(dict.fromkeys(part.modality for part in parts.values() if not part.whole))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +135,7 @@ def _config_of_one(
     name = groups.placement.name
     if name == LANGUAGE:
         # Rows are projected where they arrive.
-        here = {LANGUAGE, *(_split_modalities(parts) if groups.is_first_stage else ())}
+        here = {LANGUAGE, *(split_modalities(parts) if groups.is_first_stage else ())}
         specs = {
             modality: _without(spec, "encoders") if modality in here else spec
             for modality, spec in whole.modality_submodules_spec.items()
@@ -206,7 +152,7 @@ def _config_of_one(
         # The module's own config: DDP and the gradient rules read it from the model.
         language = ModuleSpec(
             module=whole.language_model_spec.module,
-            params={"config": retarget(config, groups.placement)},
+            params={"config": _config_of_module(config, groups.placement, part)},
         )
         # Upstream would tell its own communicator how rows are split over replicas.
         tokens = {}
@@ -223,6 +169,16 @@ def _config_of_one(
         special_token_ids=tokens,
         module_to_grid_map=_places(here, [*specs, LANGUAGE], groups),
     )
+
+
+def _config_of_module(
+    config: TransformerConfig, placement: ModulePlacement, part: ModalityPart
+) -> TransformerConfig:
+    own = retarget(config, placement)
+    if part.is_output:
+        # Its gradient is a mean or a sum over replicas as the language model's.
+        own.calculate_per_token_loss = config.calculate_per_token_loss
+    return own
 
 
 def _places(here: Collection[str], names: Sequence[str], groups: ModuleGroups) -> dict[str, _Place]:
@@ -294,13 +250,13 @@ def _placed(value: Any, placement: ModulePlacement) -> Any:
 
 
 def first_config(spec: ModuleSpec) -> TransformerConfig | None:
-    """Finds the config of a modality's first encoder that has one, else of its projection."""
-    submodules = spec.submodules or {}
-    below = [*submodules.get("encoders", {}).values(), *submodules.get("input_projections", [])]
-    for inner in below:
-        for value in (inner.params or {}).values():
-            if isinstance(value, TransformerConfig):
-                return value
+    """Finds the config of a modality's first encoder that has one, else of what else it has."""
+    below = (spec.submodules or {}).items()
+    for _, specs in sorted(below, key=lambda item: item[0] != "encoders"):
+        for inner in specs.values() if isinstance(specs, Mapping) else specs:
+            for value in (inner.params or {}).values():
+                if isinstance(value, TransformerConfig):
+                    return value
     return None
 
 
