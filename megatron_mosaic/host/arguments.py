@@ -19,7 +19,7 @@ from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import stop
 from megatron_mosaic.host.meeting import meet
 from megatron_mosaic.host.recompute import check_recompute
-from megatron_mosaic.layout.model_facts import ModuleFacts, check_model
+from megatron_mosaic.layout.model_facts import ModuleFacts, check_module
 from megatron_mosaic.layout.plan import Plan
 
 # A run in which every second task takes this long is as good as lost; and the ranks end within a
@@ -84,7 +84,7 @@ def parse_and_validate_args(
     plan = known.mosaic_meeting.plan
     try:
         _apply_plan(known, plan)
-        check_model(plan, _facts(known))
+        check_module(plan.language, _facts(known))
         _validate(known, plan, defaults)
     except (PlanError, LayoutError, HostError) as error:
         # Alike on all ranks: they have the same plan and the same arguments.
@@ -233,32 +233,28 @@ def _reason(error: AssertionError) -> str:
     return " ".join(str(error).split()) or f"Megatron must find that {frame.line}"
 
 
-def _facts(args: argparse.Namespace) -> dict[str, ModuleFacts]:
-    """Sizes of the modules; both have the language model's, but for their layers."""
-
-    def facts(num_layers: int, num_experts: int | None = None) -> ModuleFacts:
-        ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
-        return ModuleFacts(
-            num_layers=num_layers,
-            num_attention_heads=args.num_attention_heads,
-            num_query_groups=(
-                args.num_query_groups if args.group_query_attention else args.num_attention_heads
-            ),
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
-            num_experts=num_experts,
-            moe_ffn_hidden_size=(args.moe_ffn_hidden_size or ffn_hidden_size)
-            if num_experts
-            else None,
-        )
-
-    for name in ("encoder_num_layers", "num_attention_heads", "hidden_size"):
+def _facts(args: argparse.Namespace) -> ModuleFacts:
+    """Sizes of the language model; those of the others show when the script builds them."""
+    for name in ("num_attention_heads", "hidden_size"):
         if getattr(args, name) is None:
             raise HostError(f"arguments: {name}=None must be given; add --{name.replace('_', '-')}")
-    return {
-        "language": facts(args.decoder_num_layers or args.encoder_num_layers, args.num_experts),
-        "vision": facts(args.encoder_num_layers),
-    }
+    num_layers = args.decoder_num_layers or args.encoder_num_layers or args.num_layers
+    if num_layers is None:
+        raise HostError("arguments: num_layers=None must be given; add --num-layers")
+    ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    return ModuleFacts(
+        num_layers=num_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=(
+            args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        ),
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_experts=args.num_experts,
+        moe_ffn_hidden_size=(args.moe_ffn_hidden_size or ffn_hidden_size)
+        if args.num_experts
+        else None,
+    )
 
 
 def log_choices(args: argparse.Namespace, plan: Plan) -> None:

@@ -35,21 +35,36 @@ KINDS: tuple[TransferKind, ...] = ("activation", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowFacts:
+    """What every rank knows of the rows of a module.
+
+    Args:
+        width: Values of a row that it makes.
+        flops: Operations of forward and backward pass behind such a row.
+        item: What it turns into rows.
+        keeps_parts: Whether a rank with a part of each sequence is sent the rows of its part only.
+    """
+
+    width: int
+    flops: float
+    item: ItemShape
+    keeps_parts: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationSizes:
     """Sizes of what the channels carry.
 
     Args:
         hidden_size: Width of the language model's hidden states.
         sequence_length: Tokens of a sample in the language model.
-        row_widths: Width of the rows that each module makes.
-        items: What each encoder turns into rows.
+        rows: Rows that each module makes, and how it takes those of others.
         dtype: Type of all activations.
     """
 
     hidden_size: int
     sequence_length: int
-    row_widths: Mapping[str, int]
-    items: Mapping[str, ItemShape]
+    rows: Mapping[str, RowFacts]
     dtype: torch.dtype
 
 
@@ -101,7 +116,7 @@ class ChannelSet:
             exchange = Exchange(
                 group=group,
                 gather_group=self._replicas.get(receiver),
-                hidden_size=sizes.row_widths[edge.source],
+                hidden_size=sizes.rows[edge.source].width,
                 dtype=sizes.dtype,
                 device=device,
             )
@@ -113,6 +128,11 @@ class ChannelSet:
         """Takes where the rows belong that each module makes of every sample of the next step."""
         for edge, routes in self.routes.items():
             routes.begin(samples[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
+
+    def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
+        """Boundary rows that this rank makes in one task of an encoder's last stage."""
+        routes = next(routes for edge, routes in self.routes.items() if edge.source == module)
+        return sum(routes.rows_made(m, rank=self._rank) for m in microbatches)
 
     def items_made(self, module: str, microbatches: Sequence[int]) -> int:
         """Items, such as images, that this rank's replica of an encoder takes in one task."""
@@ -152,17 +172,20 @@ class ChannelSet:
     def _routes_of(self, edge: Edge, sizes: ActivationSizes) -> BoundaryRoutes:
         modules = self._plan.modules
         source, destination = modules[edge.source], modules[edge.destination]
+        sharding = None
+        if sizes.rows[edge.destination].keeps_parts:
+            sharding = SequenceSharding.of(destination, sequence_length=sizes.sequence_length)
         shape = BoundaryShape(
             samples_per_replica=self._plan.micro_batch_size,
-            sharding=SequenceSharding.of(destination, sequence_length=sizes.sequence_length),
-            item=sizes.items[edge.source],
+            sharding=sharding,
+            item=sizes.rows[edge.source].item,
         )
         return BoundaryRoutes(source, destination, shape=shape)
 
     def _hidden_shape(self, module: str, sizes: ActivationSizes, microbatch: int) -> Shape:
         """Shape ``[s, b, h]`` of a hidden state between two stages of a module."""
         if module != LANGUAGE:
-            item = sizes.items[module]
+            item = sizes.rows[module].item
             return (item.tokens, self.items_made(module, (microbatch,)), item.hidden_size)
         sharding = SequenceSharding.of(self._plan.language, sequence_length=sizes.sequence_length)
         tokens = sizes.sequence_length if sharding is None else sharding.local_length

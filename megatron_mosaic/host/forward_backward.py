@@ -77,8 +77,8 @@ class PlanForwardBackward:
             The losses of the whole batch as one entry, the same on every rank.
 
         Raises:
-            HostError: Non-loss data is asked for, or replicas that gather each other's tokens
-                have sequences of unequal length.
+            HostError: Non-loss data is asked for, two modules report a loss of one name, or
+                replicas that gather each other's tokens have sequences of unequal length.
             LayoutError: Modules count different rows of a sample.
 
         Note:
@@ -122,7 +122,7 @@ class PlanForwardBackward:
             steps
         )
         progress.close_step(len(steps))
-        losses = self._close(works.get(LANGUAGE), forward_only, force_all_reduce=force_all_reduce)
+        losses = self._close(works, forward_only, force_all_reduce=force_all_reduce)
         progress.end_step()
         return losses
 
@@ -161,6 +161,7 @@ class PlanForwardBackward:
             num_microbatches=schedule.num_microbatches,
             forward_only=schedule.forward_only,
             batches=batches.batches[runner.name],
+            rows=self._rows(runner, tasks),
             items=self._items(runner, tasks),
             samples=self._samples(runner, tasks),
             gradient_to=frozenset(
@@ -174,8 +175,17 @@ class PlanForwardBackward:
             first_val_step=first_val_step,
         )
 
+    def _rows(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
+        if runner.boundary.makes_loss or not runner.groups.is_last_stage:
+            return {}
+        return {
+            task.microbatches: self._runtime.channels.rows_made(runner.name, task.microbatches)
+            for task in tasks
+            if task.kind == "F"
+        }
+
     def _items(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
-        if runner.name == LANGUAGE:
+        if runner.boundary.makes_loss:
             return {}
         return {
             task.microbatches: self._runtime.channels.items_made(runner.name, task.microbatches)
@@ -195,15 +205,15 @@ class PlanForwardBackward:
         }
 
     def _close(
-        self, language: StepWork | None, forward_only: bool, *, force_all_reduce: bool | None
+        self, works: Mapping[str, StepWork], forward_only: bool, *, force_all_reduce: bool | None
     ) -> list[dict[str, torch.Tensor]]:
         runtime = self._runtime
-        language_model = runtime.plan.language
-        replicas = language_model.data_parallel_size
-        speaks = language is not None and runtime.runners[LANGUAGE].speaks
+        language = runtime.plan.language
+        replicas = language.data_parallel_size
+        spoken = {name: work for name, work in works.items() if runtime.runners[name].speaks}
         losses, num_tokens = self._report.reduce(
-            language.losses if language is not None and speaks else [],
-            num_tokens=language.num_tokens if language is not None and speaks else 0,
+            {name: work.losses for name, work in spoken.items()},
+            num_tokens=spoken[LANGUAGE].num_tokens if LANGUAGE in spoken else 0,
             replicas=replicas,
             forward_only=forward_only,
         )
@@ -214,7 +224,7 @@ class PlanForwardBackward:
                 runtime.runners,
                 num_tokens=num_tokens,
                 per_token_loss=get_args().calculate_per_token_loss,
-                loss_replicas=replicas * language_model.context_parallel_size,
+                loss_replicas=replicas * language.context_parallel_size,
                 force_all_reduce=bool(force_all_reduce),
             )
             if get_args().num_experts is not None:

@@ -11,7 +11,9 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.agreement import raise_together
 from megatron_mosaic.host.runner import ModuleRunner
-from megatron_mosaic.layout.placement import LANGUAGE
+
+# Names of losses with the module that reports each, and how many values it has.
+Losses = dict[str, tuple[str, int]]
 
 
 def finalize_gradients(
@@ -27,7 +29,8 @@ def finalize_gradients(
     The language model's gradient is a mean over its replicas, or with a per-token loss a sum
     that is divided by the tokens of the whole batch. An encoder's replicas each hold the
     gradient of some samples, however many and unlike they are: their sum is divided by the same
-    number, the replicas that Megatron averages over or the tokens.
+    number, the replicas that Megatron averages over or the tokens. An output, with a loss of its
+    own, has the language model's replicas and is treated alike.
 
     Args:
         runners: Modules on this rank.
@@ -53,7 +56,7 @@ def finalize_gradients(
             )
         if per_token_loss:
             model.scale_gradients(1.0 / num_tokens.clamp(min=1))
-        elif name != LANGUAGE:
+        elif not runner.boundary.makes_loss:
             model.scale_gradients(1.0 / loss_replicas)
 
 
@@ -108,11 +111,11 @@ class LossReport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._host_group = group
         # By whether it is a step of evaluation: scripts report more there.
-        self._sizes: dict[bool, dict[str, int]] = {}
+        self._losses: dict[bool, Losses] = {}
 
     def reduce(
         self,
-        losses: Sequence[Mapping[str, torch.Tensor]],
+        losses: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
         *,
         num_tokens: Any,
         replicas: int,
@@ -121,7 +124,7 @@ class LossReport:
         """Makes this step's losses global.
 
         Args:
-            losses: One entry for each microbatch on ranks that report; empty elsewhere.
+            losses: By module, for those that this rank reports of, an entry for each microbatch.
             num_tokens: Tokens that count in the loss of this rank; 0 where it does not report.
             replicas: Ranks that report.
             forward_only: Whether the step evaluates.
@@ -131,47 +134,62 @@ class LossReport:
             function gives both, else the mean. And the tokens of the whole batch.
 
         Raises:
+            HostError: Two modules report a loss of the same name.
             RankError: A loss function changed what it reports.
 
         Note:
             Collective over the world.
         """
-        own = {key: value.numel() for key, value in losses[0].items()} if losses else {}
-        sizes = self._agreed_sizes(own, forward_only=forward_only)
-        changed = bool(losses) and own != sizes
+        own = {
+            key: (name, value.numel())
+            for name, entries in losses.items()
+            for key, value in (entries[0] if entries else {}).items()
+        }
+        every = self._agreed(own, forward_only=forward_only)
+        modules = {name for name, entries in losses.items() if entries}
+        expected = {key: entry for key, entry in every.items() if entry[0] in modules}
+        changed = own != expected
         parts = [
             torch.as_tensor(num_tokens, device=_device()).reshape(1).double(),
             torch.tensor([changed], dtype=torch.float64, device=_device()),
         ]
-        for key, size in sizes.items():
-            if not losses or changed:
+        for key, (name, size) in every.items():
+            if changed or name not in modules:
                 parts.append(torch.zeros(size, dtype=torch.float64, device=_device()))
                 continue
-            values = torch.stack([entry[key].detach().reshape(-1).double() for entry in losses])
+            entries = [entry[key].detach().reshape(-1).double() for entry in losses[name]]
+            values = torch.stack(entries)
             parts.append(values.sum(dim=0) if size == 2 else values.mean(dim=0) / replicas)
         total = torch.cat(parts)
         dist.all_reduce(total)
         if total[1] > 0:
-            raise_together(_changed(own, sizes) if changed else None, group=self._host_group)
+            raise_together(_changed(own, expected) if changed else None, group=self._host_group)
         report, offset = {}, 2
-        for key, size in sizes.items():
+        for key, (_, size) in every.items():
             report[key] = total[offset : offset + size].float()
             offset += size
         return ([report] if report else []), total[0].float()
 
-    def _agreed_sizes(self, own: dict[str, int], *, forward_only: bool) -> dict[str, int]:
-        """Agrees on the losses' names, once: ranks without the loss do not know them."""
-        if forward_only not in self._sizes:
-            every: list[dict[str, int]] = [{}] * dist.get_world_size()
+    def _agreed(self, own: Losses, *, forward_only: bool) -> Losses:
+        """Agrees on the losses' names, once: ranks without a loss do not know them."""
+        if forward_only not in self._losses:
+            every: list[Losses] = [{}] * dist.get_world_size()
             dist.all_gather_object(every, own, group=self._host_group)
-            self._sizes[forward_only] = {key: sizes[key] for sizes in every for key in sizes}
-        return self._sizes[forward_only]
+            agreed: Losses = {}
+            for key, entry in (pair for losses in every for pair in losses.items()):
+                if agreed.setdefault(key, entry)[0] != entry[0]:
+                    raise HostError(
+                        f"loss function: reported={key} of {entry[0]} must have another name than "
+                        f"that of {agreed[key][0]}; report each module's loss under its own name"
+                    )
+            self._losses[forward_only] = agreed
+        return self._losses[forward_only]
 
 
-def _changed(own: Mapping[str, int], sizes: Mapping[str, int]) -> HostError:
+def _changed(own: Losses, expected: Losses) -> HostError:
     return HostError(
         f"loss function: reported={sorted(own)} must be what it reported in the first step, "
-        f"{sorted(sizes)}, with as many values; let it report the same in every step"
+        f"{sorted(expected)}, with as many values; let it report the same in every step"
     )
 
 

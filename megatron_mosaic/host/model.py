@@ -21,10 +21,10 @@ from megatron.training.models.dist_utils import (
 )
 from megatron.training.training import get_megatron_optimizer_config
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.host.channels import ActivationSizes
 from megatron_mosaic.host.checkpoint import LayerKeys
-from megatron_mosaic.host.families.family import building_one_module, family_of
+from megatron_mosaic.host.families.family import ModuleBoundary, building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
@@ -164,11 +164,12 @@ class MosaicBuilder(ModelBuilder):
         )
         for name, (module, _, _) in built.items():
             groups = runtime.hosted[name]
+            boundary = family_of(module, known_families()).boundary(module, name)
             (wrapped,) = prepare_existing_model_chunks_for_distributed_training(
                 [module],
                 module.config,
                 groups.collection,
-                ddp_config=_ddp_config_of(name, ddp_config),
+                ddp_config=_ddp_config_of(boundary, ddp_config),
                 wrap_with_ddp=wrap_with_ddp,
                 mixed_precision_wrapper=mixed_precision_wrapper,
             )
@@ -176,17 +177,16 @@ class MosaicBuilder(ModelBuilder):
             runtime.runners[name] = ModuleRunner(
                 wrapped,
                 groups=groups,
-                boundary=family_of(module, known_families()).boundary(wrapped, name),
+                boundary=boundary,
                 randomness=runtime.randomness,
             )
         share_row_facts(runtime, args)
         if built:
             runtime.channels.open_all(
                 ActivationSizes(
-                    hidden_size=args.hidden_size,
+                    hidden_size=runtime.row_facts[LANGUAGE].width,
                     sequence_length=args.decoder_seq_length or args.seq_length,
-                    row_widths={name: facts.width for name, facts in runtime.row_facts.items()},
-                    items={name: facts.item for name, facts in runtime.row_facts.items()},
+                    rows=runtime.row_facts,
                     dtype=args.params_dtype,
                 ),
                 device=torch.device(torch.cuda.current_device()),
@@ -210,7 +210,7 @@ def _build_modules(provider: Callable[..., torch.nn.Module], runtime: Runtime) -
     for name, groups in runtime.hosted.items():
         try:
             built[name] = _build_module(provider, groups, runtime=runtime)
-        except PlanError as plan_error:
+        except (PlanError, LayoutError) as plan_error:
             error = error or str(plan_error)
     runtime.agreement.settle("model", error)
     return built
@@ -258,11 +258,13 @@ def _build_module(
         with (
             runtime.scope_of(name).active(),
             runtime.randomness.of(name),
-            building_one_module(known_families(), groups, modules=list(runtime.plan.modules)),
+            building_one_module(known_families(), groups, plan=runtime.plan),
         ):
             module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
     finally:
         args.ckpt_format = ckpt_format
+    # The stock loop wants one on the model, so scripts may have set it to the global groups.
+    module.pg_collection = groups.collection
     parts = family_of(module, known_families()).parts(module, name)
     trainable = check_trainable(module, groups.placement, parts=parts, stage=groups.position.pp)
     mark_gated_linears(module)
@@ -276,12 +278,12 @@ def _build_module(
 
 
 def _ddp_config_of(
-    name: str, ddp_config: DistributedDataParallelConfig
+    boundary: ModuleBoundary, ddp_config: DistributedDataParallelConfig
 ) -> DistributedDataParallelConfig:
     own = deepcopy(ddp_config)
     # The engine starts parameter gathers itself, before the first task (see gradients.py).
     own.align_param_gather = own.overlap_param_gather
-    if name != LANGUAGE:
+    if not boundary.makes_loss:
         own.average_in_collective = False
     return own
 

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.training import num_floating_point_operations as stock_operations
 
 
@@ -70,3 +71,15 @@ def encoder_flops(
     transformer_passes = 2 + encoder if encoder else 1
     projector_passes = 2 + projecting if encoder or projecting else 1
     return num_images * (transformer_passes * transformer + projector_passes * projector)
+
+
+def flops_per_token(config: TransformerConfig) -> float:
+    """Counts the operations of one forward pass of a transformer's linear layers for a token.
+
+    The terms are those of :func:`encoder_flops`, without the scores of attention.
+    """
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size or 4 * config.hidden_size
+    key_width = (config.num_query_groups or config.num_attention_heads) * config.kv_channels
+    attention = 2 * hidden * (hidden + 2 * key_width) + 2 * hidden**2
+    mlp = (3 if config.gated_linear_unit else 2) * 2 * hidden * ffn
+    return float(config.num_layers * (attention + mlp))

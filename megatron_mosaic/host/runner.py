@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import (
     backward_step,
@@ -15,12 +16,12 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.utils import get_model_config, make_viewless_tensor
 
 from megatron_mosaic.comm.boundary import Samples
+from megatron_mosaic.host.agreement import RankError
 from megatron_mosaic.host.context_loss import with_loss_over_context
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
-from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.task import Task
 
 
@@ -34,7 +35,9 @@ class StepWork:
         forward_only: Evaluation: nothing is kept for a backward pass.
         batches: What each forward task of the module reads; None on ranks that are sent it by
             their tensor-parallel rank 0.
-        items: Items, such as images, that this rank's replica of an encoder takes in each task.
+        rows: Boundary rows that each task of an encoder's last stage makes on this rank.
+        items: Items, such as images, that this rank's replica of an encoder takes in each task; a
+            module with a loss has none, it runs without rows too.
         samples: Where the rows belong that arrive for each task, by the module that made them.
         gradient_to: Modules that wait for the gradient of what they sent this one; its own name
             stands for its previous stage.
@@ -47,6 +50,7 @@ class StepWork:
     num_microbatches: int
     forward_only: bool
     batches: Mapping[tuple[int, ...], Batch | None]
+    rows: Mapping[tuple[int, ...], int]
     items: Mapping[tuple[int, ...], int]
     samples: Mapping[tuple[int, ...], Mapping[str, Samples]]
     gradient_to: frozenset[str]
@@ -58,10 +62,17 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """Ends of the autograd graph of one forward task: what it received, by sender, and made."""
+    """Ends of the autograd graph of one forward task.
+
+    Args:
+        received: What it received, by sender.
+        output: What it made: what leaves the stage, or a loss.
+        beside: Rows that left beside a loss.
+    """
 
     received: Mapping[str, torch.Tensor]
     output: torch.Tensor
+    beside: torch.Tensor | None = None
 
 
 class ModuleRunner:
@@ -103,9 +114,9 @@ class ModuleRunner:
             yield
 
     def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Runs a forward task. Returns boundary rows, a hidden state, or None on a last stage."""
+        """Runs a forward task. Returns boundary rows, a hidden state, or None beside a loss."""
         work = self._current_work()
-        if self.name != LANGUAGE and not work.items[task.microbatches]:
+        if work.items.get(task.microbatches) == 0:
             # No image among the samples of this replica: the others run without it.
             self._keep(task, None)
             return None
@@ -127,10 +138,13 @@ class ModuleRunner:
         work.num_tokens = work.num_tokens + num_tokens
         awaited = {source: leaf for source, leaf in leaves.items() if leaf.requires_grad}
         if self._makes_loss():
-            self._keep(task, _Live(awaited, output))
-            return None
+            beside = self.boundary.rows_beside_loss()
+            self._keep(task, _Live(awaited, output, beside))
+            return None if beside is None else beside.detach()
         # Megatron's bf16 wrapper turns what leaves a module's last stage into fp32.
         leaving = self._leaving(output).to(self.config.params_dtype)
+        if self.groups.is_last_stage:
+            self._check_rows(leaving, expected=work.rows[task.microbatches])
         values = leaving.detach()
         self._keep(task, _Live(awaited, self._without_values(leaving)))
         return values
@@ -144,9 +158,13 @@ class ModuleRunner:
             # Nothing trains on this stage or before it; a later stage does.
             return {source: torch.zeros_like(values) for source, values in live.received.items()}
         sources = list(live.received)
+        output, gradient = live.output, received
+        if live.beside is not None and received is not None:
+            # One backward pass for both: the gradient of this term is what was received.
+            output, gradient = output + (live.beside * received).sum(), None
         with self.as_process(), self._gradient_sync(task):
             gradients = backward_step(
-                [live.received[source] for source in sources], live.output, received, self.config
+                [live.received[source] for source in sources], output, gradient, self.config
             )
         return {
             # No gradient: nothing of it had a part in the loss.
@@ -154,12 +172,21 @@ class ModuleRunner:
             for source, gradient in zip(sources, gradients, strict=True)
         }
 
+    def _check_rows(self, rows: torch.Tensor, *, expected: int) -> None:
+        if tuple(rows.shape) != (expected, self.boundary.width):
+            raise RankError(
+                f"model: rows={tuple(rows.shape)} that {self.name} made must be "
+                f"{(expected, self.boundary.width)}, as the data and the model's sizes say; "
+                f"give each sample as many special tokens as its encoder makes rows",
+                speaker=dist.get_rank(),
+            )
+
     def _current_work(self) -> StepWork:
         assert self._work is not None, "begin() comes before the first task"
         return self._work
 
     def _makes_loss(self) -> bool:
-        return self.name == LANGUAGE and self.groups.is_last_stage
+        return self.boundary.makes_loss and self.groups.is_last_stage
 
     def _is_first(self, task: Task) -> bool:
         work = self._current_work()
@@ -195,9 +222,7 @@ class ModuleRunner:
         """Returns what ``set_input_tensor`` takes: a hidden state, or what rows stand for."""
         if not leaves:
             return None
-        if self.name in leaves:
-            return leaves[self.name]
-        samples = self._current_work().samples[task.microbatches]
+        samples = self._current_work().samples.get(task.microbatches, {})
         return self.boundary.inputs_of(leaves, samples=samples)
 
     def _forward_step_func(self, work: StepWork) -> Callable[..., Any]:
@@ -211,5 +236,6 @@ class ModuleRunner:
         )
 
     def _leaving(self, output: Any) -> torch.Tensor:
-        inside = self.name == LANGUAGE or not self.groups.is_last_stage
-        return output if inside else self.boundary.rows_of(output)
+        if self.groups.is_last_stage:
+            return self.boundary.rows_of(output)
+        return self.boundary.hidden_of(output)

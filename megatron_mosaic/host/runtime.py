@@ -3,14 +3,13 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_mosaic.comm.boundary import ItemShape
 from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.host.agreement import Agreement
-from megatron_mosaic.host.channels import ChannelSet
+from megatron_mosaic.host.channels import ChannelSet, RowFacts
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
@@ -18,20 +17,6 @@ from megatron_mosaic.layout.plan import Plan
 
 if TYPE_CHECKING:
     from megatron_mosaic.host.runner import ModuleRunner
-
-
-class RowFacts(NamedTuple):
-    """What every rank knows of the rows that a module makes.
-
-    Args:
-        width: Values of a row.
-        flops: Operations of forward and backward pass behind a row.
-        item: What the module turns into rows.
-    """
-
-    width: int
-    flops: float
-    item: ItemShape
 
 
 @dataclass(kw_only=True)
@@ -78,9 +63,10 @@ def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
     """
     own = {
         name: RowFacts(
-            runner.boundary.width,
-            runner.boundary.flops_per_row(args, trained=runtime.trained.get(name, {})),
-            runner.boundary.item,
+            width=runner.boundary.width,
+            flops=runner.boundary.flops_per_row(args, trained=runtime.trained.get(name, {})),
+            item=runner.boundary.item,
+            keeps_parts=runner.boundary.keeps_parts,
         )
         for name, runner in runtime.runners.items()
         if runner.groups.is_last_stage

@@ -131,6 +131,13 @@ SEAMS: tuple[Seam, ...] = (
         why="tasks let go of their output's values as upstream's schedules do",
     ),
     Seam(
+        symbol="megatron.core.models.mimo.model.base:MimoModel.__init__",
+        how="wrapped",
+        parameters=("mimo_config", "cp_group", "tp_group"),
+        why="it builds every module that its role names, and roles know contiguous ranks only; "
+        "wrapped while a module is built",
+    ),
+    Seam(
         symbol="megatron.core.parallel_state:_TENSOR_MODEL_PARALLEL_GROUP",
         how="set",
         why="scripts and some layers read global groups; set around each module's tasks",

@@ -35,7 +35,6 @@ from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.host.watch import Watch
 from megatron_mosaic.layout.placement import LANGUAGE
-from megatron_mosaic.layout.sharding import splits_sequences
 from megatron_mosaic.schedule.build import build_schedule
 
 DatasetProvider = Callable[..., tuple[Any, Any, Any]]
@@ -251,7 +250,7 @@ def _reader(
         language=plan.language,
         sources=sorted({source for source, _ in plan.edges}),
         boundaries={name: runner.boundary for name, runner in runtime.runners.items()},
-        positions=any(map(splits_sequences, plan.modules.values())),
+        positions=any(facts.keeps_parts for facts in runtime.row_facts.values()),
         samples_per_replica=args.micro_batch_size,
         first_sample=first,
         num_workers=args.num_workers,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.training.utils import print_rank_0
 
@@ -195,10 +196,12 @@ def _init_method(
         return tied.config.embedding_init_method
     if isinstance(module, CLIPViTModel) and key == "class_token":
         return torch.nn.init.normal_
-    if isinstance(module, torch.nn.Embedding):
-        return torch.nn.init.normal_
-    if isinstance(module, torch.nn.Conv2d):
-        return _conv_init(module)
+    # Elsewhere torch's own layers may hold weights that were trained before.
+    if isinstance(owners.get(parent), MegatronModule):
+        if isinstance(module, torch.nn.Embedding):
+            return torch.nn.init.normal_
+        if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear):
+            return _fan_in_init(module)
     config: Any = getattr(module, "config", None)
     if config is None or key != "weight":
         return None
@@ -210,7 +213,7 @@ def _init_method(
     return config.init_method
 
 
-def _conv_init(module: torch.nn.Conv2d) -> InitMethod:
+def _fan_in_init(module: torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear) -> InitMethod:
     """torch's default for weight and bias alike: uniform within 1/sqrt(fan_in)."""
-    bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
+    bound = module.weight[0].numel() ** -0.5
     return lambda tensor: torch.nn.init.uniform_(tensor, -bound, bound)

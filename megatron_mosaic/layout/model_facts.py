@@ -47,10 +47,19 @@ def check_model(plan: Plan, facts: Mapping[str, ModuleFacts]) -> None:
             f"{sorted(facts)}; add the missing ones or remove the others"
         )
     for name, placement in plan.modules.items():
-        _check_tensor_parallel(placement, facts[name])
-        _check_stages(placement, facts[name])
-        _check_sequence(placement, facts[name])
-        _check_experts(placement, facts[name])
+        check_module(placement, facts[name])
+
+
+def check_module(placement: ModulePlacement, facts: ModuleFacts) -> None:
+    """Checks that one module can be split as its placement says.
+
+    Raises:
+        LayoutError: A parallel size does not divide what it splits.
+    """
+    _check_tensor_parallel(placement, facts)
+    _check_stages(placement, facts)
+    _check_sequence(placement, facts)
+    _check_experts(placement, facts)
 
 
 def _check_tensor_parallel(placement: ModulePlacement, facts: ModuleFacts) -> None:

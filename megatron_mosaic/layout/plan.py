@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.fields import nearest, show
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan_file import FORMAT, read_plan_fields, write_plan_fields
 from megatron_mosaic.layout.rules import check_plan
 from megatron_mosaic.layout.unsupported import refuse_later_kind, refuse_unsupported
@@ -107,6 +107,11 @@ class Plan:
     def encoders(self) -> tuple[str, ...]:
         """Sorted names of the modules beside the language model."""
         return tuple(name for name in self.modules if name != "language")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Sorted names of the modules that the language model feeds."""
+        return tuple(sorted(end for source, end in self.edges if source == LANGUAGE))
 
     @property
     def num_microbatches(self) -> int:

@@ -25,6 +25,7 @@ def check_plan(plan: "Plan") -> None:
     _check_acyclic(plan)
     _check_schedule(plan)
     _check_encoder_group(plan)
+    _check_outputs(plan)
 
 
 def _check_modules(plan: "Plan") -> None:
@@ -154,3 +155,14 @@ def _check_encoder_group(plan: "Plan") -> None:
             f"schedule: encoder_group={group} must divide the {total} microbatches of a step; "
             f"use {lower}, or remove the key for the whole batch"
         )
+
+
+def _check_outputs(plan: "Plan") -> None:
+    replicas = plan.language.data_parallel_size
+    for name in plan.outputs:
+        own = plan.modules[name].data_parallel_size
+        if own != replicas:
+            raise LayoutError(
+                f"modules.{name}: data_parallel_size={own} must equal data_parallel_size of "
+                f"language={replicas}, whose microbatches it takes; change one of them"
+            )

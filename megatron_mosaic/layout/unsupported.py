@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.fields import show
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 
 if TYPE_CHECKING:
     from megatron_mosaic.layout.plan import Plan
@@ -56,17 +56,17 @@ def refuse_unsupported(plan: "Plan") -> None:
     """
     for placement in plan.modules.values():
         _refuse_sizes(placement)
-    if len(plan.encoders) > 1:
-        raise PlanError(
-            f"modules: encoders={show(list(plan.encoders))} must be one at most: several encoders "
-            f"are not supported by this version; keep one of them"
-        )
     for edge in plan.edges:
-        if edge[1] != "language":
+        if LANGUAGE not in edge:
             raise PlanError(
-                f"edges: edge={show(list(edge))} must end at language: other edges are "
+                f"edges: edge={show(list(edge))} must begin or end at language: other edges are "
                 f"not supported by this version; remove the edge"
             )
+    if len(plan.outputs) > 1:
+        raise PlanError(
+            f"modules: outputs={show(list(plan.outputs))} must be one at most: several modules fed "
+            f"by language are not supported by this version; keep one of them"
+        )
 
 
 def _refuse_sizes(placement: ModulePlacement) -> None:

@@ -1,14 +1,14 @@
 """Runs the script on one rank and records gradients, weights and losses of every step."""
 
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-
-from tests.parity import vlm_script
 
 ARGUMENTS = [
     "--encoder-num-layers",
@@ -65,7 +65,6 @@ ARGUMENTS = [
     "--transformer-impl",
     "local",
     "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
     "--no-gradient-accumulation-fusion",
     "--no-masked-softmax-fusion",
     "--no-bias-dropout-fusion",
@@ -115,6 +114,7 @@ def record_plan(
     plan_path: str,
     options: list[str],
     faults: tuple[str, ...] = (),
+    script: str = "vlm_script",
     *,
     on_cpu: bool = True,
 ) -> Record:
@@ -151,13 +151,20 @@ def record_plan(
         plant(fault, rank)
     sys.argv = ["script", *ARGUMENTS, *options, "--mosaic-plan", plan_path]
     with recording() as log:
-        vlm_script.main(parse_and_validate_args, training.pretrain)
+        _script(script).main(parse_and_validate_args, training.pretrain)
     record.weights.append(dict(_hosted(runtimes[0], _weight)))
     record.communication = log
     return record
 
 
-def record_stock(rank: int, options: list[str], *, by_name: bool = True) -> Record:
+def _script(name: str) -> Any:
+    """Imports a training script once Megatron is ready for the CPU."""
+    return importlib.import_module(f"tests.parity.{name}")
+
+
+def record_stock(
+    rank: int, options: list[str], script: str = "vlm_script", *, by_name: bool = True
+) -> Record:
     """Trains under stock Megatron in one process, from the same initial weights."""
     from megatron_mosaic.host.cpu import run_on_cpu
 
@@ -186,17 +193,23 @@ def record_stock(rank: int, options: list[str], *, by_name: bool = True) -> Reco
         return run
 
     training.get_forward_backward_func = recording_func
-    vlm_script.train_valid_test_datasets_provider = _one_reader(
-        vlm_script.train_valid_test_datasets_provider
+    functions = _script(script)
+    functions.train_valid_test_datasets_provider = _one_reader(
+        functions.train_valid_test_datasets_provider
     )
     sys.argv = ["script", *ARGUMENTS, *options, "--dataloader-type", "external"]
-    provider = _initialized_by_name if by_name else vlm_script.model_provider
-    vlm_script.main(parse_and_validate_args, pretrain, provider)
+    provider = _initialized_by_name(functions) if by_name else functions.model_provider
+    functions.main(parse_and_validate_args, pretrain, provider)
     record.weights.append(dict(_shards(models[0], _weight)))
     return record
 
 
-def _initialized_by_name(*arguments: Any, **options: Any) -> torch.nn.Module:
+def _initialized_by_name(script: Any) -> Any:
+    """Returns a script's model provider, with initial weights by name."""
+    return partial(_provide_by_name, script.model_provider)
+
+
+def _provide_by_name(provider: Any, *arguments: Any, **options: Any) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import get_args
 
@@ -204,7 +217,7 @@ def _initialized_by_name(*arguments: Any, **options: Any) -> torch.nn.Module:
     from megatron_mosaic.host.weights import initialize_by_name
     from megatron_mosaic.layout.placement import ModulePlacement
 
-    model = vlm_script.model_provider(*arguments, **options)
+    model = provider(*arguments, **options)
     placement = ModulePlacement(name="language", ranks=(0,))
     groups = ModuleGroups(
         placement=placement,

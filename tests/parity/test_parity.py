@@ -1,7 +1,8 @@
 """Every plan trains like one process: losses, gradients of every tensor, and weights.
 
 The reference is stock Megatron in one process, without anything of Mosaic but the initial
-weights. A plan file of ``tests/plans`` names the options of its run in its first line.
+weights. A plan file of ``tests/plans`` names the options of its run in its first line, and in
+the second one the training script, if it is another than ``vlm_script``.
 """
 
 from itertools import pairwise

@@ -24,11 +24,17 @@ def options_of(plan: Path) -> list[str]:
     return match[1].split() if match else []
 
 
+def script_of(plan: Path) -> str:
+    """Training script that a line of a plan file names."""
+    match = re.search(r"^# script: (\w+)$", plan.read_text(), re.MULTILINE)
+    return match[1] if match else "vlm_script"
+
+
 @cache
-def reference(optimizer: str, options: tuple[str, ...]) -> Whole:
+def reference(optimizer: str, options: tuple[str, ...], script: str = "vlm_script") -> Whole:
     """Stock Megatron in one process."""
     arguments = [*OPTIMIZERS[optimizer], *options]
-    return whole(run_ranks(record_stock, 1, arguments, init=False, timeout_s=TIMEOUT_S))
+    return whole(run_ranks(record_stock, 1, arguments, script, init=False, timeout_s=TIMEOUT_S))
 
 
 def trained(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Record]:
@@ -36,11 +42,20 @@ def trained(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Re
     arguments = [*OPTIMIZERS[optimizer], *options_of(plan)]
     world_size = Plan.load(plan).world_size
     return run_ranks(
-        record_plan, world_size, str(plan), arguments, faults, init=False, timeout_s=TIMEOUT_S
+        record_plan,
+        world_size,
+        str(plan),
+        arguments,
+        faults,
+        script_of(plan),
+        init=False,
+        timeout_s=TIMEOUT_S,
     )
 
 
 def compared(records: list[Record], plan: Path, optimizer: str) -> Comparison:
     """Compares a plan's ranks with stock Megatron in one process."""
     options = tuple(option for option in options_of(plan) if option not in LAYOUT_OPTIONS)
-    return compare(whole(records), reference(optimizer, options), adam=optimizer == "adam")
+    return compare(
+        whole(records), reference(optimizer, options, script_of(plan)), adam=optimizer == "adam"
+    )

@@ -208,6 +208,7 @@ def add_script_args(parser):
     group.add_argument("--train", nargs="+", help="freeze all but parameters of such names")
     group.add_argument("--damaged-sample", type=int, help="it has an image without a token")
     group.add_argument("--report-more-at", type=int, help="a step that reports another loss")
+    group.add_argument("--tie-embeddings", action="store_true")
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
     group.add_argument("--text-length", type=int, default=8, help="image tokens included")
@@ -215,15 +216,35 @@ def add_script_args(parser):
     return parser
 
 
-def main(parse_and_validate_args, pretrain, provider=model_provider):
-    """Runs the script with Megatron's two entry functions, or with Mosaic's."""
+def run_script(
+    parse_and_validate_args,
+    pretrain,
+    *,
+    add_script_args,
+    datasets_provider,
+    forward_step,
+    provider,
+):
+    """Runs the functions of a script with Megatron's two entry functions, or with Mosaic's."""
     warnings.simplefilter("ignore")
-    train_valid_test_datasets_provider.is_distributed = True
+    datasets_provider.is_distributed = True
     args = parse_and_validate_args(extra_args_provider=add_script_args)
     pretrain(
         pretrain_cfg_container_from_args(args),
-        train_valid_test_datasets_provider,
+        datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
         provider,
+    )
+
+
+def main(parse_and_validate_args, pretrain, provider=model_provider):
+    """Runs the script with Megatron's two entry functions, or with Mosaic's."""
+    run_script(
+        parse_and_validate_args,
+        pretrain,
+        add_script_args=add_script_args,
+        datasets_provider=train_valid_test_datasets_provider,
+        forward_step=forward_step,
+        provider=provider,
     )

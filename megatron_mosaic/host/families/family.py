@@ -6,13 +6,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosaic.comm.boundary import ItemShape, Samples
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.model_facts import ModuleFacts
 from megatron_mosaic.layout.ownership import Runs
+from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.plan import Plan
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 
 class ModuleBoundary(Protocol):
@@ -24,19 +28,37 @@ class ModuleBoundary(Protocol):
     width: int
     """Width of the rows that the module makes."""
 
+    makes_loss: bool
+    """Whether the module's last stage computes a loss."""
+
     def rows_of(self, output: Any) -> torch.Tensor:
-        """Turns what the module returned into rows, sample after sample."""
+        """Turns what the module's last stage returned into rows, sample after sample."""
         ...
 
     item: ItemShape
     """What the module turns into rows."""
 
-    def inputs_of(self, rows: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]) -> Any:
-        """Turns rows into what ``set_input_tensor`` takes.
+    keeps_parts: bool
+    """Whether a rank with a part of each sequence is sent the rows of its part only."""
+
+    def rows_beside_loss(self) -> torch.Tensor | None:
+        """Takes rows that the last forward pass of a module with a loss made for another one."""
+        ...
+
+    def hidden_of(self, output: Any) -> torch.Tensor:
+        """Turns what another stage returned into the hidden state for the next one."""
+        ...
+
+    def inputs_of(
+        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
+    ) -> Any:
+        """Turns what a stage received into what ``set_input_tensor`` takes.
 
         Args:
-            rows: Rows that this rank keeps, by the module that made them.
-            samples: Where the rows belong of each sample of this rank's replica, by the same.
+            received: Rows by the module that made them; or under the module's own name the
+                hidden state of the stage before.
+            samples: Where the rows belong of each sample of this rank's replica, by the module
+                that made them; empty on other stages than the first.
         """
         ...
 
@@ -68,16 +90,17 @@ class ModelFamily(Protocol):
     """What a script's ``model_provider`` returns."""
 
     def building_one_module(
-        self, groups: ModuleGroups, *, modules: Sequence[str]
+        self, groups: ModuleGroups, *, plan: Plan
     ) -> AbstractContextManager[None]:
         """Makes the class build one module only, on that module's groups and sizes.
 
         Args:
             groups: Groups of the module.
-            modules: All modules of the plan.
+            plan: The plan.
 
         Raises:
-            PlanError: The model has other modules than the plan; raised by the constructor.
+            PlanError: The model has other modules or edges than the plan; raised by the
+                constructor.
         """
         ...
 
@@ -90,14 +113,27 @@ class ModelFamily(Protocol):
         ...
 
 
+def facts_of(config: TransformerConfig) -> ModuleFacts:
+    """Returns the sizes of a transformer that limit how it can be split."""
+    return ModuleFacts(
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size or 4 * config.hidden_size,
+        num_experts=config.num_moe_experts,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size if config.num_moe_experts else None,
+    )
+
+
 @contextmanager
 def building_one_module(
-    families: Sequence[ModelFamily], groups: ModuleGroups, *, modules: Sequence[str]
+    families: Sequence[ModelFamily], groups: ModuleGroups, *, plan: Plan
 ) -> Iterator[None]:
     """Makes the model class of every family build one module only, whichever the script uses."""
     with ExitStack() as stack:
         for family in families:
-            stack.enter_context(family.building_one_module(groups, modules=modules))
+            stack.enter_context(family.building_one_module(groups, plan=plan))
         yield
 
 
@@ -115,3 +151,37 @@ def family_of(model: torch.nn.Module, families: Sequence[ModelFamily]) -> ModelF
         f"script: model={type(model).__name__} must be one of {known} under a plan; "
         f"return one of them from model_provider"
     )
+
+
+def check_edges(plan: Plan, *, outputs: Sequence[str] = ()) -> None:
+    """Checks that encoders feed the language model, and it feeds the outputs.
+
+    Args:
+        plan: The plan.
+        outputs: Those of its modules that are outputs.
+
+    Raises:
+        PlanError: It has other edges.
+    """
+    encoders = [name for name in plan.modules if name not in (LANGUAGE, *outputs)]
+    legal = [[name, LANGUAGE] for name in encoders] + [[LANGUAGE, name] for name in outputs]
+    if sorted(map(list, plan.edges)) != sorted(legal):
+        raise PlanError(
+            f"edges: edges={[list(edge) for edge in plan.edges]} must be {legal}, as data flows in "
+            f"the script's model; change the edges of the plan"
+        )
+
+
+def token_ids(batch: Batch) -> torch.Tensor:
+    """Finds the token ids ``[b, s]`` of a batch.
+
+    Raises:
+        HostError: They have another name.
+    """
+    tokens = next((batch[key] for key in ("tokens", "input_ids") if key in batch), None)
+    if tokens is None:
+        raise HostError(
+            f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
+            f"name the token ids so in the data set"
+        )
+    return tokens

@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
+from megatron_mosaic.host.families.family import check_edges, facts_of, token_ids
 from megatron_mosaic.host.families.llava_sequence import SequenceMerge, building_on_parts
 from megatron_mosaic.host.families.llava_vision import (
     become_stage,
@@ -32,8 +33,10 @@ from megatron_mosaic.host.families.llava_vision import (
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops
+from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
+from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
 from megatron_mosaic.layout.sharding import SequenceSharding
 
@@ -56,10 +59,10 @@ class LlavaFamily:
     model_class = LLaVAModel
 
     def building_one_module(
-        self, groups: ModuleGroups, *, modules: Sequence[str]
+        self, groups: ModuleGroups, *, plan: Plan
     ) -> AbstractContextManager[None]:
         """Makes LLaVAModel build one half only."""
-        return building_one_module(groups, modules=modules)
+        return building_one_module(groups, plan=plan)
 
     def parts(self, model: torch.nn.Module, name: str) -> Mapping[str, str]:
         """Tells where the parts of a half lie."""
@@ -84,7 +87,7 @@ def check_modules(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iterator[None]:
+def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
     """Makes LLaVAModel build one module only, on that module's groups and sizes.
 
     ``pretrain_vlm.py`` hard-codes ``add_decoder=True`` and gives both halves the language
@@ -95,7 +98,8 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
 
     @functools.wraps(original)
     def build_half(self: LLaVAModel, *args: Any, **kwargs: Any) -> None:
-        check_modules(modules)
+        check_modules(list(plan.modules))
+        check_edges(plan)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         with _building(self, bound.arguments, groups):
@@ -112,6 +116,8 @@ def building_one_module(groups: ModuleGroups, *, modules: Sequence[str]) -> Iter
 def _building(model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups) -> Iterator[None]:
     """Sets LLaVAModel's arguments to those of a half, and completes the half once it is built."""
     arguments["pg_collection"] = groups.collection
+    config = arguments[f"{groups.placement.name}_transformer_config"]
+    check_module(groups.placement, facts_of(config))
     build = _building_language if groups.placement.name == LANGUAGE else _building_vision
     with build(model, arguments, groups):
         yield
@@ -121,7 +127,7 @@ def _building(model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups
 def _building_language(
     model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups
 ) -> Iterator[None]:
-    config = _retarget(arguments["language_transformer_config"], groups.placement)
+    config = retarget(arguments["language_transformer_config"], groups.placement)
     arguments |= {
         "language_transformer_config": config,
         "add_encoder": False,
@@ -149,9 +155,9 @@ def _building_vision(
     model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups
 ) -> Iterator[None]:
     placement = groups.placement
-    vision = _retarget(arguments["vision_transformer_config"], placement)
+    vision = retarget(arguments["vision_transformer_config"], placement)
     tokens = tokens_of(arguments, groups)
-    projection = _retarget(arguments["vision_projection_config"], placement)
+    projection = retarget(arguments["vision_projection_config"], placement)
     # Its layers work on the tokens that they get: only their attention knows of other ranks.
     vision.context_parallel_size = projection.context_parallel_size = 1
     projection.pipeline_model_parallel_size = 1
@@ -181,7 +187,7 @@ def _building_vision(
     model.image_item = item_of(model, tokens)
 
 
-def _retarget(config: TransformerConfig, placement: ModulePlacement) -> TransformerConfig:
+def retarget(config: TransformerConfig, placement: ModulePlacement) -> TransformerConfig:
     """Copies a config with the parallel sizes of a module."""
     config = copy.copy(config)
     stages = placement.pipeline_model_parallel_size
@@ -224,22 +230,34 @@ class LlavaBoundary:
         # Only the last stage of the half with the encoder has a projection, and makes rows.
         maker = inner.vision_projection if hasattr(inner.vision_projection, "config") else inner
         self.width: int = maker.config.hidden_size
+        self.makes_loss = name == LANGUAGE
         self.item: ItemShape = getattr(inner, "image_item", ONE_ROW)
         self._merge: SequenceMerge | None = getattr(inner, "sequence_merge", None)
+        self.keeps_parts = self._merge is not None
         self._name = name
 
     def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
         return output.transpose(0, 1).flatten(0, 1)
 
+    def rows_beside_loss(self) -> None:
+        """Returns None: nothing is fed by the language model."""
+        return None
+
+    def hidden_of(self, output: torch.Tensor) -> torch.Tensor:
+        """Leaves a hidden state as it is."""
+        return output
+
     def inputs_of(
-        self, rows: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
+        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
     ) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``.
 
         Where ranks keep parts of sequences the rows stay as they are, to be merged one by one.
         """
-        (embeddings,) = rows.values()
+        if self._name in received:
+            return received[self._name]
+        (embeddings,) = received.values()
         if self._merge is not None:
             self._merge.take(samples[VISION])
             return embeddings
@@ -277,13 +295,7 @@ def image_tokens(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list
     Raises:
         HostError: The batch has no token ids under a known key, or another number of images.
     """
-    tokens = next((batch[key] for key in ("tokens", "input_ids") if key in batch), None)
-    if tokens is None:
-        raise HostError(
-            f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
-            f"name the token ids so in the data set"
-        )
-    places = [row.nonzero().flatten().tolist() for row in tokens == image_token]
+    places = [row.nonzero().flatten().tolist() for row in token_ids(batch) == image_token]
     count = sum(map(len, places))
     images = next((batch[key] for key in ("image", "images") if key in batch), None)
     if images is not None and images.shape[0] != count:
