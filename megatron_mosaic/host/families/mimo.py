@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host.families.family import ModuleBoundary, check_edges, facts_of
 from megatron_mosaic.host.families.llava import retarget
 from megatron_mosaic.host.families.mimo_boundary import MimoBoundary
