@@ -76,13 +76,26 @@ def test_plan_trains_like_one_process(plan, optimizer, record_property):
 
 
 @pytest.mark.parametrize(
-    "fault", ["double_vision_gradient", "swap_replicas", "skip_boundary_gradient"]
+    ("fault", "name"),
+    [
+        ("double_vision_gradient", "disjoint_v1_l2"),
+        ("swap_replicas", "disjoint_v1_l2"),
+        ("skip_boundary_gradient", "disjoint_v1_l2"),
+        ("scale_auxiliary_losses_by_the_encoder", "moe_ep2_pp2"),
+    ],
 )
-def test_planted_fault_is_seen(fault):
-    plan = Path(__file__).parent.parent / "plans" / "disjoint_v1_l2.yaml"
+def test_planted_fault_is_seen(fault, name):
+    plan = Path(__file__).parent.parent / "plans" / f"{name}.yaml"
     result = _compare(_run(plan, "sgd", (fault,)), plan, "sgd")
 
     assert any(line.startswith("gradient ") for line in result.failures)
+
+
+def test_replicas_of_an_expert_that_train_apart_are_seen():
+    plan = Path(__file__).parent.parent / "plans" / "moe_frozen_vision.yaml"
+
+    with pytest.raises(AssertionError, match="replicas differ"):
+        _compare(_run(plan, "adam", ("keep_expert_gradients_apart",)), plan, "adam")
 
 
 def test_one_swapped_pair_of_operations_makes_the_replay_fail():
