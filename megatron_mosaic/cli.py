@@ -60,11 +60,8 @@ def _summary(plan: Plan) -> str:
 def _table(plan: Plan) -> str:
     """One line for each module; samples are those of one replica in one task."""
     # The experts' grid is shown where a plan says something about it.
-    has_experts = any(
-        placement.expert_model_parallel_size > 1 or placement.expert_tensor_parallel_size
-        for placement in plan.modules.values()
-    )
-    expert_heads = ("etp", "ep", "edp") if has_experts else ()
+    splits_experts = any(placement.splits_experts for placement in plan.modules.values())
+    expert_heads = ("etp", "ep", "edp") if splits_experts else ()
     heads = ("tp", "cp", "dp", "pp", *expert_heads, "microbatches/task", "samples/task")
     rows: list[tuple[str, ...]] = [("module", "ranks", *heads)]
     for name, placement in plan.modules.items():

@@ -124,16 +124,7 @@ def _with_mosaic_arguments(provider: Callable[..., Any] | None) -> Callable[...,
 def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
     """Sets what the plan decides; refuses what contradicts it or cannot work."""
     args.mosaic_plan_digest = plan.digest()
-    language = plan.language
-    _decide(args, "tensor_model_parallel_size", language.tensor_model_parallel_size, unset=1)
-    _decide(args, "pipeline_model_parallel_size", language.pipeline_model_parallel_size, unset=1)
-    _decide(args, "context_parallel_size", language.context_parallel_size, unset=1)
-    _decide(args, "sequence_parallel", language.sequence_parallel, unset=False)
-    expert = language.expert_shape
-    _decide(args, "expert_model_parallel_size", expert.ep, unset=1)
-    _decide(args, "expert_tensor_parallel_size", expert.expt_tp, unset=None)
-    _decide(args, "micro_batch_size", plan.micro_batch_size, unset=None)
-    _decide(args, "global_batch_size", plan.global_batch_size, unset=None)
+    _decide_sizes(args, plan)
     check_recompute(args, plan)
     for name, allowed, why in REFUSED:
         value = getattr(args, name, allowed)
@@ -177,6 +168,19 @@ def _check_timeouts(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise HostError(f"arguments: {name}={value:g} must be above 0; give seconds")
+
+
+def _decide_sizes(args: argparse.Namespace, plan: Plan) -> None:
+    language = plan.language
+    _decide(args, "tensor_model_parallel_size", language.tensor_model_parallel_size, unset=1)
+    _decide(args, "pipeline_model_parallel_size", language.pipeline_model_parallel_size, unset=1)
+    _decide(args, "context_parallel_size", language.context_parallel_size, unset=1)
+    _decide(args, "sequence_parallel", language.sequence_parallel, unset=False)
+    expert = language.expert_shape
+    _decide(args, "expert_model_parallel_size", expert.ep, unset=1)
+    _decide(args, "expert_tensor_parallel_size", expert.expt_tp, unset=None)
+    _decide(args, "micro_batch_size", plan.micro_batch_size, unset=None)
+    _decide(args, "global_batch_size", plan.global_batch_size, unset=None)
 
 
 def _check_saving(args: argparse.Namespace, plan: Plan) -> None:

@@ -99,14 +99,20 @@ def _create_fields(
     placement: ModulePlacement, factory: GroupFactory, *, rank: int, alone: dist.ProcessGroup
 ) -> Mapping[str, dist.ProcessGroup | None]:
     fields: dict[str, dist.ProcessGroup | None] = {}
-    groups_of_field = {field: placement.groups(*axes) for field, axes in AXES_OF_FIELD.items()} | {
-        field: placement.expert_groups(*axes) for field, axes in EXPERT_AXES_OF_FIELD.items()
-    }
-    for field, groups in groups_of_field.items():
+
+    def create(field: str, groups: list[tuple[int, ...]], scope: str) -> None:
         fields[field] = alone
         for ranks in groups:
             if len(ranks) > 1:
-                fields[field] = factory.group(ranks, scope=placement.name) or fields[field]
+                fields[field] = factory.group(ranks, scope=scope) or fields[field]
+
+    for field, axes in AXES_OF_FIELD.items():
+        create(field, placement.groups(*axes), placement.name)
+    # Experts exchange tokens while gradients are reduced: not on one communicator, even where the
+    # members are the same.
+    scope = f"{placement.name}.experts" if placement.splits_experts else placement.name
+    for field, axes in EXPERT_AXES_OF_FIELD.items():
+        create(field, placement.expert_groups(*axes), scope)
     for pipeline in placement.groups("pp"):
         ends = (pipeline[0], pipeline[-1])
         if len(pipeline) == 1:

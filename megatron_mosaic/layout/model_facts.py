@@ -109,7 +109,7 @@ def _check_experts(placement: ModulePlacement, facts: ModuleFacts) -> None:
     where = f"modules.{placement.name}"
     ep, expt_tp = placement.expert_model_parallel_size, placement.expert_shape.expt_tp
     if facts.num_experts is None:
-        if ep > 1 or placement.expert_tensor_parallel_size is not None:
+        if placement.splits_experts:
             raise LayoutError(
                 f"{where}: expert_model_parallel_size={ep} with expert_tensor_parallel_size="
                 f"{expt_tp} must not be planned for a model with num_experts=None; remove the "

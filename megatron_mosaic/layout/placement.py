@@ -158,6 +158,11 @@ class ModulePlacement:
         return Coordinates(*self.sizes().values())
 
     @property
+    def splits_experts(self) -> bool:
+        """Whether the experts' grid is another than the module's own."""
+        return self.expert_model_parallel_size > 1 or self.expert_tensor_parallel_size is not None
+
+    @property
     def expert_shape(self) -> ExpertCoordinates:
         """Sizes of the experts' grid, on the same ranks: ``expt_tp*ep*expt_dp = tp*cp*dp``."""
         expt_tp = self.expert_tensor_parallel_size or self.tensor_model_parallel_size

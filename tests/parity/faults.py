@@ -59,9 +59,33 @@ def _unmark_recomputed(rank: int) -> None:
     model.keep_gradients_of_recomputed = lambda module: None
 
 
+def _scale_auxiliary_losses_by_the_encoder(rank: int) -> None:
+    """An encoder's forward step sets the scale of the routers' losses, as a dense one must not."""
+    from megatron_mosaic.host.families import llava
+
+    retarget = llava.retarget
+
+    def retarget_with_experts(config: Any, placement: Any) -> Any:
+        retargeted = retarget(config, placement)
+        retargeted.num_moe_experts = config.num_moe_experts
+        return retargeted
+
+    llava.retarget = retarget_with_experts
+
+
+def _keep_expert_gradients_apart(rank: int) -> None:
+    """Replicas of an expert do not add up their gradients."""
+    from megatron_mosaic.host import groups
+
+    for field in ("expt_dp", "intra_expt_dp"):
+        groups.EXPERT_AXES_OF_FIELD[field] = ()
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "double_vision_gradient": _double_vision_gradient,
     "swap_replicas": _swap_replicas,
     "skip_boundary_gradient": _skip_boundary_gradient,
     "unmark_recomputed": _unmark_recomputed,
+    "scale_auxiliary_losses_by_the_encoder": _scale_auxiliary_losses_by_the_encoder,
+    "keep_expert_gradients_apart": _keep_expert_gradients_apart,
 }

@@ -50,6 +50,7 @@ def test_plan_trains_like_one_process(plan, optimizer, record_property):
         ("skip_boundary_gradient", "disjoint_v1_l2"),
         ("unmark_recomputed", "recompute_full_frozen_embedding"),
         ("unmark_recomputed", "recompute_vision_later_layers"),
+        ("scale_auxiliary_losses_by_the_encoder", "moe_ep2_pp2"),
     ],
 )
 def test_planted_fault_is_seen(fault, name):
@@ -57,6 +58,13 @@ def test_planted_fault_is_seen(fault, name):
     result = compared(trained(plan, "sgd", (fault,)), plan, "sgd")
 
     assert any(line.startswith("gradient ") for line in result.failures)
+
+
+def test_replicas_of_an_expert_that_train_apart_are_seen():
+    plan = Path(__file__).parent.parent / "plans" / "moe_frozen_vision.yaml"
+
+    with pytest.raises(AssertionError, match="replicas differ"):
+        compared(trained(plan, "adam", ("keep_expert_gradients_apart",)), plan, "adam")
 
 
 def test_one_swapped_pair_of_operations_makes_the_replay_fail():
