@@ -11,7 +11,7 @@ from megatron.training.global_vars import get_args
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.data import StepBatches
+from megatron_mosaic.host.data.reader import StepBatches
 from megatron_mosaic.host.gradients import (
     LossReport,
     finalize_gradients,
@@ -74,7 +74,7 @@ class PlanForwardBackward:
             The losses of the whole batch as one entry, the same on every rank.
 
         Raises:
-            HostError: Non-loss data is asked for.
+            HostError: Non-loss data is asked for, or no data is left.
             LayoutError: Modules read different images for a sample.
 
         Note:
@@ -88,7 +88,7 @@ class PlanForwardBackward:
         runtime = self._runtime
         (top,) = unwrap_model(model if isinstance(model, Sequence) else [model])
         schedule, steps = self._prepared(num_microbatches, forward_only)
-        batches = next(data_iterator)
+        batches = _next_step(data_iterator)
         runtime.randomness.unpark()
         self._begin_boundaries(batches.images, schedule)
         if not forward_only:
@@ -178,3 +178,14 @@ class PlanForwardBackward:
             )
         runtime.randomness.park()
         return losses
+
+
+def _next_step(data_iterator: Iterator[StepBatches]) -> StepBatches:
+    """Takes the next step's data. The end is an error here, on every rank alike."""
+    try:
+        return next(data_iterator)
+    except StopIteration:
+        raise HostError(
+            "data: remaining samples=0 must be a whole step's; give more data or a loader that "
+            "repeats it, or lower --train-iters or --eval-iters"
+        ) from None

@@ -7,6 +7,7 @@ model. Scripts ask for both, so while a module is built the constructor gets the
 import copy
 import functools
 import inspect
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.errors import HostError, PlanError
+from megatron_mosaic.host.data.batches import batch_fields, is_absent
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.layout.placement import ModulePlacement
 
@@ -32,6 +35,11 @@ PARTS: Mapping[str, Mapping[str, str]] = {
         "output_layer": "language_model.output_layer",
     },
 }
+
+# Names under which scripts keep a batch's token ids, and what it has one row of for each image.
+TOKEN_KEYS = ("tokens", "input_ids")
+IMAGE_KEYS = ("image", "images", "imgs")
+PER_IMAGE_KEYS = (*IMAGE_KEYS, "num_tiles")
 
 
 def check_modules(names: list[str]) -> None:
@@ -175,23 +183,32 @@ class LlavaBoundary:
         return images.transpose(0, 1).contiguous()
 
 
-def images_per_sample(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list[int]:
-    """Counts the images of every sample of a batch by its image tokens.
+def sample_facts(batch: Any, *, image_token: int) -> list[SampleFacts]:
+    """Finds what all ranks must know of every sample of a batch.
+
+    Args:
+        batch: Mapping or dataclass of tensors on the host.
+        image_token: Token id that stands for an image.
 
     Raises:
         HostError: The batch has no token ids under a known key, or another number of images.
     """
-    tokens = next((batch[key] for key in ("tokens", "input_ids") if key in batch), None)
+    fields = batch_fields(batch)
+    tokens = next((fields[key] for key in TOKEN_KEYS if key in fields), None)
     if tokens is None:
         raise HostError(
-            f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
+            f"data: batch keys={sorted(fields)} must include one of {list(TOKEN_KEYS)}; "
             f"name the token ids so in the data set"
         )
     counts = (tokens == image_token).sum(dim=1).tolist()
-    images = next((batch[key] for key in ("image", "images") if key in batch), None)
-    if images is not None and images.shape[0] != sum(counts):
+    images = next((fields[key] for key in IMAGE_KEYS if key in fields), None)
+    num_images = sum(counts) if images is None or is_absent(images) else images.shape[0]
+    if num_images != sum(counts):
         raise HostError(
-            f"data: images={images.shape[0]} must equal the image tokens={sum(counts)} of the "
+            f"data: images={num_images} must equal the image tokens={sum(counts)} of the "
             f"batch; give every image one token {image_token}"
         )
-    return counts
+    return [
+        SampleFacts(images=count, text_checksum=zlib.crc32(row.numpy().tobytes()))
+        for count, row in zip(counts, tokens, strict=True)
+    ]
