@@ -30,7 +30,8 @@ def as_replica(replica: int, *, num_replicas: int, lone: ProcessGroupCollection)
         The data-parallel group can be asked for its rank and size and for nothing more: several
         ranks may be the same replica here, so it communicates with no one.
     """
-    group = dist.ProcessGroup(replica, num_replicas)
+    # A group of no backend: torch documents another constructor alone.
+    group = dist.ProcessGroup(replica, num_replicas)  # pyright: ignore[reportCallIssue]
     # torch.distributed.get_rank(group) looks into torch's own table of groups.
     ranks_of = distributed_c10d._world.pg_group_ranks
     ranks_of[group] = {dist.get_rank(): replica}
