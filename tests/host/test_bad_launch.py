@@ -82,7 +82,7 @@ def _check(outcomes: list[tuple[int, list[str], float]], pattern: str) -> None:
         (["--fp16"], {}, r"fp16=True must be False"),
         (["--tensor-model-parallel-size", "4"], {}, r"tensor_model_parallel_size=4 must equal 2"),
         (["--num-attention-heads", "3"], {}, r"parallel_size=2 must divide num_attention_heads=3"),
-        (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single"),
+        (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single or external"),
         (["--log-params-norm"], {}, r"log_params_norm=True must be False"),
         ([], {"world_size": "3"}, r"world_size=3 must equal the 2 launched ranks"),
     ],

@@ -26,7 +26,6 @@ from megatron.energon import (
 from megatron.training import get_args
 from megatron.training.checkpointing import get_checkpoint_name
 
-from examples.digits.data import NAMES
 from tests.parity import vlm_script
 from tests.parity.vlm_script import TEXT_LENGTH
 
@@ -39,6 +38,8 @@ def write_shards(folder: Path, *, num_samples: int) -> None:
     from megatron.energon.tools.prepare import command
     from sklearn.datasets import load_digits
     from webdataset import ShardWriter
+
+    from examples.digits.data import NAMES
 
     bunch = load_digits()
     images = (bunch.images / 8 - 1).astype(np.float32)
