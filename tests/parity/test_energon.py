@@ -57,7 +57,7 @@ def _train_stock(rank, options):
 
 def _run(name, shards, *options, provider="loaders_provider"):
     plan = PLANS / f"{name}.yaml"
-    arguments = [*SGD, "--energon-data", shards, *options]
+    arguments = [*SGD, "--energon-data", shards, "--dataloader-type", "external", *options]
     world_size = Plan.load(plan).world_size
     return run_ranks(
         _train, world_size, str(plan), arguments, provider, init=False, timeout_s=TIMEOUT_S
