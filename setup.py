@@ -41,9 +41,11 @@ setup(
         "psutil",
     ],
     extras_require={
+        "energon": ["megatron-energon"],
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "dev": [
             "hypothesis",
+            "megatron-energon",
             "pre-commit",
             # With the extra, node comes as a wheel: nothing is downloaded when it first runs.
             "pyright[nodejs]",

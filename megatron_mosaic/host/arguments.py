@@ -133,10 +133,10 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
                 f"arguments: {name}={value} must be {allowed} under a plan, since {why}; "
                 f"remove the option"
             )
-    if args.dataloader_type not in (None, "single"):
+    if args.dataloader_type not in (None, "single", "external"):
         raise HostError(
-            f"arguments: dataloader_type={args.dataloader_type} must be single under a plan, "
-            f"which hands every module its own samples; shuffle in the data set"
+            f"arguments: dataloader_type={args.dataloader_type} must be single or external under a "
+            f"plan, which hands every module its own samples; shuffle in the data set"
         )
     if args.mosaic_trace is not None and args.distributed_backend == "nccl" and _has_gpu():
         raise HostError(

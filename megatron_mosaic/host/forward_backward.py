@@ -12,7 +12,7 @@ from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.data import StepBatches
+from megatron_mosaic.host.data.reader import StepBatches
 from megatron_mosaic.host.gradients import (
     LossReport,
     finalize_gradients,
@@ -77,8 +77,8 @@ class PlanForwardBackward:
             The losses of the whole batch as one entry, the same on every rank.
 
         Raises:
-            HostError: Non-loss data is asked for, two modules report a loss of one name, or
-                replicas that gather each other's tokens have sequences of unequal length.
+            HostError: Non-loss data is asked for, no data is left, two modules report a loss of one
+                name, or replicas that gather each other's tokens have sequences of unequal length.
             LayoutError: Modules count different rows of a sample.
 
         Note:
@@ -92,14 +92,15 @@ class PlanForwardBackward:
         runtime = self._runtime
         (top,) = unwrap_model(model if isinstance(model, Sequence) else [model])
         schedule, steps = self._prepared(num_microbatches, forward_only)
-        batches = next(data_iterator)
-        self._check_dispatch(batches.rows)
+        batches = _next_step(data_iterator)
+        rows = batches.rows
+        self._check_dispatch(rows)
         runtime.randomness.unpark()
-        runtime.channels.begin(batches.rows, schedule=schedule)
+        runtime.channels.begin(rows, schedule=schedule)
         if not forward_only:
             self._flops.of_rows = sum(
                 sum(map(count_rows, samples)) * runtime.row_facts[name].flops
-                for name, samples in batches.rows.items()
+                for name, samples in rows.items()
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
         works = {}
@@ -231,3 +232,14 @@ class PlanForwardBackward:
                 self._moe_metrics.reduce(runtime.hosted.get(LANGUAGE))
         runtime.randomness.park()
         return losses
+
+
+def _next_step(data_iterator: Iterator[StepBatches]) -> StepBatches:
+    """Takes the next step's data. The end is an error here, on every rank alike."""
+    try:
+        return next(data_iterator)
+    except StopIteration:
+        raise HostError(
+            "data: remaining samples=0 must be a whole step's; give more data or a loader that "
+            "repeats it, or lower --train-iters or --eval-iters"
+        ) from None

@@ -29,6 +29,7 @@ class Runtime:
         hosted: Groups of the modules on this rank, by name.
         alone: This rank's group of one.
         host_group: Group of the world that works on host memory.
+        data_group: Another one, of the readers of data: their exchanges stay open during a step.
         channels: Edges that begin or end on this rank.
         agreement: Makes an error on one rank an error on all.
         factory: Creates further groups, on all ranks alike.
@@ -42,6 +43,7 @@ class Runtime:
     hosted: dict[str, ModuleGroups]
     alone: dist.ProcessGroup
     host_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
     channels: ChannelSet
     agreement: Agreement
     factory: GroupFactory

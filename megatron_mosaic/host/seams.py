@@ -87,6 +87,13 @@ SEAMS: tuple[Seam, ...] = (
         why="it counts the language model at the encoder's sequence length and no encoder",
     ),
     Seam(
+        symbol="megatron.training.checkpointing:maybe_save_dataloader_state",
+        how="replaced",
+        parameters=("train_iterator", "iteration", "dataloader_save_path"),
+        why="it saves a loader from the first rank of the groups it is given, which are groups "
+        "of one: every rank would write the same file",
+    ),
+    Seam(
         symbol="megatron.core.models.multimodal.llava_model:LLaVAModel.__init__",
         how="wrapped",
         parameters=("add_encoder", "add_decoder", "pg_collection", "vision_transformer_config"),

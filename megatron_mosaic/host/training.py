@@ -3,8 +3,6 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,18 @@ from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import limits_of, log_choices
 from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.checkpoint import prepare_loading
-from megatron_mosaic.host.data import StepReader
+from megatron_mosaic.host.data.position import save_loader_states
+from megatron_mosaic.host.data.provider import DatasetProvider, ReadingByModule
 from megatron_mosaic.host.forward_backward import PlanForwardBackward
 from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
-from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.record_file import RecordFile
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.host.watch import Watch
 from megatron_mosaic.layout.placement import LANGUAGE
-from megatron_mosaic.schedule.build import build_schedule
-
-DatasetProvider = Callable[..., tuple[Any, Any, Any]]
 
 
 def pretrain(
@@ -118,11 +113,12 @@ def _pretrain_plan(
         {
             "megatron.training.training:get_forward_backward_func": forward_backward.select,
             "megatron.training.training:num_floating_point_operations": flops,
+            "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
         }
     ):
         stock_pretrain(
             cfg_container,
-            _reading_by_module(dataset_provider, runtime),
+            ReadingByModule(provider=dataset_provider, runtime=runtime),
             model_type,
             forward_step_func,
             None,
@@ -188,71 +184,17 @@ def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Ru
     plan = meeting.plan
     hosted = module_groups(plan, factory, rank=rank)
     host_group = factory.group(range(plan.world_size), scope="host", backend="gloo")
+    data_group = factory.group(range(plan.world_size), scope="data", backend="gloo")
     assert host_group is not None
+    assert data_group is not None
     return Runtime(
         plan=plan,
         rank=rank,
         hosted=hosted,
         alone=factory.alone(plan.world_size),
         host_group=host_group,
+        data_group=data_group,
         channels=ChannelSet(plan, factory, rank=rank),
         agreement=meeting.agreement,
         factory=factory,
-    )
-
-
-def _reading_by_module(provider: DatasetProvider, runtime: Runtime) -> DatasetProvider:
-    """Wraps a script's data set provider: returns iterators over this rank's share.
-
-    Data sets are built on every rank, idle ones too: they know how long the data is, and map
-    their files without reading them.
-    """
-
-    def iterators(num_samples: list[int]) -> tuple[Any, Any, Any]:
-        args = get_args()
-        args.dataloader_type = "external"
-        with ParallelStateScope(lone_collection(runtime.alone)).active():
-            datasets = provider(num_samples)
-        read = partial(_reader, runtime=runtime)
-        train, valid, test = datasets
-        evaluation = args.eval_global_batch_size
-        return (
-            read(train, first=args.consumed_train_samples, samples=args.global_batch_size),
-            read(valid, first=args.consumed_valid_samples, samples=evaluation, training=False),
-            read(test, first=0, samples=evaluation, training=False),
-        )
-
-    @dataclass
-    class DistributedProvider:
-        is_distributed: bool = True
-
-        def __call__(self, num_samples: list[int]) -> tuple[Any, Any, Any]:
-            return iterators(num_samples)
-
-    return DistributedProvider()
-
-
-def _reader(
-    dataset: Any, *, runtime: Runtime, first: int, samples: int, training: bool = True
-) -> StepReader | None:
-    if dataset is None:
-        return None
-    args = get_args()
-    plan = runtime.plan
-    per_microbatch = args.micro_batch_size * plan.language.data_parallel_size
-    schedule = build_schedule(
-        plan, num_microbatches=samples // per_microbatch, forward_only=not training
-    )
-    return StepReader(
-        dataset,
-        schedule=schedule,
-        hosted=runtime.hosted,
-        language=plan.language,
-        sources=sorted({source for source, _ in plan.edges}),
-        boundaries={name: runner.boundary for name, runner in runtime.runners.items()},
-        positions=any(facts.keeps_parts for facts in runtime.row_facts.values()),
-        samples_per_replica=args.micro_batch_size,
-        first_sample=first,
-        num_workers=args.num_workers,
-        host_group=runtime.host_group,
     )

@@ -107,7 +107,7 @@ def _check(outcomes: list[tuple[int, list[str], float]], pattern: str) -> None:
         (["--fp16"], {}, r"fp16=True must be False"),
         (["--tensor-model-parallel-size", "4"], {}, r"tensor_model_parallel_size=4 must equal 2"),
         (["--num-attention-heads", "3"], {}, r"parallel_size=2 must divide num_attention_heads=3"),
-        (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single"),
+        (["--dataloader-type", "cyclic"], {}, r"dataloader_type=cyclic must be single or external"),
         (["--log-params-norm"], {}, r"log_params_norm=True must be False"),
         (["--num-experts", "4"], {}, r"sequence_parallel=false must be true with num_experts=4"),
         ([], {"language": EXPERTS}, r"expert_model_parallel_size=2 .* num_experts=None"),

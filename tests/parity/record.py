@@ -236,10 +236,12 @@ def _one_reader(provider: Any) -> Any:
         from megatron.training import get_args
 
         size = get_args().micro_batch_size
-        return tuple(
-            iter(torch.utils.data.DataLoader(data, size, collate_fn=data.collate_fn))
-            for data in provider(num_samples)
-        )
+        return tuple(read(data, size) for data in provider(num_samples))
+
+    def read(data: Any, size: int) -> Any:
+        if data is None or isinstance(data, torch.utils.data.IterableDataset):
+            return data and iter(data)  # it yields whole microbatches
+        return iter(torch.utils.data.DataLoader(data, size, collate_fn=data.collate_fn))
 
     iterators.is_distributed = True
     return iterators

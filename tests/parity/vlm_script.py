@@ -208,7 +208,6 @@ def add_script_args(parser):
     group.add_argument("--train", nargs="+", help="freeze all but parameters of such names")
     group.add_argument("--damaged-sample", type=int, help="it has an image without a token")
     group.add_argument("--report-more-at", type=int, help="a step that reports another loss")
-    group.add_argument("--tie-embeddings", action="store_true")
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
     group.add_argument("--text-length", type=int, default=8, help="image tokens included")

@@ -10,13 +10,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosaic.comm.boundary import ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
+from megatron_mosaic.host.data.batches import batch_fields
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.layout.model_facts import ModuleFacts
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.rows import Interval
 
-Batch = Mapping[str, Any]
+# A mapping or dataclass of tensors, as a script's collate function returns it.
+Batch = Any
 
 
 class ModuleBoundary(Protocol):
@@ -70,6 +73,14 @@ class ModuleBoundary(Protocol):
 
         Raises:
             HostError: The batch contradicts itself, or lacks what is counted.
+        """
+        ...
+
+    def take_samples(self, batch: Batch, samples: Interval) -> Batch:
+        """Cuts samples out of a batch that a loader collated.
+
+        Raises:
+            HostError: This cannot be told from the batch.
         """
         ...
 
@@ -178,10 +189,11 @@ def token_ids(batch: Batch) -> torch.Tensor:
     Raises:
         HostError: They have another name.
     """
-    tokens = next((batch[key] for key in ("tokens", "input_ids") if key in batch), None)
+    fields = batch_fields(batch)
+    tokens = next((fields[key] for key in ("tokens", "input_ids") if key in fields), None)
     if tokens is None:
         raise HostError(
-            f"data: batch keys={sorted(batch)} must include 'tokens' or 'input_ids'; "
+            f"data: batch keys={sorted(fields)} must include 'tokens' or 'input_ids'; "
             f"name the token ids so in the data set"
         )
     return tokens

@@ -20,7 +20,8 @@ from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
-from megatron_mosaic.host.families.family import check_edges, facts_of, token_ids
+from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_samples
+from megatron_mosaic.host.families.family import Batch, check_edges, facts_of, token_ids
 from megatron_mosaic.host.families.llava_sequence import SequenceMerge, building_on_parts
 from megatron_mosaic.host.families.llava_vision import (
     become_stage,
@@ -41,6 +42,10 @@ from megatron_mosaic.layout.rows import Interval
 from megatron_mosaic.layout.sharding import SequenceSharding
 
 VISION = "vision"
+
+# Names under which scripts keep the images of a batch, and what has one row for each of them.
+IMAGE_KEYS = ("image", "images", "imgs")
+PER_IMAGE_KEYS = (*IMAGE_KEYS, "num_tiles")
 
 # Where a part of the plan's ``trainable`` lies in the model.
 PARTS: Mapping[str, Mapping[str, str]] = {
@@ -266,7 +271,7 @@ class LlavaBoundary:
         images = embeddings.reshape(-1, self.rows_per_image, embeddings.shape[-1])
         return images.transpose(0, 1).contiguous()
 
-    def row_runs(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[Runs]]:
+    def row_runs(self, batch: Batch) -> Mapping[str, Sequence[Runs]]:
         """Finds where the image rows of every sample belong, from its image tokens.
 
         The rows of an image take the place of its one token, and move what follows.
@@ -282,6 +287,11 @@ class LlavaBoundary:
             ]
         }
 
+    def take_samples(self, batch: Batch, samples: Interval) -> Batch:
+        """Cuts samples and their images out of a batch that a loader collated."""
+        images = [len(each) for each in image_tokens(batch, image_token=self.image_token)]
+        return take_samples(batch, samples, images=images, per_image=PER_IMAGE_KEYS)
+
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
         """Counts the encoder's operations behind one of an image's rows."""
         if self._name != VISION:
@@ -289,7 +299,7 @@ class LlavaBoundary:
         return encoder_flops(args, 1, trained=trained) / self.rows_per_image
 
 
-def image_tokens(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list[list[int]]:
+def image_tokens(batch: Batch, *, image_token: int) -> list[list[int]]:
     """Finds the places of the image tokens in the text of every sample of a batch.
 
     Raises:
@@ -297,8 +307,9 @@ def image_tokens(batch: Mapping[str, torch.Tensor], *, image_token: int) -> list
     """
     places = [row.nonzero().flatten().tolist() for row in token_ids(batch) == image_token]
     count = sum(map(len, places))
-    images = next((batch[key] for key in ("image", "images") if key in batch), None)
-    if images is not None and images.shape[0] != count:
+    fields = batch_fields(batch)
+    images = next((fields[key] for key in IMAGE_KEYS if key in fields), None)
+    if images is not None and not is_absent(images) and images.shape[0] != count:
         raise HostError(
             f"data: images={images.shape[0]} must equal the image tokens={count} of the "
             f"batch; give every image one token {image_token}"

@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_mosaic.comm.boundary import ONE_ROW, Samples
+from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.families.family import Batch, token_ids
 from megatron_mosaic.host.reports import flops_per_token
 from megatron_mosaic.layout.ownership import Runs
@@ -140,6 +141,17 @@ class MimoBoundary:
         return {
             name: [(Interval(0, number),) for number in numbers] for name, numbers in counts.items()
         }
+
+    def take_samples(self, batch: Batch, samples: Interval) -> Batch:
+        """Refuses to cut a batch: what belongs to a sample only the script knows.
+
+        Raises:
+            HostError: Always.
+        """
+        raise HostError(
+            "data: loader must be a map-style data set for MimoModel under a plan, of which every "
+            "module reads its own samples; return data sets from the provider"
+        )
 
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
         """Counts the operations of encoders and projection behind a row.

@@ -25,15 +25,20 @@ schedule: {kind: colocated}
 class _Samples(torch.utils.data.Dataset):
     """Every sample has one image; remembers which were read."""
 
-    def __init__(self):
+    def __init__(self, length=20, broken=None, offset=0):
         self.read = []
+        self._length = length
+        self._broken = broken
+        self._offset = offset
 
     def __len__(self):
-        return 20
+        return self._length
 
     def __getitem__(self, index):
+        if index == self._broken:
+            raise OSError("shard\nis torn")
         self.read.append(index)
-        return {"tokens": torch.tensor([index, -200]), "image": torch.zeros(3, 1, 1)}
+        return {"tokens": torch.tensor([index + self._offset, -200]), "image": torch.zeros(3, 1, 1)}
 
 
 class _OneRowPerImage:
@@ -42,18 +47,20 @@ class _OneRowPerImage:
         return {"vision": [tuple(Interval(at, at + 1) for at in sample) for sample in places]}
 
 
-def _read_two_steps(rank, positions):
+def _reader(rank, dataset, *, first_sample=0, positions=False):
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_mosaic.host.data import StepReader
+    from megatron_mosaic.host.data.facts import FactsLayout
+    from megatron_mosaic.host.data.reader import StepReader
+    from megatron_mosaic.host.data.samples import SampleSource
+    from megatron_mosaic.host.data.shares import step_shares
     from megatron_mosaic.host.groups import ModuleGroups
     from megatron_mosaic.schedule.build import build_schedule
 
     plan = Plan.loads(PLAN, "plan")
-    dataset = _Samples()
     hosted = {
         name: ModuleGroups(
             placement=plan.modules[name],
@@ -63,20 +70,31 @@ def _read_two_steps(rank, positions):
         )
         for name in plan.modules_of(rank)
     }
-    reader = StepReader(
-        dataset,
-        schedule=build_schedule(plan),
-        hosted=hosted,
-        language=plan.language,
-        sources=["vision"],
-        boundaries=dict.fromkeys(hosted, _OneRowPerImage()),
-        positions=positions,
-        samples_per_replica=2,
-        first_sample=0,
-        num_workers=0,
-        host_group=dist.group.WORLD,
+    shares = step_shares(
+        build_schedule(plan), hosted, language=plan.language, samples_per_replica=2
     )
-    steps = list(reader)
+    source = SampleSource(
+        dataset,
+        shares=shares,
+        boundaries=dict.fromkeys(hosted, _OneRowPerImage()),
+        first_sample=first_sample,
+        num_workers=0,
+    )
+    layout = FactsLayout(
+        sources=("vision",), item_rows={"vision": 1} if positions else {}, sequence_length=2
+    )
+    return StepReader(
+        source,
+        first_sample=first_sample,
+        num_samples=shares.num_samples,
+        layout=layout,
+        group=dist.group.WORLD,
+    )
+
+
+def _read_two_steps(rank, positions):
+    dataset = _Samples()
+    steps = list(_reader(rank, dataset, positions=positions))
     tokens = {
         name: [
             sorted(batch["tokens"][:, 0].tolist())
@@ -84,7 +102,7 @@ def _read_two_steps(rank, positions):
             for batch in step.batches[name].values()
             if batch is not None
         ]
-        for name in hosted
+        for name in steps[0].batches
     }
     return tokens, sorted(dataset.read), [step.rows for step in steps]
 
@@ -124,6 +142,80 @@ def test_reader_tells_every_rank_where_the_rows_belong():
         assert rows == [{"vision": (((1, 2),),) * 8}] * 2
 
 
+def _read_step_by_step(rank):
+    from megatron_mosaic.comm.record import record
+
+    dataset = _Samples()
+    reader = _reader(rank, dataset)
+    with record() as log:
+        seen = []
+        for _ in reader:
+            seen.append(sorted(dataset.read)[-1])
+            log.append("tasks")
+    return seen, [entry if entry == "tasks" else type(entry).__name__ for entry in log]
+
+
+def test_next_step_is_read_and_its_exchange_issued_before_the_tasks_of_a_step():
+    for _, events in run_ranks(_read_step_by_step, 3):
+        # The last exchange says that the data ends.
+        assert events == [
+            *("Issue", "Wait", "Issue", "tasks"),
+            *("Wait", "Issue", "tasks"),
+            "Wait",
+        ]
+    # Samples 8-15 are those of the second step; vision's last third ends with it.
+    assert [seen for seen, _ in run_ranks(_read_step_by_step, 3)][2] == [15, 15]
+
+
+def _first_sample_after(rank):
+    reader = _reader(rank, _Samples())
+    next(reader)
+    resumed = _reader(rank, _Samples(), first_sample=8)
+    step = next(resumed)
+    return [batch["tokens"][0, 0].item() for batch in step.batches.get("language", {}).values()]
+
+
+def test_sample_that_was_read_ahead_is_read_again_after_a_resume():
+    assert run_ranks(_first_sample_after, 3) == [[], [8, 12], [10, 14]]
+
+
+def _read_broken(rank, broken, offsets, lengths):
+    from megatron_mosaic.errors import HostError, LayoutError
+
+    dataset = _Samples(lengths[rank], broken=broken, offset=offsets[rank])
+    steps = []
+    try:
+        for step in _reader(rank, dataset):
+            steps.append(len(step.facts))
+    except (HostError, LayoutError) as error:
+        return steps, getattr(error, "speaker", None), str(error)
+    return steps, None, None
+
+
+def test_sample_that_one_rank_cannot_read_ends_the_step_before_it_and_stops_all():
+    outcomes = run_ranks(_read_broken, 3, 8, (0, 0, 0), (20, 20, 20))
+
+    # Vision reads sample 8 on rank 0, the language model on rank 1; the lower one says it.
+    assert [outcome[:2] for outcome in outcomes] == [([8], 0)] * 3
+    assert "OSError" in outcomes[0][2]
+    assert "'shard is torn'; repair" in outcomes[0][2]
+
+
+def test_ranks_that_read_unlike_texts_stop_together():
+    outcomes = run_ranks(_read_broken, 3, None, (0, 1, 0), (20, 20, 20))
+
+    assert outcomes == [outcomes[0]] * 3
+    assert "text_checksum" in outcomes[0][2]
+    # Rank 1 reads samples 0 and 1 for the language model, rank 0 for vision.
+    assert "of sample 0 on one rank must equal" in outcomes[0][2]
+
+
+def test_data_that_ends_on_one_rank_ends_on_all():
+    outcomes = run_ranks(_read_broken, 3, None, (0, 0, 0), (20, 20, 15))
+
+    assert outcomes == [([8], None, None)] * 3
+
+
 @settings(deadline=None)
 @given(
     dp=st.integers(1, 6),
@@ -137,7 +229,7 @@ def test_encoder_replicas_share_every_sample_of_a_task_once(
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
-    from megatron_mosaic.host.data import task_samples
+    from megatron_mosaic.host.data.shares import task_samples
 
     size = samples_per_replica * language_dp
     placement = ModulePlacement(name="vision", ranks=tuple(range(dp)), data_parallel_size=dp)

@@ -1,0 +1,120 @@
+"""What every rank knows of a sample, though only some ranks read it."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mosaic.host.families.family import Batch, ModuleBoundary, token_ids
+from megatron_mosaic.layout.ownership import Runs, count_rows
+from megatron_mosaic.layout.rows import Interval
+
+UNREAD = torch.iinfo(torch.int64).min
+_NO_RUN = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleFacts:
+    """Facts of one sample; all ranks that read it must find the same.
+
+    Args:
+        text_checksum: Of its token ids, so that ranks notice when they read unlike samples.
+        rows: Where its boundary rows belong, by the module that makes them. A rank finds those
+            that its modules make or keep.
+    """
+
+    text_checksum: int
+    rows: Mapping[str, Runs]
+
+
+def sample_facts(batch: Batch, boundary: ModuleBoundary) -> list[SampleFacts]:
+    """Finds the facts of every sample of a batch.
+
+    Args:
+        batch: What a module of this rank reads, on the host.
+        boundary: The module's.
+
+    Raises:
+        HostError: The batch contradicts itself, or lacks what is counted.
+    """
+    tokens = token_ids(batch)
+    rows = boundary.row_runs(batch)
+    return [
+        SampleFacts(
+            text_checksum=zlib.crc32(ids.numpy().tobytes()),
+            rows={source: runs[sample] for source, runs in rows.items()},
+        )
+        for sample, ids in enumerate(tokens)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FactsLayout:
+    """How the facts of a sample are laid out as int64 values, as many for every sample.
+
+    Args:
+        sources: Modules that make rows, in order.
+        item_rows: Rows of an item of each source whose positions are told: those that go to ranks
+            with parts of sequences. Of the others only the number of rows is.
+        sequence_length: Positions of a sequence; where rows beyond it belong is not told.
+    """
+
+    sources: tuple[str, ...]
+    item_rows: Mapping[str, int]
+    sequence_length: int
+
+    @property
+    def size(self) -> int:
+        """Values of a sample."""
+        return len(self._columns())
+
+    def row(self, facts: SampleFacts) -> tuple[int, ...]:
+        """Values of a sample; those that this rank did not find are ``UNREAD``."""
+        values = [facts.text_checksum]
+        for source in self.sources:
+            runs = facts.rows.get(source)
+            starts = self._num_starts(source)
+            if runs is None:
+                values += [UNREAD] * (1 + starts)
+                continue
+            own = [run.start for run in runs][:starts]
+            values += [count_rows(runs), *own, *[_NO_RUN] * (starts - len(own))]
+        return tuple(values)
+
+    def facts(self, row: Sequence[int]) -> SampleFacts:
+        """Inverse of :meth:`row`, of values that some rank found."""
+        checksum, *values = row
+        rows: dict[str, Runs] = {}
+        for source in self.sources:
+            count, *values = values
+            starts, values = (
+                values[: self._num_starts(source)],
+                values[self._num_starts(source) :],
+            )
+            rows[source] = self._runs(source, count, [start for start in starts if start >= 0])
+        return SampleFacts(text_checksum=checksum, rows=rows)
+
+    def name(self, column: int) -> str:
+        """What a value is, in messages."""
+        return self._columns()[column]
+
+    def _runs(self, source: str, count: int, starts: Sequence[int]) -> Runs:
+        if source not in self.item_rows:
+            return (Interval(0, count),)
+        size = self.item_rows[source]
+        runs = [Interval(start, start + size) for start in starts]
+        rest = count - size * len(runs)
+        beyond = [Interval(self.sequence_length, self.sequence_length + rest)] if rest else []
+        return (*runs, *beyond)
+
+    def _num_starts(self, source: str) -> int:
+        """Items of a sample that begin inside the sequence, at most."""
+        size = self.item_rows.get(source)
+        return 0 if size is None else -(-self.sequence_length // size)
+
+    def _columns(self) -> list[str]:
+        columns = ["text_checksum"]
+        for source in self.sources:
+            columns += [f"{source}_rows", *[f"{source}_position"] * self._num_starts(source)]
+        return columns
