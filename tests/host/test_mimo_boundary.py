@@ -1,3 +1,7 @@
+import pytest
+
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.layout.placement import ModulePlacement
 from tests.ranks import run_ranks
 
 
@@ -34,3 +38,27 @@ def test_tensors_travel_side_by_side_and_an_unused_one_has_zero_gradient():
     assert rows == [[3.0, 4.0, 5.0]]
     assert feature == [[5.0]]
     assert gradient == [[2.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "field"),
+    [
+        ("language", {"context_parallel_size": 2}, "context_parallel_size=2"),
+        ("vision", {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2"),
+        (
+            "vision",
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "sequence_parallel false",
+        ),
+    ],
+)
+def test_sizes_of_other_models_are_refused(name, sizes, field):
+    from megatron_mosaic.host.cpu import run_on_cpu
+
+    run_on_cpu()
+    from megatron_mosaic.host.families.mimo_parts import check_sizes
+
+    placement = ModulePlacement(name=name, ranks=(0, 1), **sizes)
+
+    with pytest.raises(PlanError, match=field):
+        check_sizes(placement)

@@ -29,6 +29,7 @@ from megatron_mosaic.host.families.llava import retarget
 from megatron_mosaic.host.families.mimo_boundary import MimoBoundary
 from megatron_mosaic.host.families.mimo_parts import (
     ModalityPart,
+    check_sizes,
     modality_parts,
     split_modalities,
 )
@@ -84,6 +85,7 @@ def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
     def build_part(self: MimoModel, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         whole = bound.arguments["mimo_config"]
+        check_sizes(groups.placement)
         parts = modality_parts(whole, plan)
         check_edges(plan, outputs=[name for name, part in parts.items() if part.is_output])
         bound.arguments |= {
