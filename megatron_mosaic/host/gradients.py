@@ -154,20 +154,14 @@ class LossReport:
             torch.tensor([changed], dtype=torch.float64, device=_device()),
         ]
         for key, (name, size) in every.items():
-            if changed or name not in modules:
-                parts.append(torch.zeros(size, dtype=torch.float64, device=_device()))
-                continue
-            entries = [entry[key].detach().reshape(-1).double() for entry in losses[name]]
-            values = torch.stack(entries)
-            parts.append(values.sum(dim=0) if size == 2 else values.mean(dim=0) / replicas)
+            entries = [] if changed else [entry[key] for entry in losses.get(name, ())]
+            parts.append(_total(entries, size=size, replicas=replicas))
         total = torch.cat(parts)
         dist.all_reduce(total)
         if total[1] > 0:
             raise_together(_changed(own, expected) if changed else None, group=self._host_group)
-        report, offset = {}, 2
-        for key, (_, size) in every.items():
-            report[key] = total[offset : offset + size].float()
-            offset += size
+        values = total[2:].float().split([size for _, size in every.values()])
+        report = dict(zip(every, values, strict=True))
         return ([report] if report else []), total[0].float()
 
     def _agreed(self, own: Losses, *, forward_only: bool) -> Losses:
@@ -184,6 +178,14 @@ class LossReport:
                     )
             self._losses[forward_only] = agreed
         return self._losses[forward_only]
+
+
+def _total(entries: Sequence[torch.Tensor], *, size: int, replicas: int) -> torch.Tensor:
+    """Sums loss and tokens over this rank's microbatches, or takes its part of a mean."""
+    if not entries:
+        return torch.zeros(size, dtype=torch.float64, device=_device())
+    values = torch.stack([entry.detach().reshape(-1).double() for entry in entries])
+    return values.sum(dim=0) if size == 2 else values.mean(dim=0) / replicas
 
 
 def _changed(own: Losses, expected: Losses) -> HostError:

@@ -1,5 +1,6 @@
 """Contradictions that only several processes, or the script, can show."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -26,15 +27,17 @@ EXPERTS = ", expert_model_parallel_size: 2, expert_tensor_parallel_size: 1, sequ
 ENDS_WITHIN_S = 20
 
 
-def _stop(rank: int, plans: list[str], options: list[str]) -> tuple[int, list[str], float]:
+def _stop(
+    rank: int, plans: list[str], options: list[str], script: str = "vlm_script"
+) -> tuple[int, list[str], float]:
     """Runs the script in this forked rank until it exits."""
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
     from megatron_mosaic.host.arguments import parse_and_validate_args
     from megatron_mosaic.host.training import pretrain
-    from tests.parity import vlm_script
 
+    functions = importlib.import_module(f"tests.parity.{script}")
     lines: list[str] = []
 
     class Lines:
@@ -49,7 +52,7 @@ def _stop(rank: int, plans: list[str], options: list[str]) -> tuple[int, list[st
     sys.argv = ["script", *ARGUMENTS, *OPTIMIZERS["sgd"], *options, "--mosaic-plan", plans[rank]]
     started = time.monotonic()
     try:
-        vlm_script.main(parse_and_validate_args, pretrain)
+        functions.main(parse_and_validate_args, pretrain)
     except SystemExit as stopped:
         return stopped.code, lines, time.monotonic() - started
     return 0, lines, time.monotonic() - started
@@ -123,6 +126,43 @@ def test_contradiction_stops_every_rank_with_one_line(tmp_path, options, changes
     outcomes = run_ranks(_stop, 2, [plan, plan], options, init=False, timeout_s=60)
 
     _check(outcomes, pattern)
+
+
+@pytest.mark.parametrize(
+    ("modules", "options", "pattern"),
+    [
+        (["vision", "audio"], ["vision"], r"names=\['audio', .* must be \['language', 'vision'\]"),
+        (["vision"], ["vision", "audio"], r"names=.* must be \['audio', 'language', 'vision'\]"),
+        (["vision"], ["generator"], r"names=.* must be \['generator', 'language'\]"),
+        (["generator"], ["generator"], r"edges: edges=.* must be \[\['language', 'generator'\]\]"),
+        (["paired_clip"], ["paired"], r"must be \['language', 'paired_clip', 'paired_dino'\]"),
+        (
+            ["unknown_clip", "unknown_dino"],
+            ["unknown"],
+            r"must be one module unknown, for VisionModalitySubmodules does not say how many rows",
+        ),
+        (["wrong_clip", "wrong_dino"], ["wrong"], r"model: rows=\(\d+, \d+\) that wrong_\w+ made"),
+    ],
+)
+def test_plan_for_another_model_stops_every_rank(tmp_path, modules, options, pattern):
+    plan = tmp_path / "plan.yaml"
+    text = PLAN.format(vision="", language="").replace("[[vision, language]]", "EDGES")
+    own = "\n".join(f"  {name}: {{ranks: 0-1, data_parallel_size: 2}}" for name in modules)
+    text = re.sub(r"  vision: .*", own, text)
+    plan.write_text(text.replace("EDGES", str([[name, "language"] for name in modules])))
+    plans = [str(plan)] * 2
+
+    outcomes = run_ranks(
+        _stop, 2, plans, ["--modalities", *options], "mimo_script", init=False, timeout_s=60
+    )
+
+    if options == ["wrong"]:
+        # Each rank that runs the encoder finds it by itself.
+        lines = [line for _, own, _ in outcomes for line in own]
+        assert lines
+        assert all(re.search(pattern, line) for line in lines), lines
+    else:
+        _check(outcomes, pattern)
 
 
 def test_damaged_sample_stops_every_rank(tmp_path):

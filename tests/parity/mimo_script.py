@@ -148,6 +148,14 @@ def _two_encoders(submodules, *, hidden_size, input_size):
     )
 
 
+class WrongImages(PairedImages):
+    """Says something else than its encoders do."""
+
+    @staticmethod
+    def encoder_rows(num_tokens):
+        return {"clip": num_tokens + 1, "dino": num_tokens + 1}
+
+
 def _generator():
     return ModuleSpec(module=Generator, submodules={"output_projections": [_projection(32)]})
 
@@ -156,6 +164,11 @@ MODALITIES = {
     "vision": (_vision, IMAGE),
     "audio": (_audio, SOUND),
     "generator": (_generator, None),
+    "wrong": (partial(_two_encoders, WrongImages, hidden_size=16, input_size=48), IMAGE),
+    "unknown": (
+        partial(_two_encoders, VisionModalitySubmodules, hidden_size=32, input_size=32),
+        IMAGE,
+    ),
     "deep": (partial(_vision, DeepImages), IMAGE),
     "chained": (partial(_two_encoders, ChainedImages, hidden_size=32, input_size=32), IMAGE),
     "paired": (partial(_two_encoders, PairedImages, hidden_size=16, input_size=48), IMAGE),
@@ -277,6 +290,8 @@ def _modality_inputs(batch):
         "chained": {"clip": image, "dino": image},
         "paired": {"clip": image, "dino": image},
         "deep": {"clip": image},
+        "wrong": {"clip": image, "dino": image},
+        "unknown": {"clip": image, "dino": image},
         "generator": {"targets": batch["targets"][Generator.takes_hidden_states(batch["tokens"])]},
     }
     present = {name: batch["sound" if name == "audio" else "image"] for name in inputs}

@@ -9,11 +9,13 @@ import pytest
 from megatron_mosaic.layout.plan import Plan
 from tests.parity.compare import Whole, whole
 from tests.parity.record import OPTIMIZERS, record_plan
-from tests.parity.test_parity import PLANS, TIMEOUT_S
+from tests.parity.test_parity import PLANS, TIMEOUT_S, script_of
 from tests.ranks import run_ranks
 
 PLAN_OF = {plan.stem: plan for plan in PLANS}
 SHARDED = ("--use-distributed-optimizer",)
+SEVERAL = ("--modalities", "vision", "audio", *SHARDED)
+OUTPUT = ("--modalities", "vision", "generator", *SHARDED)
 DROPOUT = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
 # Samples of one length, so that no layout pads: padding would have a part in the auxiliary loss.
 EXPERTS = (
@@ -23,20 +25,23 @@ EXPERTS = (
 SAVED_STEP = 2
 
 
-def _train(rank: int, plan: str, options: list[str]):
+def _train(rank: int, plan: str, options: list[str], script: str):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # Megatron's own way out of starting a fresh interpreter for each rank's writer.
     filesystem_async.get_write_results_queue(mp_mode="fork")
-    return record_plan(rank, plan, options)
+    return record_plan(rank, plan, options, (), script)
 
 
 def _run(name: str, *options: str) -> Whole:
     plan = PLAN_OF[name]
     arguments = [*OPTIMIZERS["adam"], "--images", "ragged", *options]
     world_size = Plan.load(plan).world_size
+    options_and_script = (arguments, script_of(plan))
     return whole(
-        run_ranks(_train, world_size, str(plan), arguments, init=False, timeout_s=TIMEOUT_S)
+        run_ranks(
+            _train, world_size, str(plan), *options_and_script, init=False, timeout_s=TIMEOUT_S
+        )
     )
 
 
@@ -65,6 +70,8 @@ def _distance(own: dict, other: dict) -> float:
         ("disjoint_v2_lpp2", "disjoint_v2_lpp2", SHARDED),
         ("disjoint_v2_lpp2", "colocated_v2_l2", SHARDED),
         ("colocated_v2_l2", "disjoint_v2_lpp2", ()),
+        ("encoders_on_shared_ranks", "encoders_apart", SEVERAL),
+        ("output_on_shared_ranks", "output_apart", OUTPUT),
     ],
 )
 def test_resumed_run_ends_as_the_uninterrupted_one(saved_under, resumed_under, options):

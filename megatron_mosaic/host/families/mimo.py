@@ -9,7 +9,7 @@ gets that module's role, and specs with its groups and sizes.
 
 import functools
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +24,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_mosaic.errors import PlanError
 from megatron_mosaic.host.families.family import ModuleBoundary, check_edges, facts_of
 from megatron_mosaic.host.families.llava import retarget
 from megatron_mosaic.host.families.mimo_boundary import MimoBoundary
 from megatron_mosaic.host.families.mimo_parts import (
     ModalityPart,
+    check_sizes,
     modality_parts,
     split_modalities,
 )
@@ -85,10 +85,9 @@ def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
     def build_part(self: MimoModel, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         whole = bound.arguments["mimo_config"]
+        check_sizes(groups.placement)
         parts = modality_parts(whole, plan)
-        outputs = [name for name, part in parts.items() if part.is_output]
-        check_edges(plan, outputs=outputs)
-        _check_sizes(plan, outputs)
+        check_edges(plan, outputs=[name for name, part in parts.items() if part.is_output])
         bound.arguments |= {
             "mimo_config": _config_of_one(whole, parts, groups),
             "cp_group": groups.collection.cp,
@@ -102,25 +101,6 @@ def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
         yield
     finally:
         MimoModel.__init__ = original
-
-
-def _check_sizes(plan: Plan, outputs: Sequence[str]) -> None:
-    """Refuses what MimoModel's own merge and encoders cannot be split by.
-
-    Raises:
-        PlanError: A module has such a size.
-    """
-    for name, placement in plan.modules.items():
-        fields = ["context_parallel_size"]
-        if name != LANGUAGE and name not in outputs:
-            fields.append("pipeline_model_parallel_size")
-        for field in fields:
-            size = getattr(placement, field)
-            if size > 1:
-                raise PlanError(
-                    f"modules.{name}: {field}={size} must be 1 for MimoModel, whose modules take "
-                    f"whole sequences and encoders one stage; use data or tensor parallelism"
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,42 +134,52 @@ def _config_of_one(
     whole: MimoModelConfig, parts: Mapping[str, ModalityPart], groups: ModuleGroups
 ) -> MimoModelConfig:
     """Returns a config from which MimoModel builds one module."""
-    name = groups.placement.name
-    if name == LANGUAGE:
-        # Rows are projected where they arrive.
-        here = {LANGUAGE, *(split_modalities(parts) if groups.is_first_stage else ())}
-        specs = {
-            modality: _without(spec, "encoders") if modality in here else spec
-            for modality, spec in whole.modality_submodules_spec.items()
-        }
-        language = _language_spec(whole.language_model_spec, groups)
-        tokens = whole.special_token_ids
-    else:
-        part = parts[name]
-        here = {part.modality}
-        spec = _modality_spec(whole.modality_submodules_spec[part.modality], part)
-        config = first_config(spec) or whole.language_model_spec.params["config"]
-        check_module(groups.placement, facts_of(config))
-        specs = dict(whole.modality_submodules_spec) | {part.modality: spec}
-        # The module's own config: DDP and the gradient rules read it from the model.
-        language = ModuleSpec(
-            module=whole.language_model_spec.module,
-            params={"config": _config_of_module(config, groups.placement, part)},
-        )
-        # Upstream would tell its own communicator how rows are split over replicas.
-        tokens = {}
-    # Projections beside the language model see whole rows, before its sequence is sharded.
+    if groups.placement.name == LANGUAGE:
+        return _config_of_language(whole, parts, groups)
+    return _config_of_modality(whole, parts[groups.placement.name], groups)
+
+
+def _config_of_language(
+    whole: MimoModelConfig, parts: Mapping[str, ModalityPart], groups: ModuleGroups
+) -> MimoModelConfig:
+    """Leaves of the modalities the projections of those whose encoders are modules."""
+    # Rows are projected where they arrive, before the sequence is sharded.
+    split = split_modalities(parts) if groups.is_first_stage else []
     whole_rows = replace(groups, placement=replace(groups.placement, sequence_parallel=False))
-    placed = {
-        modality: _place(spec, whole_rows) if modality in here else spec
-        for modality, spec in specs.items()
-    }
+    specs = dict(whole.modality_submodules_spec)
+    for modality in split:
+        specs[modality] = _place(_without(specs[modality], "encoders"), whole_rows)
+    own = _Stage(groups.position.pp, groups.placement.pipeline_model_parallel_size)
+    stages = dict.fromkeys(split, _Stage(0, 1)) | {LANGUAGE: own}
     return replace(
         whole,
-        language_model_spec=language,
-        modality_submodules_spec=placed,
-        special_token_ids=tokens,
-        module_to_grid_map=_places(here, [*specs, LANGUAGE], groups),
+        language_model_spec=_language_spec(whole.language_model_spec, groups),
+        modality_submodules_spec=specs,
+        module_to_grid_map={name: _Place(stages.get(name)) for name in [*specs, LANGUAGE]},
+    )
+
+
+def _config_of_modality(
+    whole: MimoModelConfig, part: ModalityPart, groups: ModuleGroups
+) -> MimoModelConfig:
+    """Leaves one modality, or one of its encoders, and nothing of the language model."""
+    spec = _modality_spec(whole.modality_submodules_spec[part.modality], part)
+    config = first_config(spec) or whole.language_model_spec.params["config"]
+    check_module(groups.placement, facts_of(config))
+    specs = dict(whole.modality_submodules_spec) | {part.modality: _place(spec, groups)}
+    own = _Stage(groups.position.pp, groups.placement.pipeline_model_parallel_size)
+    stages = {part.modality: own}
+    return replace(
+        whole,
+        # The module's own config: DDP and the gradient rules read it from the model.
+        language_model_spec=ModuleSpec(
+            module=whole.language_model_spec.module,
+            params={"config": _config_of_module(config, groups.placement, part)},
+        ),
+        modality_submodules_spec=specs,
+        # Upstream would tell its own communicator how rows are split over replicas.
+        special_token_ids={},
+        module_to_grid_map={name: _Place(stages.get(name)) for name in [*specs, LANGUAGE]},
     )
 
 
@@ -201,14 +191,6 @@ def _config_of_module(
         # Its gradient is a mean or a sum over replicas as the language model's.
         own.calculate_per_token_loss = config.calculate_per_token_loss
     return own
-
-
-def _places(here: Collection[str], names: Sequence[str], groups: ModuleGroups) -> dict[str, _Place]:
-    """Returns the roles of a rank: the module's own stage, and projections in a single one."""
-    own = _Stage(groups.position.pp, groups.placement.pipeline_model_parallel_size)
-    beside = _Stage(0, 1) if LANGUAGE in here else own
-    places = {name: _Place(beside if name in here else None) for name in names}
-    return places | ({LANGUAGE: _Place(own)} if LANGUAGE in here else {})
 
 
 def _language_spec(spec: ModuleSpec, groups: ModuleGroups) -> ModuleSpec:

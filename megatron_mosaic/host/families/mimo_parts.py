@@ -28,7 +28,7 @@ from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 
 
@@ -90,6 +90,26 @@ def modality_parts(config: MimoModelConfig, plan: Plan) -> dict[str, ModalityPar
             f"them, a modality or each of its encoders; rename the modules of the plan"
         )
     return parts
+
+
+def check_sizes(placement: ModulePlacement) -> None:
+    """Checks that a module of a MimoModel can be split as a plan says.
+
+    Raises:
+        PlanError: It asks for what this version can do with other models only.
+    """
+    where, reason = f"modules.{placement.name}", "not supported by this version with MimoModel"
+    if placement.context_parallel_size > 1:
+        raise PlanError(
+            f"{where}: context_parallel_size={placement.context_parallel_size} must be 1: context "
+            f"parallelism is {reason}; give its ranks to another size"
+        )
+    stages = placement.pipeline_model_parallel_size
+    if placement.name != LANGUAGE and (stages > 1 or placement.sequence_parallel):
+        raise PlanError(
+            f"{where}: pipeline_model_parallel_size={stages} must be 1, and sequence_parallel "
+            f"false: they are {reason} beside language; raise another size instead"
+        )
 
 
 def split_modalities(parts: Mapping[str, ModalityPart]) -> list[str]:
