@@ -1,6 +1,7 @@
 """The ``forward_backward`` function that Megatron's loop calls under a plan."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_mosaic.host.moe_metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
-from megatron_mosaic.layout.ownership import Runs, count_rows
+from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.schedule import Schedule
@@ -89,22 +90,12 @@ class PlanForwardBackward:
                 "forward_backward: collect_non_loss_data=True must be False under a plan; "
                 "remove process_non_loss_data_func from the script's call of pretrain"
             )
-        runtime = self._runtime
         (top,) = unwrap_model(model if isinstance(model, Sequence) else [model])
         schedule, steps = self._prepared(num_microbatches, forward_only)
         batches = _next_step(data_iterator)
-        rows = batches.rows
-        self._check_dispatch(rows)
-        runtime.randomness.unpark()
-        runtime.channels.begin(rows, schedule=schedule)
-        if not forward_only:
-            self._flops.of_rows = sum(
-                sum(map(count_rows, samples)) * runtime.row_facts[name].flops
-                for name, samples in rows.items()
-            )
-            self._flops.trained = runtime.trained.get(LANGUAGE, {})
+        self._begin(batches.rows, schedule)
         works = {}
-        for name, runner in runtime.runners.items():
+        for name, runner in self._runtime.runners.items():
             runner.config.grad_scale_func = top.config.grad_scale_func
             runner.config.timers = top.config.timers
             works[name] = self._work(
@@ -112,22 +103,41 @@ class PlanForwardBackward:
             )
             runner.begin(works[name])
             gather_parameters(runner.model)
-        progress = self._progress
-        progress.begin_step(
+        with self._step(schedule) as walker:
+            walker.walk(steps)
+            self._progress.close_step(len(steps))
+            return self._close(works, forward_only, force_all_reduce=force_all_reduce)
+
+    def _begin(self, rows: Mapping[str, Samples], schedule: Schedule) -> None:
+        """Takes what differs between steps: the rows of their samples."""
+        runtime = self._runtime
+        self._check_dispatch(rows)
+        runtime.randomness.unpark()
+        runtime.channels.begin(rows, schedule=schedule)
+        if not schedule.forward_only:
+            self._flops.of_rows = sum(
+                sum(map(count_rows, samples)) * runtime.row_facts[name].flops
+                for name, samples in rows.items()
+            )
+            self._flops.trained = runtime.trained.get(LANGUAGE, {})
+
+    @contextmanager
+    def _step(self, schedule: Schedule) -> Iterator[Walker]:
+        """Lets others see that a step runs, and gives what walks it."""
+        self._progress.begin_step(
             # Without training there is no current iteration.
             getattr(get_args(), "curr_iteration", -1) + 1,
-            num_microbatches=num_microbatches,
-            forward_only=forward_only,
+            num_microbatches=schedule.num_microbatches,
+            forward_only=schedule.forward_only,
         )
-        Walker(runners=runtime.runners, channels=runtime.channels.open, progress=progress).walk(
-            steps
+        yield Walker(
+            runners=self._runtime.runners,
+            channels=self._runtime.channels.open,
+            progress=self._progress,
         )
-        progress.close_step(len(steps))
-        losses = self._close(works, forward_only, force_all_reduce=force_all_reduce)
-        progress.end_step()
-        return losses
+        self._progress.end_step()
 
-    def _check_dispatch(self, rows: Mapping[str, Sequence[Runs]]) -> None:
+    def _check_dispatch(self, rows: Mapping[str, Samples]) -> None:
         args, plan = get_args(), self._runtime.plan
         if args.num_experts is not None and args.moe_token_dispatcher_type == "allgather":
             for samples in rows.values():

@@ -163,12 +163,11 @@ class MosaicBuilder(ModelBuilder):
             layer_keys=LayerKeys(args, uneven=trainability.uneven),
         )
         for name, (module, _, _) in built.items():
-            groups = runtime.hosted[name]
             boundary = family_of(module, known_families()).boundary(module, name)
             (wrapped,) = prepare_existing_model_chunks_for_distributed_training(
                 [module],
                 module.config,
-                groups.collection,
+                runtime.hosted[name].collection,
                 ddp_config=_ddp_config_of(boundary, ddp_config),
                 wrap_with_ddp=wrap_with_ddp,
                 mixed_precision_wrapper=mixed_precision_wrapper,
@@ -176,23 +175,30 @@ class MosaicBuilder(ModelBuilder):
             model.add(name, wrapped)
             runtime.runners[name] = ModuleRunner(
                 wrapped,
-                groups=groups,
+                groups=runtime.hosted[name],
                 boundary=boundary,
                 randomness=runtime.randomness,
             )
         share_row_facts(runtime, args)
-        if built:
-            runtime.channels.open_all(
-                ActivationSizes(
-                    hidden_size=runtime.row_facts[LANGUAGE].width,
-                    sequence_length=args.decoder_seq_length or args.seq_length,
-                    rows=runtime.row_facts,
-                    dtype=args.params_dtype,
-                ),
-                device=torch.device(torch.cuda.current_device()),
-            )
+        _open_channels(runtime)
         runtime.randomness.park()
         return [model]
+
+
+def _open_channels(runtime: Runtime) -> None:
+    """Opens what carries this rank's activations, now that all sizes are known."""
+    if not runtime.runners:
+        return
+    args = get_args()
+    runtime.channels.open_all(
+        ActivationSizes(
+            hidden_size=runtime.row_facts[LANGUAGE].width,
+            sequence_length=args.decoder_seq_length or args.seq_length,
+            rows=runtime.row_facts,
+            dtype=args.params_dtype,
+        ),
+        device=torch.device(torch.cuda.current_device()),
+    )
 
 
 class _Built(NamedTuple):

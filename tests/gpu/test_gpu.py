@@ -11,7 +11,7 @@ from megatron_mosaic.layout.plan import Plan
 from tests.gpu.on_gpu import record_on_gpu
 from tests.parity.compare import Whole, whole
 from tests.parity.record import OPTIMIZERS, record_plan
-from tests.parity.test_parity import options_of
+from tests.parity.training import options_of
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(

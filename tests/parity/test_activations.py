@@ -14,7 +14,7 @@ from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.schedule import peak_live
 from tests.parity.compare import whole
 from tests.parity.record import OPTIMIZERS, record_plan
-from tests.parity.test_parity import TIMEOUT_S, options_of
+from tests.parity.training import TIMEOUT_S, options_of
 from tests.ranks import run_ranks
 
 PLANS = Path(__file__).parent.parent / "plans"

@@ -9,7 +9,8 @@ import pytest
 from megatron_mosaic.layout.plan import Plan
 from tests.parity.compare import Whole, whole
 from tests.parity.record import OPTIMIZERS, record_plan
-from tests.parity.test_parity import PLANS, TIMEOUT_S, script_of
+from tests.parity.test_parity import PLANS
+from tests.parity.training import TIMEOUT_S, script_of
 from tests.ranks import run_ranks
 
 PLAN_OF = {plan.stem: plan for plan in PLANS}
