@@ -1,6 +1,8 @@
 """All modules of a rank as the one model that Megatron's training loop sees."""
 
-from collections.abc import Callable, Mapping
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -258,17 +260,13 @@ def _build_module(
     args = get_args()
     name = groups.placement.name
     runtime.randomness.seed(groups, seed=args.seed)
-    # pretrain_vlm.py asserts the legacy checkpoint format, which cannot hold a plan's layouts.
-    ckpt_format, args.ckpt_format = args.ckpt_format, "torch"
-    try:
-        with (
-            runtime.scope_of(name).active(),
-            runtime.randomness.of(name),
-            building_one_module(known_families(), groups, plan=runtime.plan),
-        ):
-            module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
-    finally:
-        args.ckpt_format = ckpt_format
+    with (
+        _as_scripts_assert(args),
+        runtime.scope_of(name).active(),
+        runtime.randomness.of(name),
+        building_one_module(known_families(), groups, plan=runtime.plan),
+    ):
+        module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
     # The stock loop wants one on the model, so scripts may have set it to the global groups.
     module.pg_collection = groups.collection
     parts = family_of(module, known_families()).parts(module, name)
@@ -281,6 +279,23 @@ def _build_module(
             part.tp_group = groups.collection.tp
     kept = initialize_by_name(module, seed=args.seed, groups=groups)
     return _Built(module, trainable, kept)
+
+
+@contextmanager
+def _as_scripts_assert(args: argparse.Namespace) -> Iterator[None]:
+    """Shows a provider arguments that it does not refuse; its module gets the plan's sizes.
+
+    ``pretrain_vlm.py`` wants the legacy checkpoint format, which cannot hold a plan's layouts, and
+    no pipeline together with context parallelism.
+    """
+    former = args.ckpt_format, args.pipeline_model_parallel_size
+    args.ckpt_format = "torch"
+    if args.context_parallel_size > 1:
+        args.pipeline_model_parallel_size = 1
+    try:
+        yield
+    finally:
+        args.ckpt_format, args.pipeline_model_parallel_size = former
 
 
 def _ddp_config_of(

@@ -50,6 +50,16 @@ modules:
 edges: [[vision, language]]
 schedule: {kind: colocated, encoder_group: 4}
 """
+CONTEXT_PARALLEL_PLAN = """format: 1
+world_size: 4
+global_batch_size: 16
+micro_batch_size: 2
+modules:
+  vision: {ranks: 0-3, context_parallel_size: 2, pipeline_model_parallel_size: 2}
+  language: {ranks: 0-3, context_parallel_size: 2, pipeline_model_parallel_size: 2}
+edges: [[vision, language]]
+schedule: {kind: colocated, encoder_group: 4}
+"""
 SIZES = """
 --encoder-num-layers 2 --decoder-num-layers 4 --hidden-size 64 --num-attention-heads 4
 --ffn-hidden-size 128 --seq-length 16 --max-position-embeddings 64 --img-h 28 --img-w 28
@@ -74,16 +84,22 @@ def test_upstream_tests_pass_with_mosaic_imported(suite):
     assert list(comparison.broken()) == []
 
 
-def test_upstream_script_trains_under_a_plan_as_it_is(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "text_length"),
+    # With the 5 rows of an image 24 positions, which make 4 chunks of 6.
+    [(PLAN, 16), (CONTEXT_PARALLEL_PLAN, 19)],
+    ids=["sequence_parallel", "context_parallel"],
+)
+def test_upstream_script_trains_under_a_plan_as_it_is(tmp_path, text, text_length):
     # Beside a checkout's own `megatron` the installed one would be mixed with it.
     for script in Path(CHECKOUT).glob("*.py"):
         shutil.copy(script, tmp_path)
     plan = tmp_path / "plan.yaml"
-    plan.write_text(PLAN)
+    plan.write_text(text)
     command = [
         *(sys.executable, "-m", "megatron_mosaic.run", "--mosaic-device", "cpu"),
         *(str(tmp_path / "pretrain_vlm.py"), "--mosaic-plan", str(plan)),
-        *(*SIZES.split(), *RUN.split()),
+        *(*SIZES.split(), *RUN.split(), "--dataloader-seq-length", str(text_length)),
     ]
 
     done = subprocess.run(
