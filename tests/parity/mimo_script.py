@@ -306,7 +306,8 @@ def forward_step(data_iterator, model):
     output, loss_mask = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
-        attention_mask=None,
+        # MimoModel does not use it: the layers are causal.
+        attention_mask=torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.bool),
         loss_mask=batch["loss_mask"],
         labels=batch["labels"],
         modality_inputs=_modality_inputs(batch),

@@ -277,9 +277,19 @@ def _finish(
     if groups.placement.name != LANGUAGE:
         return
     # Not modalities: their projections here are part of the language model.
+    model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     stages = {LANGUAGE: model.role.modules[LANGUAGE]}
     model.role = RankRole(modules=stages, mode=ModuleLayout.NON_COLOCATED)
     language = model.language_model
     # Gradients of tied embeddings are reduced between the stages that hold them.
     model.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
     model.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
+
+
+def _without_mask(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Drops the script's attention mask, as MimoModel does where it holds all modules."""
+    if "attention_mask" in kwargs:
+        kwargs = kwargs | {"attention_mask": None}
+    return (*args[:2], *(None for _ in args[2:3]), *args[3:]), kwargs
