@@ -173,7 +173,7 @@ def test_damaged_sample_stops_every_rank(tmp_path):
         _stop, 2, [plan, plan], ["--damaged-sample", "13"], init=False, timeout_s=60
     )
 
-    _check(outcomes, r"data: rows=\d+ must equal the image tokens=\d+ of the batch")
+    _check(outcomes, r"data: images=\d+ must equal the image tokens=\d+ of the batch")
 
 
 def test_unequal_sequences_that_would_hang_experts_stop_every_rank(tmp_path):
@@ -188,7 +188,7 @@ def test_unequal_sequences_that_would_hang_experts_stop_every_rank(tmp_path):
     # a sample, the other two.
     outcomes = run_ranks(_stop, 2, [plan, plan], ["--num-experts", "4"], init=False, timeout_s=60)
 
-    _check(outcomes, r"data: rows=\[1, 2\] in the longest sample of 2 replicas must be equal")
+    _check(outcomes, r"data: rows=\[4, 8\] in the longest sample of 2 replicas must be equal")
 
 
 def test_loss_that_changes_its_report_stops_every_rank(tmp_path):

@@ -18,6 +18,7 @@ def _check(rank: int, values: list[float], split: bool) -> None:
     groups = ModuleGroups(
         placement=placement,
         position=placement.coordinates(rank),
+        expert_position=placement.expert_coordinates(rank),
         collection=SimpleNamespace(),
     )
     parameter = torch.nn.Parameter(torch.full((2, 3), values[rank]))
