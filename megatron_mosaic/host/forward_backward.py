@@ -20,8 +20,8 @@ from megatron_mosaic.host.gradients import (
     finish_gathering_parameters,
     gather_parameters,
 )
-from megatron_mosaic.host.moe_dispatch import check_equal_lengths
-from megatron_mosaic.host.moe_metrics import MoeMetrics
+from megatron_mosaic.host.moe.dispatch import check_equal_lengths
+from megatron_mosaic.host.moe.metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime

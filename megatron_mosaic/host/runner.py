@@ -17,9 +17,9 @@ from megatron.core.utils import get_model_config, make_viewless_tensor
 
 from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.host.agreement import RankError
-from megatron_mosaic.host.context_loss import with_loss_over_context
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.loss import with_loss_over_context
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
 from megatron_mosaic.schedule.task import Task

@@ -23,15 +23,15 @@ from megatron_mosaic.host.channels import ChannelSet
 from megatron_mosaic.host.checkpoint import prepare_loading
 from megatron_mosaic.host.data.position import save_loader_states
 from megatron_mosaic.host.data.provider import DatasetProvider, ReadingByModule
+from megatron_mosaic.host.faults.record_file import RecordFile
+from megatron_mosaic.host.faults.watch import Watch
 from megatron_mosaic.host.forward_backward import PlanForwardBackward
 from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
-from megatron_mosaic.host.record_file import RecordFile
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
-from megatron_mosaic.host.watch import Watch
 from megatron_mosaic.layout.placement import LANGUAGE
 
 

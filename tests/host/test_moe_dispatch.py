@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.moe_dispatch import check_equal_lengths
+from megatron_mosaic.host.moe.dispatch import check_equal_lengths
 from megatron_mosaic.layout.placement import ModulePlacement
 
 SHARED = {"data_parallel_size": 4, "expert_model_parallel_size": 2}

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from megatron_mosaic.engine.lost import Limits, Lost, Report, State, find_lost
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
-from megatron_mosaic.host.bulletin import Bulletin
-from megatron_mosaic.host.dependence import error_communicates, frame_communicates
-from megatron_mosaic.host.record_file import RecordFile, read_record, remove_record
-from megatron_mosaic.host.termination import Termination
+from megatron_mosaic.host.faults.bulletin import Bulletin
+from megatron_mosaic.host.faults.dependence import error_communicates, frame_communicates
+from megatron_mosaic.host.faults.record_file import RecordFile, read_record, remove_record
+from megatron_mosaic.host.faults.termination import Termination
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.steps import Step, steps_of

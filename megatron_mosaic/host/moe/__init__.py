@@ -1,0 +1,1 @@
+"""Mixture of experts: what their ranks exchange, and what their routers report."""
