@@ -4,8 +4,9 @@ Everything is drawn with the ranks of one world in mind: modules may share all r
 in any order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
@@ -15,7 +16,8 @@ from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, split_evenly
 from megatron_mosaic.layout.sharding import SequenceSharding
 
-LAST_LENGTH = 24  # positions that the last of three modules has
+HIDDEN = 3
+LAST_LENGTH = 48  # positions that the last of three modules has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,32 @@ class Boundary:
                 row += 1
         return numbers
 
+    def inputs(self) -> np.ndarray:
+        """What stands in for the rows of the step ``[rows, h]``; no two are alike."""
+        return np.random.default_rng(1).normal(size=(sum(self.counts()), HIDDEN))
+
+    def row_gradients(self) -> np.ndarray:
+        """Gradients that the rows would have in one process; zero where nobody keeps them.
+
+        The loss is the sum of the squares of the rows, each times its number.
+        """
+        rows = self.inputs()
+        wanted = np.zeros(len(rows))
+        for rank in self.destination.stage_ranks(0):
+            wanted[[row for numbers in self.kept_by(rank) for row in numbers]] = 1
+        return 2 * rows * (wanted * np.arange(1, len(rows) + 1))[:, None]
+
+    def own_part(self, rank: int, rows: list[int]) -> np.ndarray:
+        """Of which of its rows a rank of the destination has the gradient, ``[rows, 1]``.
+
+        Where context-parallel ranks keep whole sequences each has it of every cp-th row.
+        """
+        cp = self.destination.context_parallel_size
+        if self.shape.sharding is not None or cp == 1:
+            return np.ones((len(rows), 1))
+        own = np.array(rows, dtype=int) % cp == self.destination.coordinates(rank).cp
+        return own[:, None].astype(float)
+
     def _has_item_row(self, number: int, cp: int) -> bool:
         shards = self.shape.item.shards
         return shards is None or number % self.shape.item.rows in range(*shards[cp])
@@ -123,7 +151,7 @@ def placements(draw, name, world_size, *, with_context=True):
         name=name,
         ranks=tuple(ranks[: np.prod(list(sizes.values()))]),
         sequence_parallel=sizes["tensor_model_parallel_size"] > 1
-        and name == "language"
+        and name != "vision"
         and draw(st.booleans()),
         **sizes,
     )
@@ -205,11 +233,29 @@ def pairs_of_boundaries(draw, max_world_size=8):
 
 def _whole(placement):
     """The placement without sequence parallelism: ranks keep whole sequences."""
-    return ModulePlacement(name=placement.name, ranks=placement.ranks, **placement.sizes())
+    return replace(placement, sequence_parallel=False)
 
 
 def _with_one_replica(placement):
-    sizes = placement.sizes() | {"data_parallel_size": 1}
-    return ModulePlacement(
-        name=placement.name, ranks=placement.ranks[: np.prod(list(sizes.values()))], **sizes
+    num_ranks = len(placement.ranks) // placement.data_parallel_size
+    return replace(placement, ranks=placement.ranks[:num_ranks], data_parallel_size=1)
+
+
+def drawn(strategy, num_examples, *, seed):
+    """The same examples of a strategy in every run."""
+    examples = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=num_examples,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
+    @hypothesis.given(strategy)
+    def collect(example):
+        examples.append(example)
+
+    collect()
+    return examples
