@@ -5,6 +5,8 @@ in any order.
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 
 import hypothesis
 import numpy as np
@@ -132,34 +134,34 @@ class Boundary:
 
 @st.composite
 def placements(draw, name, world_size, *, with_context=True):
-    sizes = {
-        "tensor_model_parallel_size": draw(st.sampled_from([1, 1, 2, 3, 4])),
-        "context_parallel_size": draw(st.sampled_from([1, 1, 2])) if with_context else 1,
-        "data_parallel_size": draw(st.integers(1, 4)),
-        "pipeline_model_parallel_size": draw(st.sampled_from([1, 1, 2])),
-    }
-    # Sizes shrink, the pipeline first, until the world has the ranks.
-    for field in reversed(sizes):
-        if np.prod(list(sizes.values())) > world_size:
-            sizes[field] = 1
+    shape = draw(st.sampled_from(_shapes(world_size, with_context=with_context)))
+    num_ranks = prod(shape)
     if draw(st.booleans()):  # in a row, from anywhere
-        first = draw(st.integers(0, int(world_size - np.prod(list(sizes.values())))))
+        first = draw(st.integers(0, world_size - num_ranks))
         ranks = list(range(first, world_size))
     else:
         ranks = draw(st.permutations(range(world_size)))
+    tp, cp, dp, pp = shape
     return ModulePlacement(
         name=name,
-        ranks=tuple(ranks[: np.prod(list(sizes.values()))]),
-        sequence_parallel=sizes["tensor_model_parallel_size"] > 1
-        and name != "vision"
-        and draw(st.booleans()),
-        **sizes,
+        ranks=tuple(ranks[:num_ranks]),
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        data_parallel_size=dp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1 and name != "vision" and draw(st.booleans()),
     )
+
+
+def _shapes(world_size, *, with_context):
+    """Sizes (tp, cp, dp, pp) for which a world has the ranks."""
+    shapes = product([1, 2, 3, 4], [1, 2] if with_context else [1], range(1, 7), [1, 2])
+    return [shape for shape in shapes if prod(shape) <= world_size]
 
 
 @st.composite
 def boundaries(draw, max_world_size=8, world_size=None, source=None, destination=None):
-    world_size = world_size or draw(st.integers(1, max_world_size))
+    world_size = world_size or draw(st.sampled_from(_worlds(max_world_size)))
     source = source or draw(placements("vision", world_size))
     destination = destination or draw(placements("language", world_size))
     size, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -204,10 +206,15 @@ def _runs(draw, item_rows, length):
     return tuple(runs)
 
 
+def _worlds(max_world_size):
+    """Numbers of ranks, the larger ones more often: there more layouts are possible."""
+    return [size for size in range(max_world_size, 0, -1) for _ in range(size)]
+
+
 @st.composite
 def pairs_of_boundaries(draw, max_world_size=8):
     """Two boundaries of three modules: two sources of one destination, or one after the other."""
-    world_size = draw(st.integers(1, max_world_size))
+    world_size = draw(st.sampled_from(_worlds(max_world_size)))
     if draw(st.booleans()):
         destination = draw(placements("language", world_size))
         return tuple(
