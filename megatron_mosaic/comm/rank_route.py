@@ -15,6 +15,7 @@ from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
     Selection,
+    ShardTable,
     count_rows,
     kept,
     produced,
@@ -54,7 +55,7 @@ class Microbatch:
         return row_offsets([count_rows(runs) for runs in self.samples])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class BoundarySides:
     """The two modules at a boundary, and the samples that their ranks have to do with.
 
@@ -124,6 +125,7 @@ class BoundarySides:
             sharding=self.sharding,
             selection=selection,
             offsets=microbatch.offsets,
+            shards=self._shards,
         )
 
     def samples_made(self, microbatch: Microbatch, *, dp: int) -> Interval:
@@ -179,6 +181,10 @@ class BoundarySides:
             return derive(Selection(samples=samples), Selection(samples=samples, position=own))
         samples = self._whole_shares(samples, microbatch)
         return derive(Selection(samples=samples), Selection(samples=samples))
+
+    @cached_property
+    def _shards(self) -> ShardTable | None:
+        return None if self.sharding is None else ShardTable(self.sharding)
 
     @property
     def _source_has_replicas(self) -> bool:

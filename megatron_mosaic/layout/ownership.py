@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
@@ -157,6 +157,7 @@ def kept(
     sharding: SequenceSharding | None = None,
     selection: Selection | None = None,
     offsets: Sequence[int] | None = None,
+    shards: "ShardTable | None" = None,
 ) -> Ownership:
     """Rows of one microbatch that the first pipeline stage of a destination keeps.
 
@@ -171,6 +172,7 @@ def kept(
         sharding: How sequences are split over the ranks of a replica, if they are.
         selection: What is needed of it; None is everything. Only rows of its samples are there.
         offsets: ``row_offsets`` of the samples, if they are known already.
+        shards: Table of the sharding, if there is one already.
 
     Raises:
         LayoutError: The samples are not those of one microbatch.
@@ -184,13 +186,14 @@ def kept(
         )
     if offsets is None:
         offsets = row_offsets([count_rows(runs) for runs in samples])
-    shards = None if sharding is None else _Shards(sharding, selection=selection)
+    if sharding is not None and shards is None:
+        shards = ShardTable(sharding)
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
     for dp in _keeping(selection, samples_per_replica, dp_size=destination.data_parallel_size):
         share = Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         inside = [share] if selection is None else list(selection.samples.inside(share))
-        own = shards and shards.rows(samples, inside, offsets=offsets)
+        own = shards and shards.rows(samples, inside, offsets=offsets, selection=selection)
         whole = Rows.of(Interval(offsets[start], offsets[stop]) for start, stop in inside)
         for cp in _chosen(selection, "cp", destination.context_parallel_size):
             ranks = _tensor_parallel_ranks(destination, cp=cp, dp=dp, stage=0)
@@ -205,35 +208,50 @@ def kept(
     return Ownership(rows=rows, replicas=tuple(replicas))
 
 
-class _Shards:
+class ShardTable:
     """Finds who keeps which rows of a sample, from the positions where its rows belong.
 
     Args:
         sharding: How sequences are split.
-        selection: Names the one rank whose rows matter, if it does.
     """
 
-    def __init__(self, sharding: SequenceSharding, *, selection: Selection | None) -> None:
-        self._keys = [
-            (cp, tp)
-            for cp in _chosen(selection, "cp", sharding.cp)
-            for tp in _chosen(selection, "tp", sharding.tp)
-        ]
-        table = sorted(
-            (interval.start, interval.stop, key)
+    def __init__(self, sharding: SequenceSharding) -> None:
+        self._sharding = sharding
+        self._keys = [(cp, tp) for cp in range(sharding.cp) for tp in range(sharding.tp)]
+        table = [
+            (start, stop, key)
             for key in self._keys
-            for interval in sharding.positions(cp=key[0], tp=key[1])
-        )
-        self._starts = [start for start, _, _ in table]
-        self._stops = [stop for _, stop, _ in table]
-        self._key_at = [key for _, _, key in table]
+            for start, stop in sharding.positions(cp=key[0], tp=key[1])
+        ]
+        self._whole = _Columns.of(table)
+        self._of_one = {
+            key: _Columns.of([row for row in table if row[2] == key]) for key in self._keys
+        }
 
     def rows(
-        self, samples: Sequence[Runs], inside: Sequence[Interval], *, offsets: Sequence[int]
+        self,
+        samples: Sequence[Runs],
+        inside: Sequence[Interval],
+        *,
+        offsets: Sequence[int],
+        selection: Selection | None = None,
     ) -> dict[tuple[int, int], Rows]:
-        """Returns the rows of some samples that each context- and tensor-parallel rank keeps."""
-        starts, stops, num = self._starts, self._stops, len(self._starts)
-        found: dict[tuple[int, int], list[Interval]] = {key: [] for key in self._keys}
+        """Rows of some samples that each context- and tensor-parallel rank keeps.
+
+        Args:
+            samples: Those of a microbatch.
+            inside: Which of them.
+            offsets: Their ``row_offsets``.
+            selection: Names the one rank whose rows matter, if it does.
+        """
+        keys, columns = self._keys, self._whole
+        if selection is not None and selection.position is not None:
+            position = selection.position
+            keys = [(position.cp, position.tp if self._sharding.tp > 1 else 0)]
+            columns = self._of_one[keys[0]]
+        starts, stops, key_at = columns
+        num = len(starts)
+        found: dict[tuple[int, int], list[Interval]] = {key: [] for key in keys}
         for sample in (sample for span in inside for sample in range(*span)):
             before = offsets[sample]
             for start, stop in samples[sample]:
@@ -242,10 +260,23 @@ class _Shards:
                 index, shift = bisect_right(stops, start), before - start
                 while index < num and starts[index] < stop:
                     first, last = max(start, starts[index]), min(stop, stops[index])
-                    found[self._key_at[index]].append(Interval(first + shift, last + shift))
+                    found[key_at[index]].append(Interval(first + shift, last + shift))
                     index += 1
                 before += stop - start
         return {key: Rows.of_sorted(intervals) for key, intervals in found.items()}
+
+
+class _Columns(NamedTuple):
+    """Where stretches of positions start and stop, and who has them; ascending."""
+
+    starts: list[int]
+    stops: list[int]
+    keys: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, table: list[tuple[int, int, tuple[int, int]]]) -> "_Columns":
+        starts, stops, keys = (list(column) for column in zip(*sorted(table), strict=True))
+        return cls(starts, stops, keys)
 
 
 def _producing(

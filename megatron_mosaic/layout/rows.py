@@ -43,7 +43,9 @@ class Rows(tuple[Interval, ...]):
     @classmethod
     def of_sorted(cls, intervals: Sequence[Interval]) -> Self:
         """Joins intervals that are ascending and not empty."""
-        return cls(intervals if _are_apart(intervals) else _merged(intervals))
+        if len(intervals) < 2 or _are_apart(intervals):
+            return cls(intervals)
+        return cls(_merged(intervals))
 
     @property
     def size(self) -> int:
