@@ -10,7 +10,7 @@ from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.pending import Pending
 from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch, Samples
 from megatron_mosaic.comm.route import Route
-from megatron_mosaic.layout.ownership import Selection, count_rows
+from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
 from megatron_mosaic.layout.sharding import SequenceSharding
@@ -77,6 +77,7 @@ class BoundaryRoutes:
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
         self._samples: Samples = ()
+        self._counts: list[int] = []
         self._microbatches: dict[int, Microbatch] = {}
         self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
 
@@ -88,6 +89,7 @@ class BoundaryRoutes:
             groups: Microbatches of every task of the source.
         """
         self._samples = samples
+        self._counts = [count_rows(runs) for runs in samples]
         self._microbatches = {}
         self._group_of = {m: group for group in groups for m in group}
 
@@ -103,8 +105,8 @@ class BoundaryRoutes:
     def items_made(self, microbatch: int, *, dp: int) -> int:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
         made_of = self._microbatch(microbatch)
-        own = slice(*self._sides.samples_made(made_of, dp=dp))
-        return sum(count_rows(runs) for runs in made_of.samples[own]) // self._sides.item_rows
+        first, stop = self._sides.samples_made(made_of, dp=dp)
+        return (made_of.offsets[stop] - made_of.offsets[first]) // self._sides.item_rows
 
     def samples(self, microbatch: int, *, dp: int) -> Samples:
         """Where the rows belong of the samples that a replica of the destination runs."""
@@ -126,13 +128,16 @@ class BoundaryRoutes:
     def _microbatch(self, microbatch: int) -> Microbatch:
         found = self._microbatches.get(microbatch)
         if found is None:
-            samples = self._samples[microbatch * self._size : (microbatch + 1) * self._size]
+            own = slice(microbatch * self._size, (microbatch + 1) * self._size)
+            samples, counts = self._samples[own], self._counts[own]
             if self._sides.sharding is None:
                 # Only how many rows there are matters: more microbatches then share their routes.
-                samples = tuple((Interval(0, count_rows(runs)),) for runs in samples)
+                runs_of = {count: (Interval(0, count),) for count in set(counts)}
+                samples = tuple([runs_of[count] for count in counts])
             group = self._group_of[microbatch]
             found = Microbatch(
                 samples=samples,
+                offsets=row_offsets(counts),
                 first=(microbatch - group[0]) * self._size,
                 group_size=len(group) * self._size,
             )

@@ -6,7 +6,7 @@ those of the replicas that take part in the choice or in the shares.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Literal
 
@@ -16,11 +16,9 @@ from megatron_mosaic.layout.ownership import (
     Runs,
     Selection,
     ShardTable,
-    count_rows,
     kept,
     produced,
     replicas_of,
-    row_offsets,
 )
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
@@ -30,17 +28,19 @@ Direction = Literal["activation", "gradient"]
 Samples = tuple[Runs, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
     """All that the routes of a microbatch depend on, beside the layouts.
 
     Args:
         samples: Where the rows of its samples belong.
+        offsets: ``row_offsets`` of its samples, which follow from them.
         first: Place of its first sample in the group that the source runs in one task.
         group_size: Samples of that group.
     """
 
     samples: Samples
+    offsets: Sequence[int] = field(compare=False)
     first: int
     group_size: int
 
@@ -48,11 +48,6 @@ class Microbatch:
     def place(self) -> Interval:
         """Its samples in the group."""
         return Interval(self.first, self.first + len(self.samples))
-
-    @cached_property
-    def offsets(self) -> Sequence[int]:
-        """First row of each of its samples, and the number of rows as last entry."""
-        return row_offsets([count_rows(runs) for runs in self.samples])
 
 
 @dataclass(frozen=True, kw_only=True)
