@@ -3,29 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.pending import Pending
-from megatron_mosaic.comm.route import Route, gradient_route, route
-from megatron_mosaic.layout.ownership import (
-    Ownership,
-    Runs,
-    count_rows,
-    encoder_samples,
-    kept,
-    produced,
-)
+from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch, Samples
+from megatron_mosaic.comm.route import Route
+from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
-from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.rows import Interval, Rows
 from megatron_mosaic.layout.sharding import SequenceSharding
 
-Direction = Literal["activation", "gradient"]
-Samples = tuple[Runs, ...]
-
-# Steps whose samples have equal rows share their routes.
+# Microbatches whose samples have equal rows share their routes, in one step and over the steps.
 _CACHED_ROUTES = 4096
 
 
@@ -76,14 +66,20 @@ class BoundaryRoutes:
     def __init__(
         self, source: ModulePlacement, destination: ModulePlacement, *, shape: BoundaryShape
     ) -> None:
-        self._source = source
-        self._destination = destination
-        self._shape = shape
+        self._sides = BoundarySides(
+            source=source,
+            destination=destination,
+            samples_per_replica=shape.samples_per_replica,
+            sharding=shape.sharding,
+            item_rows=shape.item.rows,
+            item_shards=shape.item.shards,
+        )
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
         self._samples: Samples = ()
-        self._owners = lru_cache(_CACHED_ROUTES)(self._derive_owners)
-        self._routes = lru_cache(_CACHED_ROUTES)(self._derive_route)
+        self._counts: list[int] = []
+        self._microbatches: dict[int, Microbatch] = {}
+        self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
 
     def begin(self, samples: Samples, *, groups: Sequence[tuple[int, ...]]) -> None:
         """Takes what differs between steps.
@@ -92,65 +88,61 @@ class BoundaryRoutes:
             samples: Where the rows of every sample of the step belong.
             groups: Microbatches of every task of the source.
         """
-        if self._shape.sharding is None:
-            # Only how many there are matters: more steps then share their routes.
-            samples = tuple((Interval(0, count_rows(runs)),) for runs in samples)
         self._samples = samples
+        self._counts = [count_rows(runs) for runs in samples]
+        self._microbatches = {}
         self._group_of = {m: group for group in groups for m in group}
 
     def rows_made(self, microbatch: int, *, rank: int) -> int:
         """Rows of a microbatch that a rank of the source makes."""
-        produced_rows, _ = self._owners(*self._key(microbatch))
-        return produced_rows.rows[rank].size
+        made_of, sides = self._microbatch(microbatch), self._sides
+        position = sides.source.coordinates(rank)
+        selection = Selection(
+            samples=Rows.of([sides.samples_made(made_of, dp=position.dp)]), position=position
+        )
+        return sides.produced(made_of, selection=selection).rows[rank].size
 
     def items_made(self, microbatch: int, *, dp: int) -> int:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
-        samples, position = self._key(microbatch)
-        shares = encoder_samples(len(samples), data_parallel_size=self._source.data_parallel_size)
-        own = shares[dp].clip(self._microbatch(position))
-        rows = sum(count_rows(runs) for runs in samples[own.start : own.stop])
-        return rows // self._shape.item.rows
+        made_of = self._microbatch(microbatch)
+        first, stop = self._sides.samples_made(made_of, dp=dp)
+        return (made_of.offsets[stop] - made_of.offsets[first]) // self._sides.item_rows
 
     def samples(self, microbatch: int, *, dp: int) -> Samples:
         """Where the rows belong of the samples that a replica of the destination runs."""
-        first = microbatch * self._size + dp * self._shape.samples_per_replica
-        return self._samples[first : first + self._shape.samples_per_replica]
+        size = self._sides.samples_per_replica
+        first = microbatch * self._size + dp * size
+        return self._samples[first : first + size]
 
-    def route(self, direction: Direction, microbatch: int) -> Route:
-        """Route of a microbatch's rows to the destination, or of their gradient back."""
-        return self._routes(direction, *self._key(microbatch))
+    def route(self, direction: Direction, microbatch: int, *, rank: int) -> Route:
+        """A rank's part of the route of a microbatch's rows, or of their gradient back.
 
-    def _key(self, microbatch: int) -> tuple[Samples, int]:
-        """Rows of every sample of the source's task, and the microbatch's place in it."""
-        group = self._group_of[microbatch]
-        first = group[0] * self._size
-        samples = self._samples[first : first + len(group) * self._size]
-        return samples, microbatch - group[0]
+        It has the rows that the rank holds and wants, and the legs that begin or end there, as
+        the whole route has them.
+        """
+        return self._routes(direction, self._microbatch(microbatch), rank)
 
-    def _derive_owners(self, samples: Samples, position: int) -> tuple[Ownership, Ownership]:
-        own = self._microbatch(position)
-        return (
-            produced(
-                self._source,
-                group_counts=[count_rows(runs) for runs in samples],
-                microbatch=own,
-                item_rows=self._shape.item.rows,
-                item_shards=self._shape.item.shards,
-            ),
-            kept(
-                self._destination,
-                samples=samples[own.start : own.stop],
-                samples_per_replica=self._shape.samples_per_replica,
-                sharding=self._shape.sharding,
-            ),
-        )
+    def _derive(self, direction: Direction, microbatch: Microbatch, rank: int) -> Route:
+        return self._sides.route(direction, microbatch, rank=rank)
 
-    def _microbatch(self, position: int) -> Interval:
-        return Interval(position * self._size, (position + 1) * self._size)
-
-    def _derive_route(self, direction: Direction, samples: Samples, position: int) -> Route:
-        find = route if direction == "activation" else gradient_route
-        return find(*self._owners(samples, position))
+    def _microbatch(self, microbatch: int) -> Microbatch:
+        found = self._microbatches.get(microbatch)
+        if found is None:
+            own = slice(microbatch * self._size, (microbatch + 1) * self._size)
+            samples, counts = self._samples[own], self._counts[own]
+            if self._sides.sharding is None:
+                # Only how many rows there are matters: more microbatches then share their routes.
+                runs_of = {count: (Interval(0, count),) for count in set(counts)}
+                samples = tuple([runs_of[count] for count in counts])
+            group = self._group_of[microbatch]
+            found = Microbatch(
+                samples=samples,
+                offsets=row_offsets(counts),
+                first=(microbatch - group[0]) * self._size,
+                group_size=len(group) * self._size,
+            )
+            self._microbatches[microbatch] = found
+        return found
 
 
 class BoundaryChannel:
@@ -179,4 +171,6 @@ class BoundaryChannel:
 
     def post(self, microbatch: int, leaving: torch.Tensor | None) -> Pending:
         """Issues this rank's sends and receives of one microbatch."""
-        return self._exchange.post(self._routes.route(self._direction, microbatch), leaving)
+        return self._exchange.post(
+            self._routes.route(self._direction, microbatch, rank=self._rank), leaving
+        )

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.ownership import Ownership
-from megatron_mosaic.layout.rows import Interval, Places, Rows, split_evenly
+from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
 
-Part = Mapping[int, Rows]  # ranks and the rows that they hold; equal rows, equal values
+# Sets of ranks and the rows that they hold; equal rows, equal values.
+Part = Sequence[tuple[tuple[int, ...], Rows]]
 NodeOf = Callable[[int], int]  # node of a global rank
 
 
@@ -82,11 +83,11 @@ def route(produced: Ownership, kept: Ownership, *, node_of: NodeOf | None = None
     Raises:
         LayoutError: A kept row is not produced by any rank.
     """
-    builder = _RouteBuilder(parts=(produced.rows,), node_of=node_of or _one_node)
-    _check_produced(produced, kept)
-    for replicas in _sorted_sets(kept):
-        builder.deliver(replicas, kept.rows[replicas[0]])
-    return builder.route(wanted=kept.rows)
+    builder = _RouteBuilder(parts=(_sorted_sets(produced),), node_of=node_of)
+    for replicas, rows in _sorted_sets(kept):
+        if builder.deliver(replicas, rows) < rows.size:
+            _refuse(produced, kept)
+    return builder.route(held=produced.rows, wanted=kept.rows)
 
 
 def gradient_route(produced: Ownership, kept: Ownership, *, node_of: NodeOf | None = None) -> Route:
@@ -95,22 +96,19 @@ def gradient_route(produced: Ownership, kept: Ownership, *, node_of: NodeOf | No
     Replicas of a destination hold the same gradient, so one speaks for all of them. Where
     several sets of replicas kept a row, each has a part of its gradient and all are brought.
     """
-    parts = tuple({rank: kept.rows[rank] for rank in replicas} for replicas in _sorted_sets(kept))
-    builder = _RouteBuilder(parts=parts, node_of=node_of or _one_node)
-    for replicas in _sorted_sets(produced):
-        builder.deliver(replicas, produced.rows[replicas[0]])
-    return builder.route(wanted=produced.rows)
+    parts = tuple((each,) for each in _sorted_sets(kept))
+    builder = _RouteBuilder(parts=parts, node_of=node_of)
+    for replicas, rows in _sorted_sets(produced):
+        builder.deliver(replicas, rows)
+    return builder.route(held=kept.rows, wanted=produced.rows)
 
 
-def _one_node(rank: int) -> int:
-    return 0
+def _sorted_sets(ownership: Ownership) -> list[tuple[tuple[int, ...], Rows]]:
+    sets = sorted(tuple(sorted(replicas)) for replicas in ownership.replicas)
+    return [(replicas, ownership.rows[replicas[0]]) for replicas in sets]
 
 
-def _sorted_sets(ownership: Ownership) -> list[tuple[int, ...]]:
-    return sorted(tuple(sorted(replicas)) for replicas in ownership.replicas)
-
-
-def _check_produced(produced: Ownership, kept: Ownership) -> None:
+def _refuse(produced: Ownership, kept: Ownership) -> None:
     available = Rows.of(interval for rows in produced.rows.values() for interval in rows)
     for rank, rows in kept.rows.items():
         for interval in rows:
@@ -132,24 +130,32 @@ class _Piece(NamedTuple):
 class _RouteBuilder:
     """Collects legs and gathers for one set of replicas after the other."""
 
-    def __init__(self, *, parts: Sequence[Part], node_of: NodeOf) -> None:
-        self.parts = parts
+    def __init__(self, *, parts: Sequence[Part], node_of: NodeOf | None) -> None:
         self.node_of = node_of
         self.pieces = _pieces(parts)
+        self._starts = [piece.rows.start for piece in self.pieces]
+        self._stops = [piece.rows.stop for piece in self.pieces]
         self.legs: list[Leg] = []
         self.gathers: list[Gather] = []
         self.load: dict[int, int] = {}  # rows that a rank sends to others
 
-    def route(self, *, wanted: Mapping[int, Rows]) -> Route:
-        held = {rank: rows for part in self.parts for rank, rows in part.items()}
+    def route(self, *, held: Mapping[int, Rows], wanted: Mapping[int, Rows]) -> Route:
         return Route(
-            held=held, wanted=dict(wanted), legs=tuple(self.legs), gathers=tuple(self.gathers)
+            held=dict(held),
+            wanted=dict(wanted),
+            legs=tuple(self.legs),
+            gathers=tuple(self.gathers),
         )
 
-    def deliver(self, replicas: tuple[int, ...], rows: Rows) -> None:
-        """Brings the sum of all parts of ``rows`` to each of the replicas."""
-        shared = []
-        for piece in (piece for interval in rows for piece in _inside(interval, self.pieces)):
+    def deliver(self, replicas: tuple[int, ...], rows: Rows) -> int:
+        """Brings the sum of all parts of ``rows`` to each of the replicas.
+
+        Returns:
+            How many of the rows some part has.
+        """
+        shared, num_found = [], 0
+        for piece in self._inside(rows):
+            num_found += piece.rows.size
             if len(replicas) == 1:
                 self._bring_whole(piece, replicas)
             elif len(piece.holders) == 1 and not set(piece.holders[0]).isdisjoint(replicas):
@@ -159,6 +165,19 @@ class _RouteBuilder:
                 shared.append(piece)
         if shared:
             self._bring_shares(shared, replicas)
+        return num_found
+
+    def _inside(self, rows: Rows) -> Iterator[_Piece]:
+        """Yields the pieces inside some rows, each clipped to them; ascending."""
+        for interval in rows:
+            start, stop = interval
+            first = bisect_right(self._stops, start)
+            last = bisect_left(self._starts, stop, lo=first)
+            for piece in self.pieces[first:last]:
+                if start <= piece.rows.start and piece.rows.stop <= stop:
+                    yield piece
+                else:
+                    yield _Piece(piece.rows.clip(interval), piece.holders)
 
     def _bring_whole(self, piece: _Piece, replicas: tuple[int, ...]) -> None:
         for holders in piece.holders:
@@ -173,67 +192,71 @@ class _RouteBuilder:
     def _bring_shares(self, pieces: Sequence[_Piece], replicas: tuple[int, ...]) -> None:
         gather = Gather(ranks=replicas, rows=Rows.of(piece.rows for piece in pieces))
         self.gathers.append(gather)
-        for index, rank in enumerate(replicas):
-            for piece, rows in _share_pieces(gather, index, pieces):
-                for holders in piece.holders:
-                    if rank in holders:
-                        self._add(rank, rank, rows)
-                    else:
-                        self._fetch(rank, rows, holders, num_sharing=len(replicas))
+        for index, piece, rows in _shared_pieces(gather, pieces):
+            rank = replicas[index]
+            for holders in piece.holders:
+                if rank in holders:
+                    self._add(rank, rank, rows)
+                else:
+                    self._fetch(rank, rows, holders, num_sharing=len(replicas))
 
     def _fetch(
         self, rank: int, rows: Interval, holders: Sequence[int], *, num_sharing: int
     ) -> None:
         """Fetches rows from their holders, of which ``num_sharing`` ranks make use alike."""
-        same_node = [holder for holder in holders if self.node_of(holder) == self.node_of(rank)]
-        holders = same_node or holders
+        if self.node_of is not None:
+            node = self.node_of(rank)
+            holders = [holder for holder in holders if self.node_of(holder) == node] or holders
+        if len(holders) == 1:
+            self._add(holders[0], rank, rows)
+            return
         by_load = sorted(holders, key=lambda holder: (self.load.get(holder, 0), holder))
         sources = by_load[: -(-len(holders) // num_sharing)]
         for source, part in zip(sources, split_evenly(rows.size, len(sources)), strict=True):
             self._add(source, rank, part.shift(rows.start))
 
     def _add(self, source: int, destination: int, rows: Interval) -> None:
-        if not rows.size:
+        if rows.start == rows.stop:
             return
         self.legs.append(Leg(source, destination, rows))
         if source != destination:
-            self.load[source] = self.load.get(source, 0) + rows.size
+            self.load[source] = self.load.get(source, 0) + rows.stop - rows.start
 
 
 def _pieces(parts: Sequence[Part]) -> list[_Piece]:
     """Cuts all rows where their holders change; ascending."""
-    cuts = sorted(
-        {bound for part in parts for rows in part.values() for each in rows for bound in each}
-    )
+    held = [(interval, ranks) for part in parts for ranks, rows in part for interval in rows]
+    held.sort()
+    if all(before[0].stop <= after[0].start for before, after in pairwise(held)):
+        # Most often no two sets of replicas hold the same rows: nothing is to be cut.
+        return [_Piece(interval, (ranks,)) for interval, ranks in held]
+    return _cut_pieces(parts)
+
+
+def _cut_pieces(parts: Sequence[Part]) -> list[_Piece]:
+    cuts = sorted({bound for part in parts for _, rows in part for each in rows for bound in each})
     holders: list[dict[int, list[int]]] = [{} for _ in cuts]  # of the rows that follow each cut
     for index, part in enumerate(parts):
-        for rank, rows in sorted(part.items()):
+        for ranks, rows in part:
             for start, stop in rows:
                 for cut in range(bisect_left(cuts, start), bisect_left(cuts, stop)):
-                    holders[cut].setdefault(index, []).append(rank)
+                    holders[cut].setdefault(index, []).extend(ranks)
     return [
-        _Piece(Interval(*bounds), tuple(tuple(ranks) for ranks in of_parts.values()))
+        _Piece(Interval(*bounds), tuple(tuple(sorted(ranks)) for ranks in of_parts.values()))
         for bounds, of_parts in zip(pairwise(cuts), holders, strict=False)
         if of_parts
     ]
 
 
-def _inside(rows: Interval, pieces: Sequence[_Piece]) -> Iterator[_Piece]:
-    first = bisect_right(pieces, rows.start, key=lambda piece: piece.rows.stop)
-    last = bisect_left(pieces, rows.stop, key=lambda piece: piece.rows.start)
-    for piece in pieces[first:last]:
-        yield piece._replace(rows=piece.rows.clip(rows))
-
-
-def _share_pieces(
-    gather: Gather, index: int, pieces: Sequence[_Piece]
-) -> Iterator[tuple[_Piece, Interval]]:
-    """Rows of each piece that belong to one share."""
-    share, places = gather.share(index), Places(gather.rows)
+def _shared_pieces(
+    gather: Gather, pieces: Sequence[_Piece]
+) -> Iterator[tuple[int, _Piece, Interval]]:
+    """Rows of each piece that belong to each share, one share after the other."""
+    size, before = gather.share_size, 0
     for piece in pieces:
-        first = places.find(piece.rows.start)
-        assert first is not None, "the pieces are the rows of the gather"
-        inside = Interval(first, first + piece.rows.size).clip(share)
-        rows = inside.shift(piece.rows.start - first)
-        if rows.size:
-            yield piece, rows
+        start, stop = piece.rows
+        for index in range(before // size, -(-(before + stop - start) // size)):
+            first = max(start, start + index * size - before)
+            last = min(stop, start + (index + 1) * size - before)
+            yield index, piece, Interval(first, last)
+        before += stop - start

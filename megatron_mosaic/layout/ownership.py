@@ -4,12 +4,14 @@ A boundary tensor has rows ``[rows, hidden]``, sample after sample in global ord
 are counted within one microbatch's boundary tensor, from 0.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal, NamedTuple
 
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
 from megatron_mosaic.layout.sharding import SequenceSharding
 
@@ -30,6 +32,19 @@ class Ownership:
 
     rows: Mapping[int, Rows]
     replicas: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """The part of an ownership that somebody needs: deriving it costs only what it holds.
+
+    Args:
+        samples: Samples of the microbatch; replicas that run none of them are left out.
+        position: Place in the grid of a rank, if only its own set of replicas matters.
+    """
+
+    samples: Rows
+    position: Coordinates | None = None
 
 
 def encoder_samples(num_samples: int, *, data_parallel_size: int) -> tuple[Interval, ...]:
@@ -61,51 +76,76 @@ def row_offsets(counts: Sequence[int]) -> list[int]:
 
 def count_rows(runs: Runs) -> int:
     """Rows of a sample."""
-    return sum(run.size for run in runs)
+    return sum([stop - start for start, stop in runs])
+
+
+def replicas_of(samples: Interval, *, num_samples: int, data_parallel_size: int) -> range:
+    """Data-parallel ranks of an encoder between which some samples lie, as it splits them.
+
+    Args:
+        samples: At least one of the samples of a group of microbatches.
+        num_samples: Samples of the group.
+        data_parallel_size: Replicas of the encoder.
+    """
+    # Part p begins at floor(p * n / dp): sample i is in the last part that begins at i or before.
+    first, last = (
+        ((sample + 1) * data_parallel_size - 1) // num_samples
+        for sample in (samples.start, samples.stop - 1)
+    )
+    return range(first, last + 1)
 
 
 def produced(
     source: ModulePlacement,
     *,
-    group_counts: Sequence[int],
+    offsets: Sequence[int],
     microbatch: Interval,
+    group_size: int,
     item_rows: int = 1,
     item_shards: Sequence[Interval] | None = None,
+    selection: Selection | None = None,
 ) -> Ownership:
     """Rows of one microbatch that the last pipeline stage of an encoder produces.
 
     Args:
         source: The encoder.
-        group_counts: Rows of each sample of the group of microbatches that the encoder runs in
+        offsets: First row of each sample of the microbatch, and their number as last entry
+            (``row_offsets``).
+        microbatch: Which samples these are of the group of microbatches that the encoder runs in
             one task.
-        microbatch: Samples of that group which form the microbatch.
+        group_size: Samples of that group.
         item_rows: Rows of one item, such as an image, of which a sample has any number.
         item_shards: Rows of every item that each context-parallel rank makes; None where that
             size is 1.
+        selection: What is needed of it; None is everything. Replicas are there with all the
+            rows that they have.
 
     Raises:
-        LayoutError: The microbatch is not inside the group.
+        LayoutError: The microbatch is not inside the group, or has not as many samples.
     """
-    if not 0 <= microbatch.start <= microbatch.stop <= len(group_counts):
+    if not 0 <= microbatch.start <= microbatch.stop <= group_size:
         raise LayoutError(
             f"modules.{source.name}: microbatch={list(microbatch)} must be samples of a group of "
-            f"{len(group_counts)}; pass the row counts of the whole group"
+            f"{group_size}; pass its place in the group"
         )
-    offsets = row_offsets(group_counts)
-    samples = encoder_samples(len(group_counts), data_parallel_size=source.data_parallel_size)
-    stage = source.pipeline_model_parallel_size - 1
+    if len(offsets) != microbatch.size + 1:
+        raise LayoutError(
+            f"modules.{source.name}: offsets={len(offsets)} must number one more than the samples "
+            f"of microbatch={list(microbatch)}; pass the row offsets of these samples"
+        )
+    dp_size, stage = source.data_parallel_size, source.pipeline_model_parallel_size - 1
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
-    for dp, owned in enumerate(samples):
-        inside = owned.clip(microbatch)
-        first = offsets[microbatch.start]
-        whole = Interval(offsets[inside.start] - first, offsets[inside.stop] - first)
-        for cp in range(source.context_parallel_size):
-            own = Rows.of([whole])
+    for dp in _producing(selection, microbatch, group_size=group_size, dp_size=dp_size):
+        own = Interval(dp * group_size // dp_size, (dp + 1) * group_size // dp_size)
+        inside = own.clip(microbatch).shift(-microbatch.start)
+        whole = Interval(offsets[inside.start], offsets[inside.stop])
+        for cp in _chosen(selection, "cp", source.context_parallel_size):
+            made = [whole]
             if item_shards is not None:
-                own = Rows.of(_shards(whole, item_rows=item_rows, shard=item_shards[cp]))
+                made = list(_shards(whole, item_rows=item_rows, shard=item_shards[cp]))
             replicas.append(_tensor_parallel_ranks(source, cp=cp, dp=dp, stage=stage))
-            rows |= dict.fromkeys(replicas[-1], own)
+            rows |= dict.fromkeys(replicas[-1], Rows.of(made))
     return Ownership(rows=rows, replicas=tuple(replicas))
 
 
@@ -115,6 +155,9 @@ def kept(
     samples: Sequence[Runs],
     samples_per_replica: int,
     sharding: SequenceSharding | None = None,
+    selection: Selection | None = None,
+    offsets: Sequence[int] | None = None,
+    shards: "ShardTable | None" = None,
 ) -> Ownership:
     """Rows of one microbatch that the first pipeline stage of a destination keeps.
 
@@ -127,6 +170,9 @@ def kept(
             a sharded sequence are cut off: nobody keeps them.
         samples_per_replica: Samples of one data-parallel replica (``micro_batch_size``).
         sharding: How sequences are split over the ranks of a replica, if they are.
+        selection: What is needed of it; None is everything. Only rows of its samples are there.
+        offsets: ``row_offsets`` of the samples, if they are known already.
+        shards: Table of the sharding, if there is one already.
 
     Raises:
         LayoutError: The samples are not those of one microbatch.
@@ -138,45 +184,135 @@ def kept(
             f"micro_batch_size*DP={samples_per_replica}*{destination.data_parallel_size}="
             f"{num_samples}; pass the rows of each sample of the microbatch"
         )
-    offsets = row_offsets([count_rows(runs) for runs in samples])
-    shares = language_samples(
-        samples_per_replica, data_parallel_size=len(samples) // samples_per_replica
-    )
+    if offsets is None:
+        offsets = row_offsets([count_rows(runs) for runs in samples])
+    if sharding is not None and shards is None:
+        shards = ShardTable(sharding)
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
-    for dp, share in enumerate(shares):
-        for cp in range(destination.context_parallel_size):
+    for dp in _keeping(selection, samples_per_replica, dp_size=destination.data_parallel_size):
+        share = Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
+        inside = [share] if selection is None else list(selection.samples.inside(share))
+        own = shards and shards.rows(samples, inside, offsets=offsets, selection=selection)
+        whole = Rows.of(Interval(offsets[start], offsets[stop]) for start, stop in inside)
+        for cp in _chosen(selection, "cp", destination.context_parallel_size):
             ranks = _tensor_parallel_ranks(destination, cp=cp, dp=dp, stage=0)
-            if sharding is None:
+            if sharding is None or own is None:
                 replicas.append(ranks)
-                whole = Interval(offsets[share.start], offsets[share.stop])
-                rows |= dict.fromkeys(ranks, Rows.of([whole]))
+                rows |= dict.fromkeys(ranks, whole)
                 continue
-            for part in range(sharding.tp):
-                positions = sharding.positions(cp=cp, tp=part)
-                own = Rows.of(
-                    row.shift(offsets[sample])
-                    for sample in range(*share)
-                    for row in rows_at(samples[sample], positions)
-                )
+            for part in _chosen(selection, "tp", sharding.tp):
                 alike = (ranks[part],) if sharding.tp > 1 else ranks
                 replicas.append(alike)
-                rows |= dict.fromkeys(alike, own)
+                rows |= dict.fromkeys(alike, own[cp, part])
     return Ownership(rows=rows, replicas=tuple(replicas))
 
 
-def rows_at(runs: Runs, positions: Rows) -> Iterator[Interval]:
-    """Yields the rows of a sample that belong at some positions of its sequence.
+class ShardTable:
+    """Finds who keeps which rows of a sample, from the positions where its rows belong.
 
     Args:
-        runs: Where the sample's rows belong.
-        positions: Positions of the sequence.
+        sharding: How sequences are split.
     """
-    before = 0
-    for run in runs:
-        for inside in positions.inside(run):
-            yield inside.shift(before - run.start)
-        before += run.size
+
+    def __init__(self, sharding: SequenceSharding) -> None:
+        self._sharding = sharding
+        self._keys = [(cp, tp) for cp in range(sharding.cp) for tp in range(sharding.tp)]
+        table = [
+            (start, stop, key)
+            for key in self._keys
+            for start, stop in sharding.positions(cp=key[0], tp=key[1])
+        ]
+        self._whole = _Columns.of(table)
+        self._of_one = {
+            key: _Columns.of([row for row in table if row[2] == key]) for key in self._keys
+        }
+
+    def rows(
+        self,
+        samples: Sequence[Runs],
+        inside: Sequence[Interval],
+        *,
+        offsets: Sequence[int],
+        selection: Selection | None = None,
+    ) -> dict[tuple[int, int], Rows]:
+        """Rows of some samples that each context- and tensor-parallel rank keeps.
+
+        Args:
+            samples: Those of a microbatch.
+            inside: Which of them.
+            offsets: Their ``row_offsets``.
+            selection: Names the one rank whose rows matter, if it does.
+        """
+        keys, columns = self._keys, self._whole
+        if selection is not None and selection.position is not None:
+            position = selection.position
+            keys = [(position.cp, position.tp if self._sharding.tp > 1 else 0)]
+            columns = self._of_one[keys[0]]
+        starts, stops, key_at = columns
+        num = len(starts)
+        found: dict[tuple[int, int], list[Interval]] = {key: [] for key in keys}
+        for sample in (sample for span in inside for sample in range(*span)):
+            before = offsets[sample]
+            for start, stop in samples[sample]:
+                if start == stop:
+                    continue
+                index, shift = bisect_right(stops, start), before - start
+                while index < num and starts[index] < stop:
+                    first, last = max(start, starts[index]), min(stop, stops[index])
+                    found[key_at[index]].append(Interval(first + shift, last + shift))
+                    index += 1
+                before += stop - start
+        return {key: Rows.of_sorted(intervals) for key, intervals in found.items()}
+
+
+class _Columns(NamedTuple):
+    """Where stretches of positions start and stop, and who has them; ascending."""
+
+    starts: list[int]
+    stops: list[int]
+    keys: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, table: list[tuple[int, int, tuple[int, int]]]) -> "_Columns":
+        starts, stops, keys = (list(column) for column in zip(*sorted(table), strict=True))
+        return cls(starts, stops, keys)
+
+
+def _producing(
+    selection: Selection | None, microbatch: Interval, *, group_size: int, dp_size: int
+) -> Sequence[int]:
+    """Replicas of a source that a selection needs."""
+    if selection is None:
+        return range(dp_size)
+    if selection.position is not None:
+        return (selection.position.dp,)
+    found: dict[int, None] = {}
+    for samples in selection.samples:
+        own = samples.shift(microbatch.start)
+        found |= dict.fromkeys(replicas_of(own, num_samples=group_size, data_parallel_size=dp_size))
+    return list(found)
+
+
+def _keeping(
+    selection: Selection | None, samples_per_replica: int, *, dp_size: int
+) -> Sequence[int]:
+    """Replicas of a destination that a selection needs."""
+    if selection is None:
+        return range(dp_size)
+    if selection.position is not None:
+        return (selection.position.dp,)
+    found: dict[int, None] = {}
+    for start, stop in selection.samples:
+        found |= dict.fromkeys(range(start // samples_per_replica, -(-stop // samples_per_replica)))
+    return list(found)
+
+
+def _chosen(selection: Selection | None, axis: Literal["cp", "tp"], size: int) -> Sequence[int]:
+    """Places on an axis of the grid that a selection needs."""
+    if selection is None or selection.position is None or size == 1:
+        return range(size)
+    return (getattr(selection.position, axis),)
 
 
 def _shards(whole: Interval, *, item_rows: int, shard: Interval) -> Iterator[Interval]:
@@ -187,7 +323,7 @@ def _shards(whole: Interval, *, item_rows: int, shard: Interval) -> Iterator[Int
 def _tensor_parallel_ranks(
     placement: ModulePlacement, *, cp: int, dp: int, stage: int
 ) -> tuple[int, ...]:
-    return tuple(
-        placement.rank_at(tp=tp, cp=cp, dp=dp, pp=stage)
-        for tp in range(placement.tensor_model_parallel_size)
-    )
+    """Ranks that differ in their tensor-parallel place, the fastest of the grid."""
+    tp_size, cp_size = placement.tensor_model_parallel_size, placement.context_parallel_size
+    first = tp_size * (cp + cp_size * (dp + placement.data_parallel_size * stage))
+    return placement.ranks[first : first + tp_size]

@@ -1,7 +1,7 @@
 """Sets of consecutive rows, samples or positions, and their arithmetic."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Self
 
@@ -38,6 +38,13 @@ class Rows(tuple[Interval, ...]):
     @classmethod
     def of(cls, intervals: Iterable[Interval]) -> Self:
         """Joins intervals in any order; those that touch or overlap become one."""
+        return cls.of_sorted(sorted(interval for interval in intervals if interval.size))
+
+    @classmethod
+    def of_sorted(cls, intervals: Sequence[Interval]) -> Self:
+        """Joins intervals that are ascending and not empty."""
+        if len(intervals) < 2 or _are_apart(intervals):
+            return cls(intervals)
         return cls(_merged(intervals))
 
     @property
@@ -68,11 +75,12 @@ class Places:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
+        self._starts = [interval.start for interval in rows]
         self._before = list(accumulate((interval.size for interval in rows), initial=0))
 
     def find(self, row: int) -> int | None:
         """Place of a row in the tensor; None if it is not there."""
-        index = bisect_right(self._rows, row, key=lambda interval: interval.start) - 1
+        index = bisect_right(self._starts, row) - 1
         if index < 0 or row >= self._rows[index].stop:
             return None
         return self._before[index] + row - self._rows[index].start
@@ -94,15 +102,16 @@ def split_evenly(total: int, parts: int) -> tuple[Interval, ...]:
     return tuple(Interval(*pair) for pair in pairwise(bounds))
 
 
-def _merged(intervals: Iterable[Interval]) -> Iterator[Interval]:
-    start = stop = None
-    for interval in sorted(interval for interval in intervals if interval.size):
-        if start is None or stop is None:
-            start, stop = interval
-        elif interval.start <= stop:
+def _are_apart(intervals: Sequence[Interval]) -> bool:
+    return all(before.stop < after.start for before, after in pairwise(intervals))
+
+
+def _merged(intervals: Sequence[Interval]) -> Iterator[Interval]:
+    start, stop = intervals[0]
+    for interval in intervals:
+        if interval.start <= stop:
             stop = max(stop, interval.stop)
         else:
             yield Interval(start, stop)
             start, stop = interval
-    if start is not None and stop is not None:
-        yield Interval(start, stop)
+    yield Interval(start, stop)

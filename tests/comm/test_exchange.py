@@ -11,7 +11,7 @@ from megatron_mosaic.comm.record import record
 from megatron_mosaic.comm.replay import P2P, Issue, replay
 from megatron_mosaic.comm.route import Route, gradient_route, route
 from megatron_mosaic.comm.traffic import total_received_bytes
-from megatron_mosaic.layout.ownership import Ownership, encoder_samples, kept, produced
+from megatron_mosaic.layout.ownership import Ownership, encoder_samples, kept, produced, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
 from megatron_mosaic.layout.sharding import SequenceSharding
@@ -41,7 +41,12 @@ class Case:
         first = microbatch * self.num_samples
         samples = Interval(first, first + self.num_samples)
         return (
-            produced(self.source, group_counts=self.counts, microbatch=samples),
+            produced(
+                self.source,
+                offsets=row_offsets(self.counts[slice(*samples)]),
+                microbatch=samples,
+                group_size=len(self.counts),
+            ),
             kept(
                 self.destination,
                 samples=[

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.comm.route import Gather, Leg, Route, gradient_route, route
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.ownership import Ownership, kept, produced
+from megatron_mosaic.layout.ownership import Ownership, kept, produced, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Places, Rows
 from megatron_mosaic.layout.sharding import SequenceSharding
@@ -23,10 +23,18 @@ def _language(*ranks, **sizes):
 
 def _owners(source, destination, counts):
     samples_per_replica = len(counts) // destination.data_parallel_size
-    microbatch = Interval(0, len(counts))
     return (
-        produced(source, group_counts=counts, microbatch=microbatch),
+        _produced(source, counts, Interval(0, len(counts))),
         kept(destination, samples=_runs(counts), samples_per_replica=samples_per_replica),
+    )
+
+
+def _produced(source, group_counts, microbatch):
+    return produced(
+        source,
+        offsets=row_offsets(group_counts[slice(*microbatch)]),
+        microbatch=microbatch,
+        group_size=len(group_counts),
     )
 
 
@@ -192,7 +200,7 @@ def _ownerships(draw, max_context_parallel_size=2):
     first = num_samples * draw(st.integers(0, num_microbatches - 1))
     microbatch = Interval(first, first + num_samples)
     return (
-        produced(source, group_counts=counts, microbatch=microbatch),
+        _produced(source, counts, microbatch),
         _kept(draw, destination, counts[first:][:num_samples], mbs),
     )
 

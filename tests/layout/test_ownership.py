@@ -34,6 +34,15 @@ def placement_of(name, *, tp=1, cp=1, dp=1, pp=1):
     )
 
 
+def made_by(vision, *, group_counts, microbatch):
+    return produced(
+        vision,
+        offsets=row_offsets(group_counts[slice(*microbatch)]),
+        microbatch=microbatch,
+        group_size=len(group_counts),
+    )
+
+
 @st.composite
 def groups_of_microbatches(draw):
     samples = draw(st.integers(1, 5))
@@ -94,7 +103,7 @@ def test_produced_clips_the_group_to_the_microbatch():
     vision = placement_of("vision", dp=2)
 
     # Six samples, three for each replica; the microbatch is samples 2 and 3, of 2 and 5 tokens.
-    owned = produced(vision, group_counts=[3, 0, 2, 5, 1, 1], microbatch=Interval(2, 4))
+    owned = made_by(vision, group_counts=[3, 0, 2, 5, 1, 1], microbatch=Interval(2, 4))
 
     assert owned.rows == {0: ((0, 2),), 1: ((2, 7),)}
 
@@ -102,7 +111,7 @@ def test_produced_clips_the_group_to_the_microbatch():
 def test_produced_is_empty_on_replicas_outside_the_microbatch():
     vision = placement_of("vision", dp=4)
 
-    owned = produced(vision, group_counts=[3, 1, 2, 5], microbatch=Interval(2, 4))
+    owned = made_by(vision, group_counts=[3, 1, 2, 5], microbatch=Interval(2, 4))
 
     assert owned.rows == {0: (), 1: (), 2: ((0, 2),), 3: ((2, 7),)}
 
@@ -110,7 +119,7 @@ def test_produced_is_empty_on_replicas_outside_the_microbatch():
 def test_produced_belongs_to_last_stage_and_its_tensor_parallel_replicas():
     vision = placement_of("vision", tp=2, dp=2, pp=2)
 
-    owned = produced(vision, group_counts=[1, 4], microbatch=Interval(0, 2))
+    owned = made_by(vision, group_counts=[1, 4], microbatch=Interval(0, 2))
 
     assert owned.rows == {4: ((0, 1),), 5: ((0, 1),), 6: ((1, 5),), 7: ((1, 5),)}
     assert owned.replicas == ((4, 5), (6, 7))
@@ -160,8 +169,9 @@ def test_produced_rows_of_context_parallel_ranks_are_parts_of_every_item():
 
     owned = produced(
         vision,
-        group_counts=[3, 0, 6],
+        offsets=row_offsets([3, 0, 6]),
         microbatch=Interval(0, 3),
+        group_size=3,
         item_rows=3,
         item_shards=shards,
     )
@@ -201,7 +211,7 @@ def test_produced_equals_ownership_token_by_token(group, dp, tp, pp):
     counts, microbatch = group
     vision = placement_of("vision", tp=tp, dp=dp, pp=pp)
 
-    owned = produced(vision, group_counts=counts, microbatch=microbatch)
+    owned = made_by(vision, group_counts=counts, microbatch=microbatch)
 
     # Every token of the microbatch in order, as the data-parallel rank that runs its sample.
     runs = {}
@@ -233,7 +243,7 @@ def test_replicas_cover_the_microbatch_once_and_in_order(group, dp, tp):
     counts, microbatch = group
     vision = placement_of("vision", tp=tp, dp=dp)
 
-    owned = produced(vision, group_counts=counts, microbatch=microbatch)
+    owned = made_by(vision, group_counts=counts, microbatch=microbatch)
 
     num_tokens = sum(counts[slice(*microbatch)])
     tokens = [token for ranks in owned.replicas for token in owned.rows[ranks[0]].numbers()]
@@ -245,7 +255,17 @@ def test_replicas_cover_the_microbatch_once_and_in_order(group, dp, tp):
 
 def test_produced_refuses_microbatch_outside_its_group():
     with pytest.raises(LayoutError, match=r"microbatch=\[2, 4\] must be samples of a group of 3; "):
-        produced(placement_of("vision"), group_counts=[1, 1, 1], microbatch=Interval(2, 4))
+        made_by(placement_of("vision"), group_counts=[1, 1, 1], microbatch=Interval(2, 4))
+
+
+def test_produced_refuses_offsets_of_another_number_of_samples():
+    with pytest.raises(LayoutError, match=r"offsets=4 must number one more .*microbatch=\[0, 2\]"):
+        produced(
+            placement_of("vision"),
+            offsets=row_offsets([1, 1, 1]),
+            microbatch=Interval(0, 2),
+            group_size=3,
+        )
 
 
 def test_kept_refuses_another_number_of_samples():

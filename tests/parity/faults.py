@@ -1,6 +1,7 @@
 """Planted errors: the comparison must see each of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 
@@ -26,17 +27,15 @@ def _swap_replicas(rank: int) -> None:
     """Two data-parallel replicas of the language model get each other's rows."""
     from megatron_mosaic.comm import boundary
 
-    kept = boundary.kept
+    make = boundary.BoundarySides
 
-    def kept_swapped(*arguments: Any, **options: Any) -> Any:
-        ownership = kept(*arguments, **options)
-        first, second = ownership.replicas[0], ownership.replicas[1]
-        intervals = ownership.intervals
-        swapped = dict.fromkeys(first, intervals[second[0]])
-        swapped |= dict.fromkeys(second, intervals[first[0]])
-        return type(ownership)(intervals=intervals | swapped, replicas=ownership.replicas)
+    def make_swapped(*, destination: Any, **others: Any) -> Any:
+        first, second = (destination.rank_at(dp=dp) for dp in (0, 1))
+        swapped = {first: second, second: first}
+        ranks = tuple(swapped.get(rank, rank) for rank in destination.ranks)
+        return make(destination=replace(destination, ranks=ranks), **others)
 
-    boundary.kept = kept_swapped
+    boundary.BoundarySides = make_swapped
 
 
 def _skip_boundary_gradient(rank: int) -> None:

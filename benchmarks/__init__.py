@@ -1,0 +1,1 @@
+"""Measurements: each module measures one subject and writes one file of ``results/``."""
