@@ -43,12 +43,15 @@ class RowFacts:
         flops: Operations of forward and backward pass behind such a row.
         item: What it turns into rows.
         keeps_parts: Whether a rank with a part of each sequence is sent the rows of its part only.
+        sequence_length: Tokens of a sample in the language model, which the script settles when it
+            builds a module: ranks without any do not know.
     """
 
     width: int
     flops: float
     item: ItemShape
     keeps_parts: bool
+    sequence_length: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

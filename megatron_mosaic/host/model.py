@@ -195,7 +195,7 @@ def _open_channels(runtime: Runtime) -> None:
     runtime.channels.open_all(
         ActivationSizes(
             hidden_size=runtime.row_facts[LANGUAGE].width,
-            sequence_length=args.decoder_seq_length or args.seq_length,
+            sequence_length=runtime.row_facts[LANGUAGE].sequence_length,
             rows=runtime.row_facts,
             dtype=args.params_dtype,
         ),

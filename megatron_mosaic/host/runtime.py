@@ -69,6 +69,7 @@ def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
             flops=runner.boundary.flops_per_row(args, trained=runtime.trained.get(name, {})),
             item=runner.boundary.item,
             keeps_parts=runner.boundary.keeps_parts,
+            sequence_length=args.decoder_seq_length or args.seq_length,
         )
         for name, runner in runtime.runners.items()
         if runner.groups.is_last_stage

@@ -27,9 +27,10 @@ from megatron.training import get_args
 from megatron.training.checkpointing import get_checkpoint_name
 
 from tests.parity import vlm_script
-from tests.parity.vlm_script import TEXT_LENGTH
 
 SHARD_SAMPLES = 20
+
+TEXT_LENGTH = 8
 
 
 def write_shards(folder: Path, *, num_samples: int) -> None:

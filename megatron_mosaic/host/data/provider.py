@@ -146,7 +146,7 @@ class ReadingByModule:
         return {name: runner.boundary for name, runner in self.runtime.runners.items()}
 
     def _facts_layout(self) -> FactsLayout:
-        args, runtime = get_args(), self.runtime
+        runtime = self.runtime
         return FactsLayout(
             sources=tuple(sorted({source for source, _ in runtime.plan.edges})),
             item_rows={
@@ -154,7 +154,7 @@ class ReadingByModule:
                 for source, destination in runtime.plan.edges
                 if runtime.row_facts[destination].keeps_parts
             },
-            sequence_length=args.decoder_seq_length or args.seq_length,
+            sequence_length=runtime.row_facts[LANGUAGE].sequence_length,
         )
 
 

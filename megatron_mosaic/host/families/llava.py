@@ -122,7 +122,7 @@ def _building(model: LLaVAModel, arguments: dict[str, Any], groups: ModuleGroups
     """Sets LLaVAModel's arguments to those of a half, and completes the half once it is built."""
     arguments["pg_collection"] = groups.collection
     config = arguments[f"{groups.placement.name}_transformer_config"]
-    check_module(groups.placement, facts_of(config))
+    check_module(groups.placement, facts_of(retarget(config, groups.placement)))
     build = _building_language if groups.placement.name == LANGUAGE else _building_vision
     with build(model, arguments, groups):
         yield
