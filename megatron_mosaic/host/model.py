@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -98,6 +99,9 @@ class MosaicModel(MimoModel):
                 "non_homogeneous_layers": self._layer_keys.apart(name),
             }
             entries.update(sharded_state_dict_default(inner, prefix, sharded_offsets, own))
+        if not entries:
+            # Megatron drops what is empty while it loads, and then misses it.
+            entries["idle"] = LocalNonpersistentObject(True)
         return entries
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:

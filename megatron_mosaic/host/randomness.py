@@ -61,7 +61,9 @@ class ModuleRandomness:
             for module, states in self._states.items()
             for key, state in states.items()
         }
-        get_cuda_rng_tracker().set_states(parked)
+        # Megatron takes an empty tracker in a checkpoint for a damaged one: a rank without any
+        # module parks what it has.
+        get_cuda_rng_tracker().set_states(parked or {f"idle@{_HOST}": torch.get_rng_state()})
 
     def unpark(self) -> None:
         """Takes the states back, as they are after a checkpoint was loaded."""

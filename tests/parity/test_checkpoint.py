@@ -71,6 +71,7 @@ def _distance(own: dict, other: dict) -> float:
         ("disjoint_v2_lpp2", "disjoint_v2_lpp2", SHARDED),
         ("disjoint_v2_lpp2", "colocated_v2_l2", SHARDED),
         ("colocated_v2_l2", "disjoint_v2_lpp2", ()),
+        ("idle_rank", "idle_rank", SHARDED),
         ("encoders_on_shared_ranks", "encoders_apart", SEVERAL),
         ("output_on_shared_ranks", "output_apart", OUTPUT),
     ],
