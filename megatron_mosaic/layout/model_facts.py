@@ -1,11 +1,9 @@
-"""Checks a plan against the model that the training script builds."""
+"""Checks the placement of a module against what the training script builds."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.placement import ModulePlacement
-from megatron_mosaic.layout.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,26 +26,6 @@ class ModuleFacts:
     sequence_length: int | None = None
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
-
-
-def check_model(plan: Plan, facts: Mapping[str, ModuleFacts]) -> None:
-    """Checks that every module of the model can be split as the plan says.
-
-    Args:
-        plan: The plan.
-        facts: The model's modules by their names in the plan.
-
-    Raises:
-        LayoutError: Plan and model have different modules, or a parallel size does not divide
-            what it splits.
-    """
-    if sorted(facts) != sorted(plan.modules):
-        raise LayoutError(
-            f"modules: names={list(plan.modules)} must be the modules of the model, "
-            f"{sorted(facts)}; add the missing ones or remove the others"
-        )
-    for name, placement in plan.modules.items():
-        check_module(placement, facts[name])
 
 
 def check_module(placement: ModulePlacement, facts: ModuleFacts) -> None:

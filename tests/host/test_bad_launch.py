@@ -165,6 +165,15 @@ def test_plan_for_another_model_stops_every_rank(tmp_path, modules, options, pat
         _check(outcomes, pattern)
 
 
+def test_plan_of_another_model_stops_every_rank(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN.format(vision="", language="").replace("vision", "audio"))
+
+    outcomes = run_ranks(_stop, 2, [str(plan)] * 2, [], init=False, timeout_s=60)
+
+    _check(outcomes, r"names=\['audio', 'language'\] must be \['language', 'vision'\] for LLaVA")
+
+
 def test_damaged_sample_stops_every_rank(tmp_path):
     plan = _write(tmp_path, "plan.yaml")
 

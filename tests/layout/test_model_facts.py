@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.model_facts import ModuleFacts, check_model
+from megatron_mosaic.layout.model_facts import ModuleFacts, check_module
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 
@@ -43,7 +43,8 @@ def plan_of(**language):
 
 
 def check(plan, **language):
-    check_model(plan, {"language": dataclasses.replace(LANGUAGE, **language), "vision": VISION})
+    check_module(plan.modules["language"], dataclasses.replace(LANGUAGE, **language))
+    check_module(plan.modules["vision"], VISION)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def check(plan, **language):
     ],
     ids=str,
 )
-def test_check_model_accepts_what_divides(language):
+def test_check_module_accepts_what_divides(language):
     check(plan_of(**language))
 
 
@@ -89,7 +90,7 @@ def test_check_model_accepts_what_divides(language):
         ),
     ],
 )
-def test_check_model_names_what_does_not_divide(placement, facts, message):
+def test_check_module_names_what_does_not_divide(placement, facts, message):
     with pytest.raises(LayoutError, match=r"^modules\.language: .*" + message):
         check(plan_of(**placement), **facts)
 
@@ -98,7 +99,7 @@ EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 1024}
 SPLIT = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
 
-def test_check_model_accepts_experts_that_divide():
+def test_check_module_accepts_experts_that_divide():
     check(plan_of(sequence_parallel=True, **SPLIT), **EXPERTS)
 
 
@@ -119,15 +120,10 @@ def test_check_model_accepts_experts_that_divide():
         (SPLIT, EXPERTS, r"sequence_parallel=false must be true with num_experts=8 and .*size=2; "),
     ],
 )
-def test_check_model_names_what_experts_do_not_allow(placement, facts, message):
+def test_check_module_names_what_experts_do_not_allow(placement, facts, message):
     with pytest.raises(LayoutError, match=r"^modules\.language: .*" + message):
         check(plan_of(**placement), **facts)
 
 
-def test_check_model_ignores_sequence_length_without_sequence_parallel():
+def test_check_module_ignores_sequence_length_without_sequence_parallel():
     check(plan_of(), sequence_length=4095)
-
-
-def test_check_model_refuses_plan_of_another_model():
-    with pytest.raises(LayoutError, match=r"\['language', 'vision'\] must be .* \['language'\]; "):
-        check_model(plan_of(), {"language": LANGUAGE})
