@@ -9,7 +9,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_mosaic"
 
 # A folder imports only itself and those before it; nothing in PLANNING needs torch.
-PLANNING = ["errors", "tokens", "layout", "schedule", "cost", "planner", "report"]
+PLANNING = [
+    "errors",
+    "tokens",
+    "model",
+    "cluster",
+    "layout",
+    "schedule",
+    "cost",
+    "planner",
+    "report",
+]
 RUNNING = ["comm", "attention", "sharing", "engine", "host", "profile", "recipes"]
 ORDER = [*PLANNING, *RUNNING, "cli", "run"]
 MEGATRON_IMPORTERS = {"host", "profile", "recipes"}

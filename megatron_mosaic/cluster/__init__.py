@@ -1,0 +1,1 @@
+"""On what: GPUs, the links between them, and how well they do what."""

@@ -1,0 +1,99 @@
+"""On what a model is trained: GPUs, and links in tiers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_mosaic.model.spec import Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """Share of a peak rate that operations reach, by their size.
+
+    ``share = peak_share * size / (size + half_size)``: small operations are dominated by what
+    every one costs, large ones come close to ``peak_share``.
+
+    Args:
+        peak_share: Limit for large operations, of the rate that the GPU's data sheet states.
+        half_size: FLOPs or bytes of an operation that reaches half of it.
+    """
+
+    peak_share: float
+    half_size: float = 0.0
+
+    def share(self, size: float) -> float:
+        """Share for an operation of a size; 0 for none."""
+        return self.peak_share * size / (size + self.half_size) if size else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One GPU.
+
+    Args:
+        name: Such as ``"H100"``.
+        memory_bytes: Memory that a process can use.
+        matmul_flops_per_s: Dense peak by precision, without sparsity.
+        memory_bytes_per_s: Peak of its memory.
+        num_sms: Streaming multiprocessors.
+        curves: Reached shares by operation, such as ``matmul.bf16``, ``attention.forward`` or
+            ``elementwise``.
+    """
+
+    name: str
+    memory_bytes: float
+    matmul_flops_per_s: Mapping[str, float]
+    memory_bytes_per_s: float
+    num_sms: int
+    curves: Mapping[str, Curve]
+
+    def peak_flops_per_s(self, precision: Precision) -> float:
+        """Peak of a precision, or of bf16 where the GPU has no faster way."""
+        return self.matmul_flops_per_s.get(precision, self.matmul_flops_per_s["bf16"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkTier:
+    """Links that join GPUs up to some number.
+
+    Args:
+        name: Such as ``"NVLink"``.
+        span: GPUs, next to each other, that these links join; ``None`` is all of the cluster.
+        bandwidth_bytes_per_s: Of one GPU in one direction.
+        latency_s: Of one message.
+        curve: Share of the bandwidth that messages reach, by their bytes.
+    """
+
+    name: str
+    span: int | None
+    bandwidth_bytes_per_s: float
+    latency_s: float
+    curve: Curve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """Equal nodes of equal GPUs.
+
+    Args:
+        name: For people.
+        gpu: Every GPU.
+        gpus_per_node: GPUs of a node.
+        num_nodes: Nodes.
+        tiers: Fastest first, spans ascending, the last one spans everything.
+    """
+
+    name: str
+    gpu: Gpu
+    gpus_per_node: int
+    num_nodes: int
+    tiers: tuple[LinkTier, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        """All GPUs."""
+        return self.gpus_per_node * self.num_nodes
+
+    def tier(self, span: int) -> LinkTier:
+        """Slowest links inside a block of ``span`` GPUs that begins where a tier's blocks do."""
+        return next(tier for tier in self.tiers if tier.span is None or span <= tier.span)

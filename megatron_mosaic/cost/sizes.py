@@ -1,0 +1,79 @@
+"""How a module is split, without saying on which ranks: what its costs depend on."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from megatron_mosaic.layout.placement import ModulePlacement, Recompute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSizes:
+    """Parallel sizes of one module.
+
+    Args:
+        tp: Tensor-parallel size.
+        cp: Context-parallel size.
+        dp: Data-parallel size.
+        pp: Pipeline-parallel size.
+        ep: Parts into which the list of experts is split.
+        etp: Ranks that split each expert.
+        sequence_parallel: Whether tensor-parallel ranks split the sequence between them.
+        recompute: Activations that the backward pass computes again.
+        chunks: Virtual stages of each rank; 1 is no interleaving.
+    """
+
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = False
+    recompute: Recompute | None = None
+    chunks: int = 1
+
+    @classmethod
+    def of(cls, placement: ModulePlacement) -> Self:
+        """Sizes of a placement."""
+        shape, experts = placement.shape, placement.expert_shape
+        return cls(
+            tp=shape.tp,
+            cp=shape.cp,
+            dp=shape.dp,
+            pp=shape.pp,
+            ep=experts.ep,
+            etp=experts.expt_tp,
+            sequence_parallel=placement.sequence_parallel,
+            recompute=placement.recompute,
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that host the module."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of each expert in a stage."""
+        return self.tp * self.cp * self.dp // (self.etp * self.ep)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSettings:
+    """What a run does the same for all modules, as Megatron's arguments say it.
+
+    Args:
+        distributed_optimizer: Splits the optimizer's state over data-parallel replicas.
+        overlap_grad_reduce: Reduces gradients while the backward pass goes on.
+        overlap_param_gather: Gathers parameters while the forward pass goes on.
+        tp_comm_overlap: Overlaps tensor-parallel collectives with multiplications.
+        fsdp: Splits weights and gradients over replicas, too (Megatron-FSDP, ZeRO-3).
+        gradient_bytes: Bytes of an accumulated gradient.
+    """
+
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    tp_comm_overlap: bool = False
+    fsdp: bool = False
+    gradient_bytes: int = 4

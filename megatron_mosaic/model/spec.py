@@ -1,0 +1,167 @@
+"""What is trained: modules, their geometry, and the edges between them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megatron_mosaic.model.layers import Layer
+from megatron_mosaic.model.tokens import Distribution
+
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
+"""Of matrix multiplications; weights are kept in 2 bytes with all but fp32, which has 4."""
+
+
+class LayerRun(NamedTuple):
+    """Equal layers, one after the other."""
+
+    count: int
+    layer: Layer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenEmbedding:
+    """A table of word vectors.
+
+    Args:
+        vocab_size: Rows, before they are padded for tensor parallelism.
+        num_positions: Rows of a table of learned positions; 0 is none.
+    """
+
+    vocab_size: int
+    num_positions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patches:
+    """A linear map of pieces of an image, video or spectrogram.
+
+    Args:
+        values: Numbers of one piece, such as 3 channels * 14 * 14 pixels.
+        num_positions: Rows of a table of learned positions; 0 is none.
+        extra_tokens: Tokens of each item beside its pieces, such as a class token.
+    """
+
+    values: int
+    num_positions: int = 0
+    extra_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageHead:
+    """Logits and cross entropy.
+
+    Args:
+        vocab_size: Logits of each token.
+        tied: Whether the weights are those of the word embedding.
+    """
+
+    vocab_size: int
+    tied: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projector:
+    """An MLP that brings tokens to the size of the module they go to; a part of its own.
+
+    Args:
+        sizes: Size of its input, of what is between its multiplications, and of its output.
+        merged_tokens: Tokens that are joined into one before it; ``sizes[0]`` counts all of them.
+        bias: Whether it adds biases.
+    """
+
+    sizes: tuple[int, ...]
+    merged_tokens: int = 1
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleSpec:
+    """One module.
+
+    Its parts, in the order of the data: input, layers, output. A pipeline's first stage has the
+    input, its last one the output.
+
+    Args:
+        name: Key in the model, ``"language"`` for the one that computes the loss.
+        hidden_size: Size of a token.
+        layers: All layers, in order.
+        norm: What layers normalise with; a layer has one for each of its parts.
+        causal: Whether a token sees only those before it.
+        input: What makes the first tokens; ``None`` where another module's rows are the input.
+        output: What becomes of the last ones.
+        items_per_sample: Images, clips or utterances of a sample; attention stays inside one.
+            The language model has one item: the sequence.
+        tokens_per_item: Tokens of one of them, before any merging.
+        trainable: Parts that train (``input``, ``layers``, ``projector``, ``head``) or patterns
+            on parameter names such as ``*lora*``; ``None`` is everything, ``()`` is nothing.
+        lora_rank: Rank of the adapters that train beside frozen layers; 0 is none.
+    """
+
+    name: str
+    hidden_size: int
+    layers: tuple[LayerRun, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    causal: bool = False
+    input: TokenEmbedding | Patches | None = None
+    output: LanguageHead | Projector | None = None
+    items_per_sample: Distribution
+    tokens_per_item: Distribution
+    trainable: tuple[str, ...] | None = None
+    lora_rank: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return sum(run.count for run in self.layers)
+
+    def each_layer(self) -> Iterator[Layer]:
+        """Yields the layers one by one."""
+        for count, layer in self.layers:
+            for _ in range(count):
+                yield layer
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Expected tokens of a sample."""
+        return self.items_per_sample.mean * self.tokens_per_item.mean
+
+    @property
+    def rows_per_sample(self) -> float:
+        """Expected rows of a sample that leave the module."""
+        merged = self.output.merged_tokens if isinstance(self.output, Projector) else 1
+        return self.tokens_per_sample / merged
+
+    @property
+    def pairs_per_sample(self) -> float:
+        """Expected pairs of tokens of a sample of which one sees the other."""
+        pairs = self.tokens_per_item.mean_square
+        if self.causal:
+            pairs = (pairs + self.tokens_per_item.mean) / 2
+        return self.items_per_sample.mean * pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A model.
+
+    Args:
+        name: For people.
+        modules: By name; ``"language"`` is one of them.
+        edges: Pairs of source and destination module.
+        precision: Of matrix multiplications.
+    """
+
+    name: str
+    modules: Mapping[str, ModuleSpec]
+    edges: tuple[tuple[str, str], ...] = ()
+    precision: Precision = "bf16"
+
+    @property
+    def language(self) -> ModuleSpec:
+        """The language model."""
+        return self.modules["language"]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sample in the language model, text and other modalities together."""
+        return round(self.language.tokens_per_item.largest)
