@@ -7,8 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.layout import unsupported
-from megatron_mosaic.layout.fields import (
+from megatron_mosaic.fields import (
     Parse,
     boolean,
     integer,
@@ -20,6 +19,7 @@ from megatron_mosaic.layout.fields import (
     show,
     text,
 )
+from megatron_mosaic.layout import unsupported
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.ranks import parse_ranks, rank_spans
 

@@ -1,4 +1,4 @@
-"""Reads single values of a plan file; every message says what to write instead.
+"""Reads single values of a file that a person wrote; every message says what to write instead.
 
 ``field`` is the name that messages give the value, with the place where it stands.
 """
