@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import yaml
+
 from megatron_mosaic.errors import PlanError
 
 Parse = Callable[[str, Any], Any]
@@ -86,3 +88,77 @@ def pairs(field: str, value: object) -> tuple[tuple[str, str], ...]:
                 f"write [[vision, language]]"
             )
     return tuple((source, destination) for source, destination in value)
+
+
+def parse_yaml(source: str) -> Any:
+    """Parses YAML in which every key stands once.
+
+    Raises:
+        PlanError: The text is no YAML, or a mapping has a key twice.
+    """
+    try:
+        return yaml.load(source, Loader=_UniqueKeyLoader)
+    except PlanError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PlanError(
+            f"line {line}: text must be YAML ({_one_line(error.problem)}); mend the line"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
+        # Characters that YAML forbids, or dates and numbers that do not exist.
+        raise PlanError(f"text must be YAML ({_one_line(error)}); mend the file") from None
+
+
+def check_format(where: str, document: Mapping[Any, Any], *, known: int) -> None:
+    """Raises unless a document says that it is written in the format that is known."""
+    if "format" not in document:
+        raise PlanError(f"{where}format must be given; add the line 'format: {known}'")
+    if integer(f"{where}format", document["format"]) != known:
+        raise PlanError(
+            f"{where}format={show(document['format'])} must be {known}, the one this version "
+            f"reads; write the file again with this version"
+        )
+
+
+def read_keys(
+    where: str, written: Mapping[Any, Any], *, known: Mapping[str, Parse], required: tuple[str, ...]
+) -> dict[str, Any]:
+    """Reads the keys that are written, in the order in which they are known.
+
+    Raises:
+        PlanError: A key is unknown, missing or mistyped.
+    """
+    for key in written:
+        if key not in known:
+            raise PlanError(
+                f"{where}key={show(key)} must be one of {', '.join(known)}; "
+                f"{nearest(key, known, otherwise='remove it')}"
+            )
+    for key in required:
+        if key not in written:
+            raise PlanError(f"{where}{key} must be given; add the line '{key}: ...'")
+    return {
+        key: parse(f"{where}{key}", written[key]) for key, parse in known.items() if key in written
+    }
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise PlanError(
+                    f"line {key.start_mark.line + 1}: key={show(key.value)} must stand once in "
+                    f"its mapping; remove one of the two"
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _one_line(problem: object) -> str:
+    return " ".join(str(problem).split())
