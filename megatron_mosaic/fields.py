@@ -5,6 +5,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,6 +35,46 @@ def integer(field: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise PlanError(f"{field}={show(value)} must be an integer; write a whole number")
     return value
+
+
+def positive(field: str, value: object) -> int:
+    """Reads a whole number >= 1."""
+    if integer(field, value) < 1:
+        raise PlanError(f"{field}={show(value)} must be >= 1; write a positive number")
+    return integer(field, value)
+
+
+def count(field: str, value: object) -> int:
+    """Reads a whole number >= 0."""
+    if integer(field, value) < 0:
+        raise PlanError(f"{field}={show(value)} must be >= 0; write 0 for none")
+    return integer(field, value)
+
+
+def number(field: str, value: object) -> float:
+    """Reads a finite number >= 0; YAML reads 2e12 as text, so text that is a number is one."""
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            parsed = float(value)
+            if isfinite(parsed) and parsed >= 0:
+                return parsed
+    except ValueError:
+        pass
+    raise PlanError(f"{field}={show(value)} must be a number >= 0; write one such as 3.35e+12")
+
+
+def one_of(*choices: str) -> Parse:
+    """Makes a reader of one of some words."""
+
+    def read(field: str, value: object) -> str:
+        if value not in choices:
+            raise PlanError(
+                f"{field}={show(value)} must be one of {', '.join(choices)}; "
+                f"{nearest(value, choices, otherwise='write one of them')}"
+            )
+        return str(value)
+
+    return read
 
 
 def boolean(field: str, value: object) -> bool:
@@ -88,6 +130,21 @@ def pairs(field: str, value: object) -> tuple[tuple[str, str], ...]:
                 f"write [[vision, language]]"
             )
     return tuple((source, destination) for source, destination in value)
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        PlanError: There is none, or it is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PlanError(f"{path}: file must be UTF-8 text; name another file") from None
+    except OSError as error:
+        reason = _one_line(error.strerror or error)
+        raise PlanError(f"{path}: file must be readable ({reason}); check the path") from None
 
 
 def parse_yaml(source: str) -> Any:
