@@ -57,10 +57,16 @@ class LanguageHead:
     Args:
         vocab_size: Logits of each token.
         tied: Whether the weights are those of the word embedding.
+        mtp_layers: Depth of multi-token prediction; each level runs a layer like the last one,
+            a projection of two tokens to one, and the logits once more.
+
+    Source:
+        Multi-token prediction: DeepSeek-V3, arXiv 2412.19437, section 2.2.
     """
 
     vocab_size: int
     tied: bool = False
+    mtp_layers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
