@@ -51,7 +51,7 @@ def resized(cluster: Cluster, *, num_gpus: int) -> Cluster:
     if num_gpus < 1 or (num_gpus > per_node and num_gpus % per_node):
         raise LayoutError(
             f"cluster {cluster.name}: num_gpus={num_gpus} must be a multiple of "
-            f"gpus_per_node={per_node}, or fewer; use {max(1, round(num_gpus / per_node)) * per_node}"
+            f"gpus_per_node={per_node}, or fewer; use {per_node * max(1, num_gpus // per_node)}"
         )
     last = cluster.tiers[-1]
     if last.span is not None and last.span < num_gpus:
