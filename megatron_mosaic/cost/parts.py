@@ -338,6 +338,8 @@ def mlp_exposed(layer: Layer, site: Site, times: PassTimes) -> Exposed:
         return tensor_exposed(site, times)
     place, mlp = site.place, layer.mlp
     exposed = tensor_exposed(site, times) if mlp.shared_ffn_hidden_size else Exposed()
+    waited_s = site.cluster.gpu.host_wait_s.get(place.settings.cuda_graph, 0.0)
+    exposed += Exposed(waited_s, waited_s)
     if place.sizes.ep > 1:
         sent_s = dispatch_s(mlp, site)
         exposed += Exposed(2 * sent_s, 2 * sent_s)
