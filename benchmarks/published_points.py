@@ -288,6 +288,8 @@ def _sizes(point: Point, source: Source, num_gpus: int) -> ParallelSizes:
         raise _SkipError("the layout is not stated")
     if num_gpus % (tp * pp * cp):
         raise _SkipError(f"num_gpus={num_gpus} is not a multiple of tp*cp*pp={tp * pp * cp}")
+    if not point.fields["ep"].strip() and source in ("automodel", "bridge-moe", "recipes"):
+        raise _SkipError("ep of a mixture of experts is not stated")
     ep = point.whole("ep", 1) or 1
     dp = num_gpus // (tp * pp * cp)
     if (tp * cp * dp) % ep:
@@ -318,6 +320,7 @@ def _settings(
             distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
             flash_attention=False, dropout=True, cross_entropy_fusion=False,
         )  # fmt: skip
+    graph = _cuda_graph(point, model)
     fsdp = "FSDP=" in text or "FSDP2=" in text or (
         # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
         model.name == "Llama-3-70B" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
@@ -325,8 +328,19 @@ def _settings(
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
-        moe_dispatcher="flex", cuda_graph=_cuda_graph(point, model),
+        moe_dispatcher="flex", cuda_graph=graph, moe_overlap=_moe_overlap(point, model, graph),
     )  # fmt: skip
+
+
+def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:
+    # The same recipes: with whole-iteration graphs, and without them where tokens leave a node.
+    text = point.fields["source"].lower()
+    if "automodel" in text:
+        return False
+    if "moe_recipes" in text:
+        return "ep overlap" in text
+    far = model.name in ("DeepSeek-V3", "Qwen3-235B-A22B", "Kimi-K2")
+    return graph == "full" or (far and point.fields["gpu"] in ("H100", "B200"))
 
 
 def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "full"]:

@@ -241,6 +241,7 @@ def _attention(
             backward_flops=FLASH_BACKWARD * flops,
             forward_bytes=moved,
             backward_bytes=2 * moved,
+            smallest=min(key_dim, value_dim),
             core=True,
         )
         return
@@ -367,6 +368,9 @@ def _experts(mlp: Experts, place: Workplace) -> Iterator[Operation]:
     yield from place.matmul(size, ffn * (2 if mlp.gated else 1), rows=rows, experts=local)
     yield _activation(rows, ffn, gated=mlp.gated)
     yield from place.matmul(ffn, size, rows=rows, experts=local)
+    if mlp.bias:
+        made = rows * (ffn * (2 if mlp.gated else 1) + size)
+        yield pointwise(4 * made, 2 * made)
     if mlp.shared_ffn_hidden_size:
         shared = Mlp(ffn_hidden_size=mlp.shared_ffn_hidden_size, gated=mlp.gated)
         yield from _mlp(shared, place)

@@ -7,6 +7,7 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, all_gather_s, all_reduce_s
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, StageCosts, StageMemory
 from megatron_mosaic.cost.efficiency import memory_s
+from megatron_mosaic.cost.parts import waited_s
 from megatron_mosaic.cost.sizes import TrainingSettings
 
 # Parameters of a bucket of gradients that is reduced on its own.
@@ -149,9 +150,10 @@ class _Groups:
         """What a microbatch waits for weights and gradients that all replicas share."""
         gathered = self.gathers_s(2, trained=False)
         reduced = self.gathers_s(settings.gradient_bytes, trained=True)
+        cost = self.cluster.gpu.overlap_cost
         return (
-            max(0.0, gathered - forward_s),
-            max(0.0, gathered + reduced - backward_s) if backward_s else 0.0,
+            waited_s(gathered, behind_s=forward_s, cost=cost),
+            waited_s(gathered + reduced, behind_s=backward_s, cost=cost) if backward_s else 0.0,
         )
 
     def sync_s(
@@ -173,11 +175,14 @@ class _Groups:
         reduced = self.gathers_s(settings.gradient_bytes, trained=True)
         gathered = self.gathers_s(2, trained=True)
         bucket = max(_BUCKET, _BUCKET_PER_REPLICA * self.dense.size)
+        cost = self.cluster.gpu.overlap_cost
         last = min(1.0, bucket / (self.trained_dense + self.trained_experts))
         if settings.overlap_grad_reduce:
-            reduced = max(reduced - backward_s, last * reduced)
+            hidden = waited_s((1 - last) * reduced, behind_s=backward_s, cost=cost)
+            reduced = last * reduced + hidden
         if settings.overlap_param_gather:
-            gathered = max(gathered - forward_s, last * gathered)
+            hidden = waited_s((1 - last) * gathered, behind_s=forward_s, cost=cost)
+            gathered = last * gathered + hidden
         return reduced + gathered
 
     def optimizer_s(self, settings: TrainingSettings) -> float:
