@@ -419,7 +419,7 @@ def source_flops_per_token(case: Case) -> float:
         num_floating_point_operations in Megatron-LM's training.py and Megatron-Bridge's
         flop_utils.py (067f987); NeMo's flops_formulas.py before it knew causal attention.
     """
-    from megatron_mosaic.cost.operations import model_flops_per_token
+    from megatron_mosaic.cost.model_flops import model_flops_per_token
 
     language = case.model.language
     return model_flops_per_token(language, full_attention=case.source == "nemo-cp")

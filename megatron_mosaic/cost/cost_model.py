@@ -12,7 +12,7 @@ from megatron_mosaic.cost.costs import (
     StepEstimate,
 )
 from megatron_mosaic.cost.parts import module_costs
-from megatron_mosaic.cost.operations import model_flops_per_token
+from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.stages import stage_costs, stage_works
 from megatron_mosaic.cost.step import step_breakdown
