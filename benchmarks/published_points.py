@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,28 +10,12 @@ from typing import Literal
 from benchmarks.published_models import published_models, with_sequence
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.model.spec import ModelSpec, Precision
+from megatron_mosaic.model.spec import LanguageHead, ModelSpec, Precision
 
 POINTS = Path(__file__).resolve().parent / "data" / "published_points.csv"
-COLUMNS = [
-    "model",
-    "params",
-    "gpu",
-    "num_gpus",
-    "tp",
-    "cp",
-    "pp",
-    "vpp",
-    "dp",
-    "ep",
-    "seq_len",
-    "mbs",
-    "gbs",
-    "precision",
-    "metric",
-    "value",
-    "source",
-]
+COLUMNS = (
+    "model params gpu num_gpus tp cp pp vpp dp ep seq_len mbs gbs precision metric value source"
+).split()
 
 Source = Literal[
     "simumax", "a100-2205.05198", "bridge-dense", "bridge-moe", "bridge-lora", "vlm", "recipes",
@@ -145,7 +129,8 @@ def read_points(path: Path = POINTS) -> list[Point]:
 
 def cases_of(points: Iterable[Point]) -> tuple[list[Case], list[Skipped]]:
     """Makes a case of every row that can be estimated, and says why the others cannot."""
-    points = list(points)
+    given = list(points)
+    points = [_with_agreeing_length(point, given) for point in given]
     known = _stated_chunks([*read_points(), *points])
     cases: list[Case] = []
     skipped: list[Skipped] = []
@@ -175,6 +160,28 @@ def _rank(case: Case) -> tuple[tuple[int, ...], int]:
     # A stated time before one that follows from tokens, and that before one from TFLOPS.
     order = {"step_time_ms": 2, "step_time_s": 2, "tokens_per_sec_per_gpu": 1}
     return case.release, order.get(case.metric, 0)
+
+
+def _with_agreeing_length(point: Point, points: Sequence[Point]) -> Point:
+    # A sequence length that was inferred must agree with the TFLOPS of the same run: some are half.
+    if "seq_len inferred" not in point.fields["source"] or "VLM" in point.fields["model"]:
+        return point
+    same = {
+        other.fields["metric"]: float(other.fields["value"])
+        for other in points
+        if all(other.fields[key] == point.fields[key] for key in COLUMNS[:14])
+    }
+    if not {"step_time_ms", "model_tflops_per_gpu"} <= set(same):
+        return point
+    try:
+        case = _case(point, {})
+    except _SkipError:
+        return point
+    flops = same["step_time_ms"] / 1e3 * same["model_tflops_per_gpu"] * 1e12 * case.num_gpus
+    length = case.model.sequence_length
+    ratio = flops / (source_flops_per_token(case) * case.global_batch_size * length)
+    scale = next((s for s in (2, 4) if abs(ratio / s - 1) < 0.1), 1)
+    return replace(point, fields={**point.fields, "seq_len": str(length * scale)})
 
 
 def _stated_chunks(points: Iterable[Point]) -> Mapping[tuple[str, str, str], int]:
@@ -335,6 +342,8 @@ def _settings(
         return TrainingSettings(
             distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
             flash_attention=False, dropout=True, cross_entropy_fusion=False,
+            # Software of 2022: interleaved stages waited for messages, which tensor ranks shared.
+            overlap_p2p=False, split_hops=True,
         )  # fmt: skip
     graph = _cuda_graph(point, model)
     fsdp = "FSDP=" in text or "FSDP2=" in text or (

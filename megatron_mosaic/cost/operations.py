@@ -26,7 +26,7 @@ from megatron_mosaic.model.spec import (
 # Bytes that a value of 2 bytes costs when it is quantised for a multiplication: read to find its
 # scale where that is one for the whole tensor, read, written, and written transposed.
 # Source: recipes of TransformerEngine 2: current scaling, MXFP8 and NVFP4 (values of half a byte).
-_CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0.5}
+CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0.5}
 
 # FLOPs of a flash attention's backward pass over its forward's: five multiplications for two.
 # Source: Dao, arXiv 2307.08691, section 3.1.
@@ -147,7 +147,7 @@ class Workplace:
             weights=weights,
             smallest=min(rows / max(experts, 1), size_in, size_out),
         )
-        if cast := _CAST_BYTES.get(precision):
+        if cast := CAST_BYTES.get(precision):
             yield pointwise(rows * size_in * cast, rows * size_out * cast)
 
 

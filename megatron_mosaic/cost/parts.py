@@ -33,6 +33,10 @@ from megatron_mosaic.model.parameters import (
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precision
 
 
+# What launching a cast costs of what launching a multiplication with all around it does.
+_CAST_LAUNCH = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class Exposed:
     """Communication that no computation hides, in seconds of each pass."""
@@ -131,6 +135,8 @@ def module_costs(
             known[layer] = layer_costs(layer, site, module)
         runs.append(PartRun(count, known[layer]))
     hop_bytes = 2 * site.place.own_tokens * module.hidden_size
+    if settings.split_hops and not sizes.sequence_parallel:
+        hop_bytes /= sizes.tp
     stage = Group.of(cluster, size=2, stride=sizes.tp * sizes.cp * sizes.dp)
     return ModuleCosts(
         name=module.name,
@@ -183,7 +189,7 @@ def _launched(
     launches = sum(it.curve != "elementwise" for it in operations)
     if site.place.precision in ("fp8", "mxfp8", "nvfp4"):
         # Inputs and gradients are quantised by kernels of their own.
-        launches += sum(it.weights > 0 for it in operations)
+        launches += _CAST_LAUNCH * sum(it.weights > 0 for it in operations)
     host_s = site.cluster.gpu.host_operation_s * launches
     forward_s = max(times.forward_s, host_s - exposed.forward_s)
     backward = times.input_gradient_s + times.weight_gradient_s + exposed.backward_s
