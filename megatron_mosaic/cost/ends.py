@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_mosaic.cost.activations import Kept, TaskOnRank, mask_bytes, norm_keeps
+from megatron_mosaic.model.layers import LatentAttention, SelfAttention
 from megatron_mosaic.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Projector, TokenEmbedding
 
@@ -29,6 +30,20 @@ def input_keeps(module: ModuleSpec, task: TaskOnRank) -> Iterator[Kept]:
     if task.dropout and isinstance(module.input, TokenEmbedding):
         size = mask_bytes(task) * task.outer_tokens * task.hidden_size
         yield Kept("mask of dropout", size)
+    if task.rotary and (task.kernels != "local" or task.sizes.recompute == "full"):
+        # All layers share them, so the input stands in for the layers; in torch's own layers
+        # the tables that each makes of them stay instead.
+        yield Kept("angles of rotation", 4 * task.longest * _rotated_size(module))
+
+
+def _rotated_size(module: ModuleSpec) -> int:
+    for _, layer in module.layers:
+        match layer.mixer:
+            case SelfAttention(head_dim=size) | LatentAttention(rotary_head_dim=size):
+                return size
+            case _:
+                continue
+    return 0
 
 
 def input_closing_bytes(

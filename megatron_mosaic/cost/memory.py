@@ -7,8 +7,8 @@ from typing import NamedTuple
 from megatron_mosaic.cost.activations import Kernels, TaskOnRank, layer_keeps, total_bytes
 from megatron_mosaic.cost.costs import PartCosts, PartRun, StageMemory
 from megatron_mosaic.cost.ends import (
-    input_keeps,
     input_closing_bytes,
+    input_keeps,
     loss_working_bytes,
     output_keeps,
 )
