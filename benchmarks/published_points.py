@@ -203,7 +203,7 @@ def _source(point: Point, name: str) -> Source:
     if "Automodel" in text:
         return "automodel"
     if "model_verification_cards" in text:
-        if "vlm" in name:
+        if "vlm" in name and ("_performance" in name or point.fields["metric"] in _MEMORY):
             return "vlm"
         if "_performance" not in name and point.fields["metric"] not in _MEMORY:
             raise _SkipError("a sanity run of a verification card, untuned by its own words")
@@ -307,8 +307,28 @@ def _settings(
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
-        moe_dispatcher="flex",
+        moe_dispatcher="flex", cuda_graph=_cuda_graph(point, model),
     )  # fmt: skip
+
+
+def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "full"]:
+    # Megatron-Bridge's perf_recipes (067f987): whole iterations for MXFP8 on NVL72 and, with
+    # DeepSeek, on B300, since release 26.06 but not for hybrid models; attention, router and
+    # preprocessing on NVL72 otherwise and for Qwen3-30B on H100 in fp8.
+    gpu, release = point.fields["gpu"], _release(point.fields["source"])
+    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("DeepSeek")
+    hybrid = model.name.startswith("Nemotron")
+    text = point.fields["source"].lower()
+    if "automodel" in text:
+        return "none"
+    recent = not release or release >= (26, 6)
+    if "moe_recipes" in text:
+        return "full" if "full cg" in text else "partial" if "cg" in text else "none"
+    if model.precision == "mxfp8" and recent and not hybrid and (nvl72 or deepseek):
+        return "full"
+    if nvl72 or (model.name.startswith("Qwen3-30B") and gpu == "H100" and recent):
+        return "partial"
+    return "none"
 
 
 def _release(source: str) -> tuple[int, ...]:

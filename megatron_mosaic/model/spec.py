@@ -161,12 +161,14 @@ class ModelSpec:
         modules: By name; ``"language"`` is one of them.
         edges: Pairs of source and destination module.
         precision: Of matrix multiplications.
+        sources: Where the geometry is published.
     """
 
     name: str
     modules: Mapping[str, ModuleSpec]
     edges: tuple[tuple[str, str], ...] = ()
     precision: Precision = "bf16"
+    sources: tuple[str, ...] = ()
 
     @property
     def language(self) -> ModuleSpec:
