@@ -4,7 +4,7 @@ A model runs one microbatch on every rank: its forward pass, backward pass and o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -20,6 +20,7 @@ from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.layers import Experts, Layer, Mlp, SelfAttention
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precision, TokenEmbedding
 
+WHOLE = TrainingSettings(distributed_optimizer=False)
 RECOMPUTE = {
     None: {},
     "selective": {"recompute_granularity": "selective"},
@@ -36,8 +37,8 @@ class Case:
     """A module, how it is split, and how it trains."""
 
     module: ModuleSpec
-    sizes: ParallelSizes = ParallelSizes()
-    settings: TrainingSettings = TrainingSettings(distributed_optimizer=False)
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
+    settings: TrainingSettings = WHOLE
     precision: Precision = "bf16"
     samples: int = 2
 

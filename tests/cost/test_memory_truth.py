@@ -5,8 +5,8 @@ from statistics import mean
 
 import pytest
 
-from megatron_mosaic.cost.activations import TaskOnRank, total_bytes
 from megatron_mosaic.cost.ends import loss_keeps
+from megatron_mosaic.cost.kept import TaskOnRank, total_bytes
 from megatron_mosaic.cost.memory import module_parts, stages_memory
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.layers import Experts, Layer, Mlp, SelfAttention
