@@ -245,7 +245,7 @@ def qwen3_next() -> ModelSpec:
 
 def gpt_oss(name: str, layers: int, experts: int) -> ModelSpec:
     """A GPT-OSS, from its published config: every second layer sees 128 tokens."""
-    mlp = Experts(num_experts=experts, experts_per_token=4, ffn_hidden_size=2880)
+    mlp = Experts(num_experts=experts, experts_per_token=4, ffn_hidden_size=2880, bias=True)
     near, far = (Layer(mixer=_attention(64, 8, 64, window), mlp=mlp) for window in (128, None))
     runs = [run for _ in range(layers // 2) for run in ((1, near), (1, far))]
     return language_model(name, hidden_size=2880, runs=runs, vocab_size=201088)

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -129,7 +129,8 @@ def read_points(path: Path = POINTS) -> list[Point]:
 
 def cases_of(points: Iterable[Point]) -> tuple[list[Case], list[Skipped]]:
     """Makes a case of every row that can be estimated, and says why the others cannot."""
-    points = list(points)
+    given = list(points)
+    points = [_with_agreeing_length(point, given) for point in given]
     known = _stated_chunks([*read_points(), *points])
     cases: list[Case] = []
     skipped: list[Skipped] = []
@@ -159,6 +160,28 @@ def _rank(case: Case) -> tuple[tuple[int, ...], int]:
     # A stated time before one that follows from tokens, and that before one from TFLOPS.
     order = {"step_time_ms": 2, "step_time_s": 2, "tokens_per_sec_per_gpu": 1}
     return case.release, order.get(case.metric, 0)
+
+
+def _with_agreeing_length(point: Point, points: Sequence[Point]) -> Point:
+    # A sequence length that was inferred must agree with the TFLOPS of the same run: some are half.
+    if "seq_len inferred" not in point.fields["source"] or "VLM" in point.fields["model"]:
+        return point
+    same = {
+        other.fields["metric"]: float(other.fields["value"])
+        for other in points
+        if all(other.fields[key] == point.fields[key] for key in COLUMNS[:14])
+    }
+    if not {"step_time_ms", "model_tflops_per_gpu"} <= set(same):
+        return point
+    try:
+        case = _case(point, {})
+    except _SkipError:
+        return point
+    flops = same["step_time_ms"] / 1e3 * same["model_tflops_per_gpu"] * 1e12 * case.num_gpus
+    length = case.model.sequence_length
+    ratio = flops / (source_flops_per_token(case) * case.global_batch_size * length)
+    scale = next((s for s in (2, 4) if abs(ratio / s - 1) < 0.1), 1)
+    return replace(point, fields={**point.fields, "seq_len": str(length * scale)})
 
 
 def _stated_chunks(points: Iterable[Point]) -> Mapping[tuple[str, str, str], int]:
@@ -290,6 +313,8 @@ def _sizes(point: Point, source: Source, num_gpus: int) -> ParallelSizes:
         raise _SkipError("the layout is not stated")
     if num_gpus % (tp * pp * cp):
         raise _SkipError(f"num_gpus={num_gpus} is not a multiple of tp*cp*pp={tp * pp * cp}")
+    if not point.fields["ep"].strip() and source in ("automodel", "bridge-moe", "recipes"):
+        raise _SkipError("ep of a mixture of experts is not stated")
     ep = point.whole("ep", 1) or 1
     dp = num_gpus // (tp * pp * cp)
     if (tp * cp * dp) % ep:
@@ -319,7 +344,10 @@ def _settings(
         return TrainingSettings(
             distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
             flash_attention=False, dropout=True, cross_entropy_fusion=False,
+            # Software of 2022: interleaved stages waited for messages, which tensor ranks shared.
+            overlap_p2p=False, split_hops=True,
         )  # fmt: skip
+    graph = _cuda_graph(point, model)
     fsdp = "FSDP=" in text or "FSDP2=" in text or (
         # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
         model.name == "Llama-3-70B" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
@@ -327,8 +355,19 @@ def _settings(
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
-        moe_dispatcher="flex", cuda_graph=_cuda_graph(point, model),
+        moe_dispatcher="flex", cuda_graph=graph, moe_overlap=_moe_overlap(point, model, graph),
     )  # fmt: skip
+
+
+def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:
+    # The same recipes: with whole-iteration graphs, and without them where tokens leave a node.
+    text = point.fields["source"].lower()
+    if "automodel" in text:
+        return False
+    if "moe_recipes" in text:
+        return "ep overlap" in text
+    far = model.name in ("DeepSeek-V3", "Qwen3-235B-A22B", "Kimi-K2")
+    return graph == "full" or (far and point.fields["gpu"] in ("H100", "B200"))
 
 
 def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "full"]:

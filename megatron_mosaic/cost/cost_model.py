@@ -70,7 +70,11 @@ class CostModel:
             )
             known = self._stages[key] = tuple(
                 stage_costs(
-                    work, module=module, cluster=self.cluster, settings=self.settings
+                    work,
+                    module=module,
+                    cluster=self.cluster,
+                    settings=self.settings,
+                    precision=self.model.precision,
                 )
                 for work in works
             )
