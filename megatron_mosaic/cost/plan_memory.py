@@ -1,13 +1,13 @@
 """Memory of the ranks of a plan, term by term."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from megatron_mosaic.cost.costs import HostedStage, StageMemory
-from megatron_mosaic.cost.memory import module_parts, stages_memory
+from megatron_mosaic.cost.memory import live_tasks, module_parts, stages_memory
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.layout.placement import LANGUAGE
-from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.colocated import encoder_groups
@@ -39,9 +39,6 @@ def plan_memory(
 ) -> dict[tuple[HostedStage, ...], dict[str, float]]:
     """Estimates the memory of every kind of rank of a plan.
 
-    Stages that share a rank add up, but for what their passes hold for a moment: one is under way
-    at a time.
-
     Args:
         plan: The plan.
         model: What it trains.
@@ -51,20 +48,73 @@ def plan_memory(
         Bytes by term, keyed by the stages that ranks of the kind host; idle ranks have none.
     """
     settings = settings or TrainingSettings()
+    stages = {
+        name: _module_stages(plan, name, model=model, settings=settings) for name in plan.modules
+    }
+    return ranks_memory(plan, stages)
+
+
+def ranks_memory(
+    plan: Plan, stages: Mapping[str, Sequence[StageMemory]]
+) -> dict[tuple[HostedStage, ...], dict[str, float]]:
+    """Adds up the memory of stages that share ranks, as many tasks as the schedule keeps alive.
+
+    What passes hold for a moment does not add up: one is under way at a time.
+
+    Args:
+        plan: The plan.
+        stages: Memory of the stages of every module.
+
+    Returns:
+        Bytes by term, keyed by the stages that ranks of the kind host; idle ranks have none.
+    """
+    number = plan.num_microbatches
     peaks = {
         Stage(name, index): memory_terms(
-            stage,
-            live_tasks=max_live(plan, Stage(name, index), num_microbatches=plan.num_microbatches),
+            stage, live_tasks=max_live(plan, Stage(name, index), num_microbatches=number)
         )
-        for name in plan.modules
-        for index, stage in enumerate(_module_stages(plan, name, model=model, settings=settings))
+        for name, its in stages.items()
+        for index, stage in enumerate(its)
     }
-    ranks = sorted(set(chain.from_iterable(module.ranks for module in plan.modules.values())))
+    ranks = set(chain.from_iterable(module.ranks for module in plan.modules.values()))
     kinds = {hosted_stages(plan, rank) for rank in ranks}
     return {
         tuple(HostedStage(*stage) for stage in hosted): _together([peaks[s] for s in hosted])
         for hosted in sorted(kinds)
     }
+
+
+def live_in_step(
+    name: str,
+    stage: int,
+    *,
+    sizes: Mapping[str, ParallelSizes],
+    schedule: ScheduleChoice,
+    num_microbatches: int,
+    shared: bool,
+) -> float:
+    """Counts the live tasks of a stage from sizes alone, as the schedules' ``max_live`` does.
+
+    Args:
+        name: Its module; encoders feed the language model directly.
+        stage: Its index.
+        sizes: Of every module.
+        schedule: Order of work.
+        num_microbatches: Microbatches of the step.
+        shared: Whether the module's ranks also host the language model.
+    """
+    own, language = sizes[name], sizes[LANGUAGE]
+    if schedule.kind == "no_pipelining":
+        return 1
+    if name == LANGUAGE:
+        return live_tasks(
+            stage, num_stages=own.pp, num_microbatches=num_microbatches, chunks=own.chunks
+        )
+    if schedule.kind == "1f1b":
+        return live_tasks(stage, num_stages=own.pp + language.pp, num_microbatches=num_microbatches)
+    group = min(schedule.encoder_group or num_microbatches, num_microbatches)
+    in_pipeline = -(-(language.pp - 1) // group)
+    return min(-(-num_microbatches // group), 1 + in_pipeline + (not shared))
 
 
 def samples_per_task(plan: Plan, name: str) -> float:

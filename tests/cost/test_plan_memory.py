@@ -2,7 +2,12 @@ import pytest
 
 from megatron_mosaic.cost.costs import HostedStage
 from megatron_mosaic.cost.memory import module_parts, stages_memory
-from megatron_mosaic.cost.plan_memory import TERMS, plan_memory, samples_per_task
+from megatron_mosaic.cost.plan_memory import (
+    TERMS,
+    live_in_step,
+    plan_memory,
+    samples_per_task,
+)
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.layers import Layer, Mlp, SelfAttention
 from megatron_mosaic.model.spec import (
@@ -15,6 +20,8 @@ from megatron_mosaic.model.spec import (
     TokenEmbedding,
 )
 from megatron_mosaic.model.tokens import Distribution
+from megatron_mosaic.schedule.build import max_live
+from megatron_mosaic.schedule.graph import Stage
 from tests.schedule.plans import place, plan_of
 
 LAYER = Layer(
@@ -109,3 +116,30 @@ def test_samples_of_an_encoder_task_are_those_of_its_group_of_microbatches(group
 
     assert samples_per_task(plan, "vision") == expected
     assert samples_per_task(plan, "language") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "placements", "group", "shared"),
+    [
+        ("no_pipelining", (place("vision", 0), place("language", 0)), None, True),
+        ("1f1b", (place("vision", 0, 1, pp=2), place("language", 2, 3, 4, pp=3)), None, False),
+        ("colocated", (place("vision", 0), place("language", 0, 1, pp=2)), 2, True),
+        ("colocated", (place("vision", 2), place("language", 0, 1, pp=2)), 4, False),
+        ("colocated", (place("vision", 0), place("language", 0)), None, True),
+    ],
+)
+def test_live_tasks_from_sizes_alone_are_those_of_the_schedule(kind, placements, group, shared):
+    plan = plan_of(kind, *placements, num_microbatches=8, group=group)
+    sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
+
+    for name, its in sizes.items():
+        for stage in range(its.pp):
+            live = live_in_step(
+                name,
+                stage,
+                sizes=sizes,
+                schedule=plan.schedule,
+                num_microbatches=8,
+                shared=shared and name != "language",
+            )
+            assert live == max_live(plan, Stage(name, stage), num_microbatches=8)
