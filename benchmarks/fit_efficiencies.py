@@ -56,7 +56,7 @@ def knobs() -> tuple[Knob, ...]:
     shared = (
         Knob(gpus=BLACKWELL, curve="weight_gradient.matmul.bf16", start=0.455, low=0.3, high=0.8),
         Knob(gpus=BLACKWELL, curve="grouped_matmul.bf16", start=0.55, low=0.2, high=0.9, spread=1.1),
-        Knob(gpus=BLACKWELL, curve="elementwise", start=0.7, low=0.3, high=0.95),
+        Knob(gpus=BLACKWELL, curve="elementwise", start=0.65, low=0.3, high=0.95, spread=1.1),
         Knob(gpus=BLACKWELL, curve="permute", start=0.5, low=0.1, high=0.95),
         Knob(
             gpus=BLACKWELL, curve="weight_gradient.grouped_matmul.bf16", start=0.47, low=0.2,
@@ -84,11 +84,11 @@ def knobs() -> tuple[Knob, ...]:
         Knob(gpus=("gb200", "gb300"), curve="matmul.bf16", start=0.6, low=0.3, high=0.9, spread=1.3),
     ]
     for gpu in BLACKWELL:
-        for precision, start in (("fp8", 0.55), ("mxfp8", 0.52)):
+        for precision, start in (("fp8", 0.65), ("mxfp8", 0.6)):
             rates.append(
                 Knob(
                     gpus=(gpu,), curve=f"matmul.{precision}", start=start, low=0.3, high=0.95,
-                    spread=1.3,
+                    spread=1.5,
                 )  # fmt: skip
             )
     rates += [
@@ -111,7 +111,7 @@ def _hopper() -> tuple[Knob, ...]:
         Knob(gpus=HOPPER, curve="attention.forward", start=0.9, low=0.3, high=1.0),
         Knob(gpus=HOPPER, curve="attention.backward", start=0.67, low=0.3, high=1.0),
         Knob(gpus=HOPPER, curve="elementwise", start=0.75, low=0.4, high=0.95),
-        Knob(gpus=HOPPER, curve="permute", start=0.5, low=0.1, high=0.95, spread=1.5),
+        Knob(gpus=HOPPER, curve="permute", start=0.5, low=0.1, high=0.95),
         Knob(gpus=HOPPER, curve="recurrence.bf16", start=0.1, low=0.01, high=0.6, spread=2),
     )
 
@@ -146,7 +146,7 @@ def fit(cases: Sequence[Case], chosen: Sequence[Knob]) -> dict[Knob, float]:
     Every constant is also drawn to its start: a half has no more rows than there are constants.
     """
     clusters = {id(case): cluster_of(case) for case in cases}
-    noises = [_OLD_NOISE if superseded(case, cases) else _NOISE for case in cases]
+    noises = [_noise(case, cases) for case in cases]
 
     def residuals(logs: Iterable[float]) -> list[float]:
         values = {knob: exp(value) for knob, value in zip(chosen, logs, strict=True)}
@@ -173,8 +173,15 @@ def fit(cases: Sequence[Case], chosen: Sequence[Knob]) -> dict[Knob, float]:
 # What a row and its like differ by where nothing but the release does: caveat 11 of the data.
 _NOISE = 0.05
 
-# What older software differs by where a later release chose another layout for the same model.
-_OLD_NOISE = 0.3
+# What a row differs by whose software is not the one that the constants are for: an older release
+# where a later one chose another layout for the same model, or a precision that is a mixture.
+_LOOSE_NOISE = 0.3
+
+
+def _noise(case: Case, cases: Sequence[Case]) -> float:
+    # Hybrid models in "nvfp4" mix it with MXFP8 and bf16 in shares that no row states.
+    mixed = case.model.precision == "nvfp4" and case.model.name.startswith("nemotron")
+    return _LOOSE_NOISE if mixed or superseded(case, cases) else _NOISE
 
 
 def superseded(case: Case, cases: Sequence[Case]) -> bool:

@@ -217,6 +217,10 @@ def _self_attention(mixer: SelfAttention, place: Workplace) -> Iterator[Operatio
         value_dim=mixer.head_dim,
         bytes_per_token=2 * (2 * queries + 2 * keys),
     )
+    if place.sizes.cp > 1 and place.settings.cp_comm == "p2p":
+        # Each step of the ring but the first rescales what came out so far, in fp32, and adds.
+        steps = place.sizes.cp - 1
+        yield pointwise(10 * steps * tokens * queries, 10 * steps * tokens * (queries + 2 * keys))
     if gate:
         yield pointwise(6 * tokens * gate, 10 * tokens * gate)
     yield from place.matmul(queries, hidden)
