@@ -55,12 +55,18 @@ def knobs() -> tuple[Knob, ...]:
     # configs/system/b200_bf16_ceperm.json (4dcaae5) of its repository.
     shared = (
         Knob(gpus=BLACKWELL, curve="weight_gradient.matmul.bf16", start=0.455, low=0.3, high=0.8),
-        Knob(gpus=BLACKWELL, curve="grouped_matmul.bf16", start=0.55, low=0.2, high=0.9, spread=1.1),
+        Knob(
+            gpus=BLACKWELL, curve="grouped_matmul.bf16", start=0.55, low=0.2, high=0.9, spread=1.1
+        ),
         Knob(gpus=BLACKWELL, curve="elementwise", start=0.65, low=0.3, high=0.95, spread=1.1),
         Knob(gpus=BLACKWELL, curve="permute", start=0.5, low=0.1, high=0.95),
         Knob(
-            gpus=BLACKWELL, curve="weight_gradient.grouped_matmul.bf16", start=0.47, low=0.2,
-            high=0.9, spread=1.1,
+            gpus=BLACKWELL,
+            curve="weight_gradient.grouped_matmul.bf16",
+            start=0.47,
+            low=0.2,
+            high=0.9,
+            spread=1.1,
         ),  # fmt: skip
         # What the host does, and how much a collective disturbs, depends on the software.
         Knob(gpus=RECENT, curve="host_operation_s", start=4e-4, low=1e-5, high=2e-3, spread=1.3),
@@ -81,13 +87,19 @@ def knobs() -> tuple[Knob, ...]:
     ]
     rates += [
         Knob(gpus=("b200", "b300"), curve="matmul.bf16", start=0.485, low=0.3, high=0.9),
-        Knob(gpus=("gb200", "gb300"), curve="matmul.bf16", start=0.6, low=0.3, high=0.9, spread=1.3),
+        Knob(
+            gpus=("gb200", "gb300"), curve="matmul.bf16", start=0.6, low=0.3, high=0.9, spread=1.3
+        ),
     ]
     for gpu in BLACKWELL:
         for precision, start in (("fp8", 0.65), ("mxfp8", 0.6)):
             rates.append(
                 Knob(
-                    gpus=(gpu,), curve=f"matmul.{precision}", start=start, low=0.3, high=0.95,
+                    gpus=(gpu,),
+                    curve=f"matmul.{precision}",
+                    start=start,
+                    low=0.3,
+                    high=0.95,
                     spread=1.5,
                 )  # fmt: skip
             )
