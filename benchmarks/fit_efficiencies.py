@@ -67,7 +67,7 @@ def knobs() -> tuple[Knob, ...]:
             low=0.2,
             high=0.9,
             spread=1.1,
-        ),  # fmt: skip
+        ),
         # What the host does, and how much a collective disturbs, depends on the software.
         Knob(gpus=RECENT, curve="host_operation_s", start=4e-4, low=1e-5, high=2e-3, spread=1.3),
         Knob(gpus=RECENT, curve="host_expert_s.bf16", start=2e-5, low=1e-6, high=1e-3, spread=2),
@@ -101,7 +101,7 @@ def knobs() -> tuple[Knob, ...]:
                     low=0.3,
                     high=0.95,
                     spread=1.5,
-                )  # fmt: skip
+                )
             )
     rates += [
         # Blackwell Ultra's peak is half as high again; too few rows for more than a correction.

@@ -297,10 +297,10 @@ def _sizes(point: Point, source: Source, num_gpus: int) -> ParallelSizes:
     dp = num_gpus // (tp * pp * cp)
     if (tp * cp * dp) % ep:
         raise _SkipError(f"ep={ep} does not divide tp*cp*dp={tp * cp * dp}")
-    full = "full-recompute" in point.fields["model"] or (
-        source == "vlm" and "language and vision towers" in point.fields["source"]
-    )
-    selective = "selective" in point.fields["model"] or point.fields["metric"].endswith("selective")
+    text = f"{point.fields['model']} {point.fields['source']} {point.fields['metric']}".lower()
+    projector_alone = source == "vlm" and "language and vision towers" in text
+    full = re.search(r"full[-_ ]recompute", text) or projector_alone
+    selective = re.search(r"selective[-_ ]recompute|seqpar_selective", text)
     return ParallelSizes(
         tp=tp, cp=cp, dp=dp, pp=pp, ep=ep, etp=1,
         sequence_parallel=tp > 1 and not (source == "a100-2205.05198" and not selective),
