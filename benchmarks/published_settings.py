@@ -76,10 +76,18 @@ def settings_of(
             # Software of 2022: interleaved stages waited for messages, which tensor ranks shared.
             overlap_p2p=False, split_hops=True,
         )  # fmt: skip
+    if source == "vlm":
+        # perf_recipes/qwen_vl/common.py (067f987): no graphs with samples of unlike length, no
+        # overlap of gradients or weights.
+        return TrainingSettings(
+            gradient_bytes=2, overlap_grad_reduce=False, overlap_param_gather=False,
+            moe_dispatcher="flex",
+        )  # fmt: skip
     graph = _cuda_graph(point, model)
     fsdp = "FSDP=" in text or "FSDP2=" in text or (
         # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
         model.name == "llama-3-70b" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
+            and model.language.trainable is None
     )  # fmt: skip
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
