@@ -13,8 +13,8 @@ from megatron_mosaic.cost.costs import (
     StepEstimate,
 )
 from megatron_mosaic.cost.memory import ModuleParts, module_parts, stages_memory, with_memory
+from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.parts import module_costs
-from megatron_mosaic.cost.operations import model_flops_per_token
 from megatron_mosaic.cost.plan_memory import (
     live_in_step,
     memory_terms,

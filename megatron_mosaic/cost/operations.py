@@ -428,37 +428,3 @@ def _projector(projector: Projector, place: Workplace) -> Iterator[Operation]:
         split = (before, after / tp) if index % 2 == 0 else (before / tp, after)
         yield from place.matmul(*split, rows=rows)
         yield pointwise(4 * rows * after / tp, 6 * rows * after / tp)
-
-
-def module_flops_per_token(module: ModuleSpec, *, pairs_per_token: float | None = None) -> float:
-    """FLOPs of a forward pass by token of the module, with no regard to how it is split.
-
-    Args:
-        module: The module.
-        pairs_per_token: Pairs that attention computes by token; the mask's own if absent.
-    """
-    tokens = module.tokens_per_sample
-    pairs = module.pairs_per_sample if pairs_per_token is None else pairs_per_token * tokens
-    place = Workplace(
-        hidden_size=module.hidden_size,
-        task=TaskTokens(tokens=tokens, pairs=pairs, all_pairs=pairs),
-        sizes=ParallelSizes(),
-        settings=TrainingSettings(),
-        precision="bf16",
-    )
-    total = sum(it.flops for it in input_operations(module, place))
-    total += sum(it.flops for it in output_operations(module, place))
-    for count, layer in module.layers:
-        total += count * sum(it.flops for it in layer_operations(layer, place))
-    return total / tokens
-
-
-def model_flops_per_token(module: ModuleSpec, *, full_attention: bool = False) -> float:
-    """FLOPs of a training step by token, as throughputs are published: three forward passes.
-
-    Attention's backward pass counts twice its forward, though flash attention computes more, and
-    a causal mask halves it.
-    """
-    length = module.tokens_per_item.mean_square / module.tokens_per_item.mean
-    pairs = length if full_attention or not module.causal else length / 2
-    return 3 * module_flops_per_token(module, pairs_per_token=pairs)

@@ -32,6 +32,9 @@ from megatron_mosaic.model.parameters import (
 )
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precision
 
+# Kernels of an operation, in launches of a multiplication with all around it. Chunked scans are
+# a chain of kernels: sums in chunks, products of keys, a triangular inverse, states, outputs.
+_LAUNCHES = {"elementwise": 0, "recurrence": 4}
 
 # What launching a cast costs of what launching a multiplication with all around it does.
 _CAST_LAUNCH = 0.5
@@ -186,7 +189,7 @@ def _launched(
     # A GPU that is faster than its host waits for it; backward launches two passes' gradients.
     if site.place.settings.cuda_graph != "none":
         return times
-    launches = sum(it.curve != "elementwise" for it in operations)
+    launches = sum(_LAUNCHES.get(it.curve, 1) for it in operations)
     if site.place.precision in ("fp8", "mxfp8", "nvfp4"):
         # Inputs and gradients are quantised by kernels of their own.
         launches += _CAST_LAUNCH * sum(it.weights > 0 for it in operations)
