@@ -198,6 +198,22 @@ def test_output_of_a_projector_keeps_inputs_of_both_maps_and_of_the_function_bet
     assert total_bytes(output_keeps(spec, task(spec))) == 1024 * 2 * 20_480
 
 
+def test_task_has_room_for_more_images_than_the_mean():
+    def tokens(samples):
+        images = Distribution.of_weights([0, 2], [1, 1])
+        spec = module(items_per_sample=images, tokens_per_item=Distribution.constant(576))
+        return task(spec, samples=samples).tokens
+
+    # 100 samples have 100 images on average, with a standard deviation of sqrt(100)*1 = 10.
+    assert tokens(100) == pytest.approx(576 * 130)
+    # One sample never has more than two.
+    assert tokens(1) == 576 * 2
+
+
+def test_task_of_equal_items_has_their_number_of_tokens():
+    assert task(module(), samples=3).tokens == 3 * 4096
+
+
 def test_stage_holds_18_bytes_of_each_weight_without_a_distributed_optimizer():
     stage = stage_memory(
         [PartRun(2, PartCosts(parameters=100.0))], sizes=ParallelSizes(dp=4), settings=PLAIN
