@@ -287,6 +287,18 @@ def test_stage_meets_the_gradient_of_the_table_when_activations_are_gone():
     assert large.working == 2 * 4096 * 32768
 
 
+def test_stage_copies_gradients_of_2_bytes_for_the_optimizer():
+    stage = stage_memory(
+        [PartRun(1, PartCosts(parameters=100.0, activation_bytes=50.0))],
+        sizes=ParallelSizes(dp=2),
+        settings=TrainingSettings(gradient_bytes=2),
+    )
+
+    # 4 bytes of 50 weights, when the 50 bytes of activations are gone.
+    assert stage.gradients == 200
+    assert stage.working == 150
+
+
 def test_memory_of_adapters_counts_them_alone_as_trained():
     whole = module(trainable=("*lora*",), lora_rank=16)
     stage = memory(whole)[0]
