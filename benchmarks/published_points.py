@@ -356,7 +356,18 @@ def _settings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
         moe_dispatcher="flex", cuda_graph=graph, moe_overlap=_moe_overlap(point, model, graph),
+        fp8_attention=_fp8_attention(point, model, graph),
+        fp8_output=graph == "full" and model.name.startswith(("deepseek", "gpt-oss")),
     )  # fmt: skip
+
+
+def _fp8_attention(point: Point, model: ModelSpec, graph: str) -> bool:
+    # The same recipes: with whole-iteration graphs but for DeepSeek on GB200, and hybrid models.
+    nvl72 = point.fields["gpu"] in ("GB200", "GB300")
+    if model.name.startswith("nemotron"):
+        return model.precision == "mxfp8" and nvl72
+    on_gb200 = model.name.startswith("deepseek") and point.fields["gpu"] == "GB200"
+    return graph == "full" and not on_gb200
 
 
 def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:

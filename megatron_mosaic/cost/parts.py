@@ -318,7 +318,7 @@ def tensor_exposed(site: Site, times: PassTimes, *, pairs: float = 1) -> Exposed
         pairs: Pairs of a collective before and one after.
 
     Source:
-        Korthikanti et al., arXiv 2205.05198, section 4.2.2; megatron/core/tensor_parallel/layers.py.
+        Korthikanti et al., arXiv 2205.05198, section 4.2.2; Megatron-LM's tensor_parallel/layers.py.
     """
     sizes, settings = site.place.sizes, site.place.settings
     cost = site.cluster.gpu.overlap_cost
@@ -399,7 +399,8 @@ def _launch_experts_s(mlp: Experts, site: Site) -> float:
     # The host learns how many tokens came, and launches kernels for each expert after that.
     waits, precision = site.cluster.gpu.host_expert_s, site.place.precision
     each = waits.get("bf16" if precision in ("bf16", "fp16", "fp32") else "fp8", 0.0)
-    return each * mlp.num_experts / site.place.sizes.ep
+    kernels = 2 if mlp.bias else 1
+    return kernels * each * mlp.num_experts / site.place.sizes.ep
 
 
 def dispatch_s(mlp: Experts, site: Site) -> float:
