@@ -8,6 +8,7 @@ from typing import NamedTuple
 from megatron_mosaic.cost.activations import layer_keeps
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun, StageMemory
 from megatron_mosaic.cost.ends import (
+    handed_bytes,
     input_closing_bytes,
     input_keeps,
     loss_working_bytes,
@@ -123,10 +124,9 @@ def module_parts(
         ),
         closing_bytes=closing,
     )
-    layers = tuple(
-        PartRun(count, _layer_part(layer, module, task, gradient_passes=passes))
-        for count, layer in module.layers
-    )
+    different = dict.fromkeys(layer for _, layer in module.layers)
+    known = {layer: _layer_part(layer, module, task, gradient_passes=passes) for layer in different}
+    layers = tuple(PartRun(count, known[layer]) for count, layer in module.layers)
     passes = passes or layers_train or adapters_train(module)
     last = _output_part(
         module, task, settings, gradient_passes=passes, vocab_multiple=vocab_multiple
@@ -192,7 +192,7 @@ def _output_part(
         parameters=parameters + further.dense,
         expert_parameters=further.experts,
         trainable=float(train),
-        activation_bytes=kept,
+        activation_bytes=kept + handed_bytes(module, task),
         working_bytes=working,
     )
 

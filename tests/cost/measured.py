@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """What one rank held, in bytes."""
+    """What one rank held, in bytes; ``saved`` also has what the module hands on."""
 
     stage: int
     weights: int
@@ -111,7 +111,7 @@ def _weigh(case: Case) -> Weighed:
         weights=sum(map(_bytes, model.parameters())),
         gradients=sum(_bytes(weight.main_grad) for weight in trained),
         optimizer=_optimizer_bytes(optimizer, model),
-        saved=saved,
+        saved=saved + (0 if isinstance(case.module.output, LanguageHead) else _bytes(output)),
     )
 
 

@@ -214,6 +214,18 @@ def test_task_of_equal_items_has_their_number_of_tokens():
     assert task(module(), samples=3).tokens == 3 * 4096
 
 
+def test_output_of_a_frozen_encoder_waits_for_its_reader():
+    spec = module(
+        layers=2,
+        input=Patches(values=588),
+        output=Projector(sizes=(4 * 4096, 2048, 1024), merged_tokens=4),
+        trainable=(),
+    )
+
+    # 1024 rows of 1024 numbers, and nothing for a backward pass.
+    assert memory(spec)[0].activations_per_task == 1024 * 2 * 1024
+
+
 def test_stage_holds_18_bytes_of_each_weight_without_a_distributed_optimizer():
     stage = stage_memory(
         [PartRun(2, PartCosts(parameters=100.0))], sizes=ParallelSizes(dp=4), settings=PLAIN
