@@ -214,8 +214,8 @@ def write(values: Mapping[Knob, float], *, note: str) -> None:
                 text = re.sub(rf"({kind}: )[0-9.e+-]+", rf"\g<1>{value:.2e}", text)
             else:
                 start = re.escape(f"  {knob.curve}: {{peak_share: ")
-                line = rf"(?m)^({start})[0-9.]+(.*source: ).*\}}$"
-                text = re.sub(line, rf"\g<1>{value:.4g}\g<2>{note}}}", text)
+                line = rf"(?m)^({start})[0-9.]+(.*source: ')[^;']*"
+                text = re.sub(line, rf"\g<1>{value:.4g}\g<2>{note}", text)
             path.write_text(text)
             load_gpu(gpu)
 
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'/'.join(knob.gpus):28} {knob.curve:28} {knob.start:10.4g} -> {value:10.4g}")
     if args.write:
         date = datetime.now(UTC).date().isoformat()
-        write(values, note=f"'benchmarks/fit_efficiencies.py, half A, {date}'")
+        write(values, note=f"benchmarks/fit_efficiencies.py, half A, {date}")
     return 0
 
 
