@@ -22,6 +22,7 @@ from megatron_mosaic.cluster.spec import Cluster, Gpu
 
 BLACKWELL = ("b200", "gb200", "b300", "gb300")
 HOPPER = ("h100", "h200")
+RECENT = (*BLACKWELL, *HOPPER)
 _FILES = {"A100": "a100-80g"}
 _PLAIN = ("host_operation_s", "overlap_cost")
 
@@ -54,9 +55,18 @@ def knobs() -> tuple[Knob, ...]:
     # configs/system/b200_bf16_ceperm.json (4dcaae5) of its repository.
     shared = (
         Knob(gpus=BLACKWELL, curve="weight_gradient.matmul.bf16", start=0.455, low=0.3, high=0.8),
-        Knob(gpus=BLACKWELL, curve="grouped_matmul.bf16", start=0.55, low=0.2, high=0.9),
+        Knob(gpus=BLACKWELL, curve="grouped_matmul.bf16", start=0.55, low=0.2, high=0.9, spread=1.1),
         Knob(gpus=BLACKWELL, curve="elementwise", start=0.7, low=0.3, high=0.95),
         Knob(gpus=BLACKWELL, curve="permute", start=0.5, low=0.1, high=0.95),
+        Knob(
+            gpus=BLACKWELL, curve="weight_gradient.grouped_matmul.bf16", start=0.47, low=0.2,
+            high=0.9, spread=1.1,
+        ),  # fmt: skip
+        # What the host does, and how much a collective disturbs, depends on the software.
+        Knob(gpus=RECENT, curve="host_operation_s", start=4e-4, low=1e-5, high=2e-3, spread=1.3),
+        Knob(gpus=RECENT, curve="host_expert_s.bf16", start=2e-5, low=1e-6, high=1e-3, spread=2),
+        Knob(gpus=RECENT, curve="host_expert_s.fp8", start=6e-5, low=1e-6, high=1e-3, spread=2),
+        Knob(gpus=RECENT, curve="overlap_cost", start=0.15, low=0.02, high=0.6, spread=1.5),
     )
     rates = [
         Knob(gpus=gpus, curve=f"{kind}.{way}", start=start, low=start / 2, high=1.0)
@@ -89,10 +99,6 @@ def knobs() -> tuple[Knob, ...]:
     experts = (
         Knob(gpus=BLACKWELL, curve="grouped_matmul.fp8", start=0.45, low=0.1, high=0.9, spread=1.5),
         Knob(gpus=BLACKWELL, curve="recurrence.bf16", start=0.1, low=0.01, high=0.6, spread=2),
-        Knob(gpus=BLACKWELL, curve="host_expert_s.bf16", start=2e-5, low=1e-6, high=1e-3, spread=2),
-        Knob(gpus=BLACKWELL, curve="host_expert_s.fp8", start=6e-5, low=1e-6, high=1e-3, spread=2),
-        Knob(gpus=BLACKWELL, curve="overlap_cost", start=0.15, low=0.02, high=0.6, spread=1.5),
-        Knob(gpus=BLACKWELL, curve="host_operation_s", start=4e-4, low=1e-5, high=2e-3, spread=1.3),
     )
     return (*shared, *rates, *experts, *_hopper(), *_ampere())
 
@@ -101,16 +107,12 @@ def _hopper() -> tuple[Knob, ...]:
     return (
         Knob(gpus=HOPPER, curve="matmul.bf16", start=0.65, low=0.4, high=0.9),
         Knob(gpus=HOPPER, curve="matmul.fp8", start=0.55, low=0.3, high=0.9),
-        Knob(gpus=HOPPER, curve="grouped_matmul.bf16", start=0.5, low=0.2, high=0.9, spread=1.5),
+        Knob(gpus=HOPPER, curve="grouped_matmul.bf16", start=0.5, low=0.2, high=0.9, spread=1.3),
         Knob(gpus=HOPPER, curve="attention.forward", start=0.9, low=0.3, high=1.0),
         Knob(gpus=HOPPER, curve="attention.backward", start=0.67, low=0.3, high=1.0),
         Knob(gpus=HOPPER, curve="elementwise", start=0.75, low=0.4, high=0.95),
         Knob(gpus=HOPPER, curve="permute", start=0.5, low=0.1, high=0.95, spread=1.5),
         Knob(gpus=HOPPER, curve="recurrence.bf16", start=0.1, low=0.01, high=0.6, spread=2),
-        Knob(gpus=HOPPER, curve="host_expert_s.bf16", start=2e-5, low=1e-6, high=1e-3, spread=2),
-        Knob(gpus=HOPPER, curve="host_expert_s.fp8", start=6e-5, low=1e-6, high=1e-3, spread=2),
-        Knob(gpus=HOPPER, curve="overlap_cost", start=0.15, low=0.02, high=0.6, spread=1.5),
-        Knob(gpus=HOPPER, curve="host_operation_s", start=4e-4, low=1e-5, high=2e-3, spread=1.3),
     )
 
 

@@ -89,7 +89,7 @@ class Case:
     def layout(self) -> tuple[object, ...]:
         """What tells configurations apart, whatever software or unit they were measured with."""
         return (
-            self.source, self.model.name, self.model.sequence_length, self.model.precision,
+            self.source, self.model.name, self.model.language.num_layers, self.model.sequence_length, self.model.precision,
             self.gpu, self.num_gpus, self.sizes, self.micro_batch_size, self.global_batch_size,
             self.settings.fsdp, self.model.language.trainable,
         )  # fmt: skip
@@ -195,6 +195,8 @@ def _stated_chunks(points: Iterable[Point]) -> Mapping[tuple[str, str, str], int
 
 def _chunks_key(point: Point) -> tuple[str, str, str]:
     name = re.sub(r"[^a-z0-9]", "", point.fields["model"].lower().split("(")[0])
+    if name.startswith("gpt") and "2205.05198" in point.fields["source"]:
+        name = f"gpt{point.fields['params']}"  # its models differ in size alone
     return name, point.fields["gpu"], point.fields["pp"]
 
 
@@ -348,13 +350,24 @@ def _settings(
     graph = _cuda_graph(point, model)
     fsdp = "FSDP=" in text or "FSDP2=" in text or (
         # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
-        model.name == "Llama-3-70B" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
+        model.name == "llama-3-70b" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
     )  # fmt: skip
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
         moe_dispatcher="flex", cuda_graph=graph, moe_overlap=_moe_overlap(point, model, graph),
+        fp8_attention=_fp8_attention(point, model, graph),
+        fp8_output=graph == "full" and model.name.startswith(("deepseek", "gpt-oss")),
     )  # fmt: skip
+
+
+def _fp8_attention(point: Point, model: ModelSpec, graph: str) -> bool:
+    # The same recipes: with whole-iteration graphs but for DeepSeek on GB200, and hybrid models.
+    nvl72 = point.fields["gpu"] in ("GB200", "GB300")
+    if model.name.startswith("nemotron"):
+        return model.precision == "mxfp8" and nvl72
+    on_gb200 = model.name.startswith("deepseek") and point.fields["gpu"] == "GB200"
+    return graph == "full" and not on_gb200
 
 
 def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:
@@ -364,7 +377,7 @@ def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:
         return False
     if "moe_recipes" in text:
         return "ep overlap" in text
-    far = model.name in ("DeepSeek-V3", "Qwen3-235B-A22B", "Kimi-K2")
+    far = model.name in ("deepseek-v3", "qwen3-235b-a22b", "kimi-k2")
     return graph == "full" or (far and point.fields["gpu"] in ("H100", "B200"))
 
 
@@ -373,8 +386,8 @@ def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "f
     # DeepSeek, on B300, since release 26.06 but not for hybrid models; attention, router and
     # preprocessing on NVL72 otherwise and for Qwen3-30B on H100 in fp8.
     gpu, release = point.fields["gpu"], _release(point.fields["source"])
-    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("DeepSeek")
-    hybrid = model.name.startswith("Nemotron")
+    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("deepseek")
+    hybrid = model.name.startswith("nemotron")
     text = point.fields["source"].lower()
     if "automodel" in text:
         return "none"
@@ -383,7 +396,7 @@ def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "f
         return "full" if "full cg" in text else "partial" if "cg" in text else "none"
     if model.precision == "mxfp8" and recent and not hybrid and (nvl72 or deepseek):
         return "full"
-    if nvl72 or (model.name.startswith("Qwen3-30B") and gpu == "H100" and recent):
+    if nvl72 or (model.name.startswith("qwen3-30b") and gpu == "H100" and recent):
         return "partial"
     return "none"
 
@@ -419,7 +432,7 @@ def source_flops_per_token(case: Case) -> float:
         num_floating_point_operations in Megatron-LM's training.py and Megatron-Bridge's
         flop_utils.py (067f987); NeMo's flops_formulas.py before it knew causal attention.
     """
-    from megatron_mosaic.cost.operations import model_flops_per_token
+    from megatron_mosaic.cost.model_flops import model_flops_per_token
 
     language = case.model.language
     return model_flops_per_token(language, full_attention=case.source == "nemo-cp")

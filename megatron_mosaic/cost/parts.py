@@ -32,6 +32,9 @@ from megatron_mosaic.model.parameters import (
 )
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precision
 
+# Kernels of an operation, in launches of a multiplication with all around it. Chunked scans are
+# a chain of kernels: sums in chunks, products of keys, a triangular inverse, states, outputs.
+_LAUNCHES = {"elementwise": 0, "recurrence": 4}
 
 # What launching a cast costs of what launching a multiplication with all around it does.
 _CAST_LAUNCH = 0.5
@@ -186,7 +189,7 @@ def _launched(
     # A GPU that is faster than its host waits for it; backward launches two passes' gradients.
     if site.place.settings.cuda_graph != "none":
         return times
-    launches = sum(it.curve != "elementwise" for it in operations)
+    launches = sum(_LAUNCHES.get(it.curve, 1) for it in operations)
     if site.place.precision in ("fp8", "mxfp8", "nvfp4"):
         # Inputs and gradients are quantised by kernels of their own.
         launches += _CAST_LAUNCH * sum(it.weights > 0 for it in operations)
@@ -315,7 +318,7 @@ def tensor_exposed(site: Site, times: PassTimes, *, pairs: float = 1) -> Exposed
         pairs: Pairs of a collective before and one after.
 
     Source:
-        Korthikanti et al., arXiv 2205.05198, section 4.2.2; megatron/core/tensor_parallel/layers.py.
+        Korthikanti et al., arXiv 2205.05198, section 4.2.2; Megatron-LM's tensor_parallel/layers.py.
     """
     sizes, settings = site.place.sizes, site.place.settings
     cost = site.cluster.gpu.overlap_cost
@@ -396,7 +399,8 @@ def _launch_experts_s(mlp: Experts, site: Site) -> float:
     # The host learns how many tokens came, and launches kernels for each expert after that.
     waits, precision = site.cluster.gpu.host_expert_s, site.place.precision
     each = waits.get("bf16" if precision in ("bf16", "fp16", "fp32") else "fp8", 0.0)
-    return each * mlp.num_experts / site.place.sizes.ep
+    kernels = 2 if mlp.bias else 1
+    return kernels * each * mlp.num_experts / site.place.sizes.ep
 
 
 def dispatch_s(mlp: Experts, site: Site) -> float:

@@ -95,8 +95,8 @@ def stage_costs(
         waits = groups.sharded_waits(settings, forward_s=forward, backward_s=backward)
         forward, backward = forward + waits[0], backward + waits[1]
         communication += sum(waits)
-    if module.sizes.pp > 1 and not (module.sizes.chunks > 1 and settings.overlap_p2p):
-        # Plain 1F1B waits for each message; interleaved schedules send while they compute.
+    if module.sizes.chunks > 1 and not settings.overlap_p2p:
+        # Each chunk waits for its message; what plain 1F1B waits for, the step counts.
         hops_s = module.hop_s * module.sizes.chunks
         forward += hops_s
         backward += hops_s if backward else 0.0
