@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.fields import nearest, positive, read_text, show
+from megatron_mosaic.fields import layer_count, nearest, positive, read_text, show
 from megatron_mosaic.model.megatron_patterns import hybrid_pattern, layer_flags, window
 from megatron_mosaic.model.model_file import FORMAT, model_from_document
 from megatron_mosaic.model.spec import ModelSpec
@@ -154,6 +154,7 @@ def _layers(given: Arguments) -> tuple[Module, int]:
     count = _size(given, "--decoder-num-layers", _size(given, "--num-layers", -1))
     if count < 1:
         raise PlanError("--num-layers must be given with a number; add --num-layers 32")
+    layer_count("--num-layers", count)
     mixers, mlps = _mixers(given, count), _mlps(given, count)
     order = [f"{mixer}_{mlp}" for mixer, mlp in zip(mixers, mlps, strict=True)]
     kinds = {kind: {**_PARTS[a](given), **_PARTS[b](given)} for kind, a, b in _pairs(mixers, mlps)}
