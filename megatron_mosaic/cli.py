@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from megatron_mosaic.commands import args as args_command
 from megatron_mosaic.commands import check, show
 from megatron_mosaic.errors import LayoutError, PlanError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "check": (check, "check a plan and print its layout"),
     "show": (show, "print the schedule of every rank"),
+    "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
 }
 
 
