@@ -12,7 +12,7 @@ from megatron_mosaic.errors import LayoutError, PlanError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "check": (check, "check a plan and print its layout"),
-    "show": (show, "print the schedule of every rank"),
+    "show": (show, "print or draw the schedule and what is predicted"),
     "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
 }
 
