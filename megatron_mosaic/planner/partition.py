@@ -24,6 +24,9 @@ class Load(NamedTuple):
     live_bytes: float = 0.0
 
 
+NOTHING = Load(0.0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chain:
     """The parts of a module in the order of the data.
@@ -34,9 +37,9 @@ class Chain:
         output: What the last stage has after its layers.
     """
 
-    input: Load = Load(0.0)
+    input: Load = NOTHING
     layers: tuple[Load, ...]
-    output: Load = Load(0.0)
+    output: Load = NOTHING
 
 
 class Split(NamedTuple):
