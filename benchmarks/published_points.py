@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,12 +10,28 @@ from typing import Literal
 from benchmarks.published_models import published_models, with_sequence
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.model.spec import LanguageHead, ModelSpec, Precision
+from megatron_mosaic.model.spec import ModelSpec, Precision
 
 POINTS = Path(__file__).resolve().parent / "data" / "published_points.csv"
-COLUMNS = (
-    "model params gpu num_gpus tp cp pp vpp dp ep seq_len mbs gbs precision metric value source"
-).split()
+COLUMNS = [
+    "model",
+    "params",
+    "gpu",
+    "num_gpus",
+    "tp",
+    "cp",
+    "pp",
+    "vpp",
+    "dp",
+    "ep",
+    "seq_len",
+    "mbs",
+    "gbs",
+    "precision",
+    "metric",
+    "value",
+    "source",
+]
 
 Source = Literal[
     "simumax", "a100-2205.05198", "bridge-dense", "bridge-moe", "bridge-lora", "vlm", "recipes",

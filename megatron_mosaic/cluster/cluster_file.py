@@ -143,12 +143,15 @@ def _curves(field: str, value: object) -> Mapping[str, Curve]:
 
 
 def _curve(field: str, value: object) -> Curve:
-    known: Mapping[str, Parse] = {"peak_share": _share, "half_size": number, "source": text}
+    known: Mapping[str, Parse] = {
+        "peak_share": _share,
+        "half_size": number,
+        "half_dim": number,
+        "source": text,
+    }
     required = ("peak_share", "source")
     keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=required)
-    return Curve(
-        peak_share=keys["peak_share"], half_size=keys.get("half_size", 0.0), source=keys["source"]
-    )
+    return Curve(**keys)
 
 
 def _tiers(field: str, value: object) -> tuple[LinkTier, ...]:
@@ -215,6 +218,7 @@ def _written_curve(curve: Curve) -> dict[str, Any]:
     return {
         "peak_share": curve.peak_share,
         "half_size": curve.half_size,
+        **({"half_dim": curve.half_dim} if curve.half_dim else {}),
         "source": curve.source,
     }
 

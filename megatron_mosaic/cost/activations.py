@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.layout.placement import Recompute
 from megatron_mosaic.model.layers import (
     Experts,
@@ -33,6 +33,8 @@ KEPT_INPUT_BYTES: dict[Precision, float] = {
     "mxfp8": 1 + 1 / 32,
     "nvfp4": 1 / 2 + 1 / 16,
 }
+
+DEFAULT_SETTINGS = TrainingSettings()
 
 
 class Kept(NamedTuple):
@@ -65,6 +67,7 @@ class TaskOnRank:
         precision: Of matrix multiplications.
         kernels: Who computes.
         dropout: Whether layers and scores drop out.
+        swaps_heads: Whether context-parallel ranks swap sequence for heads around attention.
     """
 
     tokens: float
@@ -78,6 +81,7 @@ class TaskOnRank:
     precision: Precision = "bf16"
     kernels: Kernels = "flash"
     dropout: bool = False
+    swaps_heads: bool = False
 
     @classmethod
     def of(
@@ -88,7 +92,7 @@ class TaskOnRank:
         samples: float,
         precision: Precision = "bf16",
         kernels: Kernels = "flash",
-        dropout: bool = False,
+        settings: TrainingSettings = DEFAULT_SETTINGS,
     ) -> "TaskOnRank":
         """Returns the task of a module on a number of samples.
 
@@ -98,7 +102,7 @@ class TaskOnRank:
             samples: Samples of the task on one replica.
             precision: Of matrix multiplications.
             kernels: Who computes.
-            dropout: Whether layers and scores drop out.
+            settings: What all modules have in common.
         """
         source = module.input
         learned = source.num_positions if isinstance(source, TokenEmbedding | Patches) else 0
@@ -114,7 +118,8 @@ class TaskOnRank:
             sizes=sizes,
             precision=precision,
             kernels=kernels,
-            dropout=dropout,
+            dropout=settings.dropout,
+            swaps_heads=sizes.cp > 1 and settings.cp_comm == "a2a",
         )
 
     @property
@@ -122,10 +127,18 @@ class TaskOnRank:
         """Bytes of a number between operations."""
         return 4 if self.precision == "fp32" else 2
 
-    @property
-    def input_bytes(self) -> float:
-        """Bytes of a number that a multiplication keeps; CPUs have no narrow formats."""
-        return self.number_bytes if self.kernels == "local" else KEPT_INPUT_BYTES[self.precision]
+    def input_size_bytes(self, *, tokens: float, width: float) -> float:
+        """Bytes that a multiplication keeps of its input; CPUs have no narrow formats."""
+        each = self.number_bytes if self.kernels == "local" else KEPT_INPUT_BYTES[self.precision]
+        return each * tokens * width
+
+    def sent_tokens(self, experts: Experts) -> float:
+        """Tokens on which a rank's experts work if every expert gets as many.
+
+        Ranks that split an expert gather each other's tokens.
+        """
+        whole = 1 if not self.sizes.sequence_parallel else self.sizes.etp / self.sizes.tp
+        return self.tokens * whole * experts.experts_per_token
 
     @property
     def outer_tokens(self) -> float:
@@ -196,17 +209,20 @@ def norm_keeps(task: TaskOnRank, *, width: float, tokens: float) -> Iterator[Kep
 
 def _dropout_keeps(task: TaskOnRank) -> Iterator[Kept]:
     if task.dropout:
-        size = _mask_bytes(task) * task.outer_tokens * task.hidden_size
+        size = mask_bytes(task) * task.outer_tokens * task.hidden_size
         yield Kept("mask of dropout", size)
 
 
-def _mask_bytes(task: TaskOnRank) -> int:
+def mask_bytes(task: TaskOnRank) -> int:
+    """Bytes of a dropped-out number."""
     # On a CPU torch multiplies with noise; its CUDA kernel keeps a bool.
     return task.number_bytes if task.kernels == "local" else 1
 
 
 def _input_of(name: str, task: TaskOnRank, *, tokens: float, width: float) -> Kept:
-    return Kept(f"input of {name}", task.input_bytes * tokens * width, weights_only=True)
+    return Kept(
+        f"input of {name}", task.input_size_bytes(tokens=tokens, width=width), weights_only=True
+    )
 
 
 def _mixer_keeps(mixer: Mixer, task: TaskOnRank, *, selective: bool) -> Iterator[Kept]:
@@ -273,24 +289,31 @@ def _core_attention_keeps(
     output = task.number_bytes * task.tokens * width
     if task.kernels == "flash":
         yield Kept("output of attention", output, weights_only=selective)
+        if task.swaps_heads:
+            yield Kept("output of attention before the swap", output)
         if task.precision in ("fp8", "mxfp8", "nvfp4"):
             yield _input_of("the output projection", task, tokens=task.tokens, width=width)
         if not selective:
             yield Kept("sums of exponentials", 4 * task.tokens * heads)
         return
     yield Kept("output of attention", output, weights_only=True)
-    if selective:
-        return
-    scores = task.pairs * heads
-    if task.kernels == "local" and (task.causal or window is not None):
+    if not selective:
+        masked = task.causal or window is not None
+        yield from _scores_keep(task, scores=task.pairs * heads, masked=masked)
+
+
+def _scores_keep(task: TaskOnRank, *, scores: float, masked: bool) -> Iterator[Kept]:
+    """Yields what attention keeps that writes its scores to memory."""
+    local = task.kernels == "local"
+    if local and masked:
         yield Kept("mask of positions", task.longest**2)
-    if task.kernels == "local" and task.number_bytes == 2:
+    if local and task.number_bytes == 2:
         yield Kept("softmax in fp32", 4 * scores)
-    elif task.kernels == "unfused" or task.dropout:
+    elif not local or task.dropout:
         yield Kept("softmax", task.number_bytes * scores)
     if task.dropout:
-        yield Kept("mask of the scores' dropout", _mask_bytes(task) * scores)
-    if task.kernels == "local" or task.dropout:
+        yield Kept("mask of the scores' dropout", mask_bytes(task) * scores)
+    if local or task.dropout:
         yield Kept("probabilities", task.number_bytes * scores)
 
 
@@ -348,11 +371,7 @@ def _inner_mlp_keeps(mlp: Mlp, task: TaskOnRank, *, tokens: float, tp: int) -> I
 
 
 def _experts_keep(mlp: Experts, task: TaskOnRank) -> Iterator[Kept]:
-    """Yields what experts keep if every expert gets as many tokens.
-
-    Tokens that the ranks of an expert's group send each other balance out, so a rank's experts
-    work on as many tokens as the rank has, times the experts of each.
-    """
+    """Yields what experts keep if every expert gets as many tokens."""
     outer, hidden = task.outer_tokens, task.hidden_size
     yield Kept("input of the router", task.number_bytes * outer * hidden, weights_only=True)
     yield from _routing_keeps(mlp, task)
@@ -360,10 +379,7 @@ def _experts_keep(mlp: Experts, task: TaskOnRank) -> Iterator[Kept]:
         shared = Mlp(ffn_hidden_size=mlp.shared_ffn_hidden_size, gated=mlp.gated)
         yield from _inner_mlp_keeps(shared, task, tokens=task.tokens, tp=task.sizes.tp)
     size = mlp.latent_size or hidden
-    # Ranks that split an expert gather each other's tokens.
-    sent = task.tokens / task.sizes.tp * task.sizes.etp * mlp.experts_per_token
-    if not task.sizes.sequence_parallel:
-        sent = task.tokens * mlp.experts_per_token
+    sent = task.sent_tokens(mlp)
     yield _input_of("the experts", task, tokens=sent, width=size)
     expert = Mlp(ffn_hidden_size=mlp.ffn_hidden_size, gated=mlp.gated)
     yield Kept("weights of the sent tokens", task.number_bytes * sent)

@@ -1,6 +1,7 @@
 """Layers as model files write them: Megatron's names, kinds of layers, and runs of kinds."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +25,9 @@ _SELF_ATTENTION = {
     "kv_channels": "head_dim",
     "window_size": "window",
     "attention_output_gate": "output_gate",
-    "add_qkv_bias": "bias",
+    "add_bias_linear": "bias",
+    "add_qkv_bias": "qkv_bias",
+    "qk_layernorm": "qk_norm",
 }
 _LATENT_ATTENTION = {
     "kv_lora_rank": "key_value_rank",
@@ -51,7 +54,7 @@ _STATE_SPACE = {
 _MLP = {
     "ffn_hidden_size": "ffn_hidden_size",
     "gated_linear_unit": "gated",
-    "add_bias_linear": "bias",
+    "mlp_bias": "bias",
 }
 _EXPERTS = {
     "num_moe_experts": "num_experts",
@@ -60,6 +63,8 @@ _EXPERTS = {
     "moe_shared_expert_intermediate_size": "shared_ffn_hidden_size",
     "gated_linear_unit": "gated",
     "moe_latent_size": "latent_size",
+    "moe_shared_expert_gate": "shared_gate",
+    "mlp_bias": "bias",
 }
 # More telling ones first: MLA also has num_attention_heads.
 _MIXERS = {
@@ -69,20 +74,26 @@ _MIXERS = {
     SelfAttention: _SELF_ATTENTION,
 }
 _MLPS = {Experts: _EXPERTS, Mlp: _MLP}
+_FLAGS = {
+    "attention_output_gate",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "mlp_bias",
+    "moe_shared_expert_gate",
+}
 _OPTIONAL = {
+    *_FLAGS,
     "num_query_groups",
     "kv_channels",
     "window_size",
-    "attention_output_gate",
-    "add_qkv_bias",
     "q_lora_rank",
     "linear_conv_kernel_dim",
     "mamba_conv_kernel_dim",
-    "add_bias_linear",
     "moe_shared_expert_intermediate_size",
     "moe_latent_size",
 }
-_BOOLEANS = {"attention_output_gate", "add_qkv_bias", "gated_linear_unit", "add_bias_linear"}
+_BOOLEANS = {*_FLAGS, "gated_linear_unit"}
 
 LAYER_KEYS: Mapping[str, Parse] = {
     key: boolean
@@ -91,7 +102,7 @@ LAYER_KEYS: Mapping[str, Parse] = {
     if key == "moe_shared_expert_intermediate_size"
     else positive
     for table in (*_MIXERS.values(), *_MLPS.values())
-    for key in table
+    for key in (*table, "add_bias_linear")
 }
 """Keys of a layer, which may stand in a kind of layer, or in the module for all its kinds."""
 
@@ -134,7 +145,7 @@ def _keys_of(layer: Layer) -> set[str]:
         if part is not None
         for key in {**_MIXERS, **_MLPS}[type(part)]
     }
-    return keys | {"add_bias_linear"} if isinstance(layer.mixer, SelfAttention) else keys
+    return keys | {"add_bias_linear"} if layer.mlp is not None else keys
 
 
 def _part_of(
@@ -171,14 +182,17 @@ def _fill(where: str, kind: type, keys: Mapping[str, Any]) -> Any:
         values.setdefault("query_rank", None)
     elif kind is SelfAttention:
         _complete_attention(where, keys, values)
-    elif kind is Experts and values["experts_per_token"] > values["num_experts"]:
+    elif kind in (Mlp, Experts):
+        # Megatron has one key for the biases of attention and MLP; mlp_bias tells them apart.
+        values.setdefault("bias", keys.get("add_bias_linear", False))
+    if kind is Experts and values["experts_per_token"] > values["num_experts"]:
         raise LayoutError(
             f"{where}: moe_router_topk={values['experts_per_token']} must be <= "
             f"num_moe_experts={values['num_experts']}; lower it"
         )
-    elif kind is LinearAttention:
+    if kind is LinearAttention:
         _check_multiple(where, keys, "linear_num_value_heads", "linear_num_key_heads")
-    elif kind is StateSpace:
+    if kind is StateSpace:
         _check_multiple(where, keys, "mamba_num_heads", "mamba_num_groups")
     return kind(**values)
 
@@ -188,7 +202,6 @@ def _complete_attention(where: str, keys: Mapping[str, Any], values: dict[str, A
     if "head_dim" not in values:
         _check_multiple(where, keys, "hidden_size", "num_attention_heads", or_give="kv_channels")
         values["head_dim"] = keys["hidden_size"] // values["num_heads"]
-    values.setdefault("bias", keys.get("add_bias_linear", False))
     if values["num_heads"] % values["num_query_groups"]:
         _check_multiple(where, keys, "num_attention_heads", "num_query_groups")
 
@@ -254,9 +267,17 @@ def write_layer(layer: Layer) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for part in (layer.mixer, layer.mlp):
         if part is not None:
-            for key, field in {**_MIXERS, **_MLPS}[type(part)].items():
-                written[key] = getattr(part, field)
-    return {key: value for key, value in written.items() if value is not None}
+            table = {**_MIXERS, **_MLPS}[type(part)]
+            values = {key: getattr(part, field) for key, field in table.items()}
+            defaults = {it.name: it.default for it in fields(part)}
+            written |= {
+                key: value for key, value in values.items() if value != defaults[table[key]]
+            }
+    if isinstance(layer.mlp, Mlp | Experts):
+        written |= {"gated_linear_unit": layer.mlp.gated, "mlp_bias": layer.mlp.bias}
+    if written.get("mlp_bias", False) == written.get("add_bias_linear", False):
+        written.pop("mlp_bias", None)
+    return written
 
 
 def write_runs(runs: Sequence[LayerRun], names: Mapping[Layer, str]) -> list[Any]:

@@ -125,6 +125,7 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
     known: Mapping[str, Parse] = {
         "hidden_size": positive,
         "normalization": one_of(*_NORMS),
+        "final_layernorm": boolean,
         "causal": boolean,
         "num_layers": positive,
         **LAYER_KEYS,
@@ -155,6 +156,7 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         tokens_per_item=_read_tokens(where, keys),
         trainable=keys.get("trainable"),
         lora_rank=keys.get("lora_rank", 0),
+        final_norm=keys.get("final_layernorm", True),
     )
 
 
@@ -214,20 +216,28 @@ def _patches(field: str, value: object) -> Patches:
         "values": positive,
         "learned_positions": count,
         "extra_tokens": count,
+        "add_bias_linear": boolean,
+        "normed": boolean,
     }
     keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=("values",))
     return Patches(
         values=keys["values"],
         num_positions=keys.get("learned_positions", 0),
         extra_tokens=keys.get("extra_tokens", 0),
+        bias=keys.get("add_bias_linear", False),
+        normed=keys.get("normed", False),
     )
 
 
 def _head(field: str, value: object) -> LanguageHead:
     tied = "share_embeddings_and_output_weights"
-    known: Mapping[str, Parse] = {"vocab_size": positive, tied: boolean}
+    known: Mapping[str, Parse] = {"vocab_size": positive, tied: boolean, "mtp_num_layers": count}
     keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=("vocab_size",))
-    return LanguageHead(vocab_size=keys["vocab_size"], tied=keys.get(tied, False))
+    return LanguageHead(
+        vocab_size=keys["vocab_size"],
+        tied=keys.get(tied, False),
+        mtp_layers=keys.get("mtp_num_layers", 0),
+    )
 
 
 def _projector(field: str, value: object) -> Projector:
@@ -330,6 +340,7 @@ def _written_module(module: ModuleSpec) -> dict[str, Any]:
         "hidden_size": module.hidden_size,
         "normalization": norms[module.norm],
         "causal": module.causal,
+        "final_layernorm": module.final_norm,
         **_written_layers(module.layers),
         **_written_ends(module),
         "items_per_sample": write_distribution(module.items_per_sample),
@@ -370,12 +381,15 @@ def _written_ends(module: ModuleSpec) -> dict[str, Any]:
                 "values": patches.values,
                 "learned_positions": patches.num_positions,
                 "extra_tokens": patches.extra_tokens,
+                "add_bias_linear": patches.bias,
+                "normed": patches.normed,
             }
     match module.output:
         case LanguageHead() as head:
             written["head"] = {
                 "vocab_size": head.vocab_size,
                 "share_embeddings_and_output_weights": head.tied,
+                "mtp_num_layers": head.mtp_layers,
             }
         case Projector() as projector:
             written["projector"] = {
