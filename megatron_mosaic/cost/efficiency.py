@@ -71,12 +71,16 @@ def weight_gradient_s(gpu: Gpu, it: Operation, *, gradient_bytes: int) -> float:
     """Seconds of the gradient of an operation's weights, added to what is there."""
     operands = it.forward_bytes - 2 * it.weights
     moved = operands + 2 * gradient_bytes * it.weights
-    name = f"weight_gradient.{it.curve}" if f"weight_gradient.{it.curve}" in gpu.curves else it.curve
+    name = (
+        f"weight_gradient.{it.curve}" if f"weight_gradient.{it.curve}" in gpu.curves else it.curve
+    )
     return _roof_s(gpu, name, it, it.flops, moved)
 
 
 def _roof_s(gpu: Gpu, name: str, it: Operation, flops: float, moved_bytes: float) -> float:
-    seconds = memory_s(gpu, moved_bytes, curve="permute" if it.curve == "permute" else "elementwise")
+    seconds = memory_s(
+        gpu, moved_bytes, curve="permute" if it.curve == "permute" else "elementwise"
+    )
     if flops:
         curve = find_curve(gpu, name, it.precision)
         share = curve.share(flops, smallest=it.smallest)
@@ -89,4 +93,6 @@ def memory_s(gpu: Gpu, moved_bytes: float, *, curve: str = "elementwise") -> flo
     """Seconds in which memory reads and writes some bytes."""
     if moved_bytes <= 0:
         return 0.0
-    return moved_bytes / (gpu.memory_bytes_per_s * find_curve(gpu, curve, "bf16").share(moved_bytes))
+    return moved_bytes / (
+        gpu.memory_bytes_per_s * find_curve(gpu, curve, "bf16").share(moved_bytes)
+    )

@@ -11,6 +11,7 @@ from megatron_mosaic.cost.costs import (
     ModuleCosts,
     ModuleInStep,
     PartCosts,
+    PartRun,
     StageCosts,
     StageMemory,
     StepBreakdown,
@@ -20,8 +21,11 @@ from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice
-from megatron_mosaic.planner.partition import Chain, Load, Room, chain_of, split_layers
+from megatron_mosaic.planner.partition import NOTHING, Chain, Load, Room, chain_of, split_layers
 from megatron_mosaic.planner.problem import Problem
+
+TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
+"""Terms of the memory of a rank."""
 
 
 class Prices(Protocol):
@@ -37,12 +41,20 @@ class Prices(Protocol):
         """Costs of its pipeline stages."""
         ...
 
-    def held(self, costs: ModuleCosts, part: PartCosts) -> StageMemory:
-        """Memory that one part adds to its stage."""
+    def held(self, costs: ModuleCosts, *runs: PartRun) -> StageMemory:
+        """Memory of a stage that has these parts."""
         ...
 
-    def boundary_s(self, name: str, encoder: EncoderChoice, *, language: ParallelSizes) -> float:
-        """Time to bring one sample's rows of an encoder to the language model, for each replica."""
+    def boundary_s(
+        self,
+        name: str,
+        encoder: ParallelSizes,
+        *,
+        language: ParallelSizes,
+        num_samples: int,
+        in_place: bool,
+    ) -> float:
+        """Time to bring an encoder's rows of some samples to the language model."""
         ...
 
 
@@ -109,7 +121,7 @@ class Estimate:
         """Bytes by term of every kind of rank."""
         return _memory(self)
 
-    @cached_property
+    @property
     def peak_bytes(self) -> float:
         """Of the fullest rank."""
         return max(sum(terms.values()) for terms in self.memory.values())
@@ -157,7 +169,9 @@ class Estimator:
         self._hosted: dict[tuple[object, ...], Hosted | None] = {}
         self._chains: dict[int, tuple[ModuleCosts, Chain]] = {}
 
-    def estimate(self, candidate: Candidate, *, limit_bytes: float | None = None) -> Estimate | None:
+    def estimate(
+        self, candidate: Candidate, *, limit_bytes: float | None = None
+    ) -> Estimate | None:
         """Estimates a candidate.
 
         Args:
@@ -200,16 +214,27 @@ class Estimator:
         language, group = candidate.language, candidate.encoder_group
         num_samples = group * candidate.micro_batch_size * language.dp
         live = _live_tasks(candidate, choice, num_microbatches)
-        key = (choice, language, num_samples, live, limit_bytes)
+        key = (choice, num_samples, live, limit_bytes)
         if key not in self._hosted:
-            samples = ceil(num_samples / choice.sizes.dp)
-            costs = self.prices.module(choice.name, choice.sizes, samples=samples)
+            costs = self.encoder_costs(choice, num_samples)
             made = self._split(costs, live, limit_bytes, trainable_upstream=False)
-            if made is not None:
-                entry_s = samples * self.prices.boundary_s(choice.name, choice, language=language)
-                made = Hosted(choice, group, *made, live, entry_s)
-            self._hosted[key] = made
-        return self._hosted[key]
+            self._hosted[key] = None if made is None else Hosted(choice, group, *made, live)
+        hosted = self._hosted[key]
+        if hosted is None:
+            return None
+        entry_s = self.prices.boundary_s(
+            choice.name,
+            choice.sizes,
+            language=language,
+            num_samples=num_samples,
+            in_place=_in_place(choice, language),
+        )
+        return hosted._replace(group=group, entry_s=entry_s)
+
+    def encoder_costs(self, choice: EncoderChoice, num_samples: int) -> ModuleCosts:
+        """Costs of an encoder for tasks of some samples of all its replicas."""
+        samples = ceil(num_samples / choice.sizes.dp)
+        return self.prices.module(choice.name, choice.sizes, samples=samples)
 
     def language(
         self,
@@ -222,7 +247,7 @@ class Estimator:
         """Returns the language model with its stages, split around what shares its ranks."""
         sizes = candidate.language
         costs = self.prices.module(LANGUAGE, sizes, samples=candidate.micro_batch_size)
-        everywhere, first = 0.0, Load(0.0)
+        everywhere, first = 0.0, NOTHING
         for hosted in encoders.values():
             assert hosted.choice is not None
             if hosted.choice.host == "language":
@@ -252,7 +277,7 @@ class Estimator:
         room_bytes: float,
         *,
         trainable_upstream: bool,
-        first: Load = Load(0.0),  # noqa: RUF009, B008 - a tuple of numbers
+        first: Load = NOTHING,
     ) -> tuple[tuple[int, ...], tuple[StageCosts, ...]] | None:
         """Splits a module; a split that the user has pinned is taken as it is."""
         pinned = self.problem.pins.modules.get(costs.name, {}).get("layers_per_stage")
@@ -260,12 +285,10 @@ class Estimator:
         if pinned is None:
             chain = self._chain(costs, trainable_upstream=trainable_upstream)
             whole = Load(*(a + b for a, b in zip(chain.input, first, strict=True)))
-            # What a pass holds for a moment is held once, whatever the stage.
-            working = max((run.costs.working_bytes for run in costs.layers), default=0.0)
             split = split_layers(
                 replace(chain, input=whole),
                 num_stages=len(live),
-                room=Room(num_bytes=room_bytes - working, live_tasks=live),
+                room=Room(num_bytes=room_bytes - self._passing_bytes(costs), live_tasks=live),
             )
             if split is None:
                 return None
@@ -280,11 +303,14 @@ class Estimator:
         times, input_s, output_s = chain_of(costs, trainable_upstream=trainable_upstream)
         layers: list[Load] = []
         for run in costs.layers:
-            held = self._load(costs, run.costs)
-            layers += [held._replace(time_s=s) for s in times[len(layers) : len(layers) + run.count]]
-        inner = max((run.costs.working_bytes for run in costs.layers), default=0.0)
+            load = self._load(costs, run.costs)
+            layers += [
+                load._replace(time_s=s) for s in times[len(layers) : len(layers) + run.count]
+            ]
         output = self._load(costs, costs.output)
-        more = max(0.0, costs.output.working_bytes - inner)
+        # What the last stage holds for a moment may be more than what layers do.
+        more = self.prices.held(costs, PartRun(1, costs.output)).working
+        more = max(0.0, more - self._passing_bytes(costs))
         chain = Chain(
             input=self._load(costs, costs.input)._replace(time_s=input_s),
             layers=tuple(layers),
@@ -293,10 +319,25 @@ class Estimator:
         self._chains[id(costs)] = (costs, chain)
         return chain
 
+    def _passing_bytes(self, costs: ModuleCosts) -> float:
+        """What a stage holds for a moment, and what libraries hold, whatever its layers."""
+        held = self.prices.held(costs, *(PartRun(1, run.costs) for run in costs.layers))
+        return held.working + held.buffers
+
     def _load(self, costs: ModuleCosts, part: PartCosts) -> Load:
-        held = self.prices.held(costs, part)
+        held = self.prices.held(costs, PartRun(1, part))
         fixed = held.weights + held.gradients + held.optimizer
         return Load(0.0, fixed, held.activations_per_task)
+
+
+def _in_place(choice: EncoderChoice, language: ParallelSizes) -> bool:
+    """Whether every rank of the language model makes the rows that it needs itself."""
+    equal = choice.sizes.tp == language.tp and choice.sizes.dp == language.dp
+    return choice.host == "replicated" or (
+        equal
+        and choice.sizes.cp == language.cp
+        and (choice.host == "first_stage" or (choice.host == "language" and language.pp == 1))
+    )
 
 
 def _live_tasks(
@@ -362,7 +403,7 @@ def _per_microbatch(hosted: Hosted) -> tuple[StageCosts, ...]:
         for stage in hosted.stages
     ]
     if hosted.choice.shares:
-        return tuple(stages[:-1]) + (_with_entry(stages[-1], hosted.entry_s * share),)
+        return (*stages[:-1], _with_entry(stages[-1], hosted.entry_s * share))
     stages[-1] = replace(stages[-1], hop_s=hosted.entry_s * share)
     return tuple(stages)
 
@@ -428,14 +469,13 @@ def _memory(estimate: Estimate) -> dict[tuple[HostedStage, ...], dict[str, float
 
 
 def _terms(hosted: Sequence[tuple[str, Hosted, int]]) -> dict[str, float]:
-    terms = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "working"), 0.0)
+    terms = dict.fromkeys(TERMS, 0.0)
     for _, module, stage in hosted:
         memory = module.stages[stage].memory
         terms["weights"] += memory.weights
         terms["gradients"] += memory.gradients
         terms["optimizer"] += memory.optimizer
         terms["activations"] += memory.activations_per_task * module.live_tasks[stage]
+        terms["buffers"] += memory.buffers
         terms["working"] = max(terms["working"], memory.working)
     return terms
-
-

@@ -7,7 +7,8 @@ from itertools import accumulate, pairwise
 from math import inf
 from typing import NamedTuple
 
-from megatron_mosaic.cost.costs import ModuleCosts, PartCosts
+from megatron_mosaic.cost.costs import ModuleCosts
+from megatron_mosaic.cost.stages import backward_s
 
 
 class Load(NamedTuple):
@@ -89,32 +90,12 @@ def chain_of(
     times, upstream = [], trainable_upstream
     for part in parts:
         times.append(
-            part.forward_s + backward_s(part, trainable_upstream=upstream)
+            part.forward_s + backward_s(part, upstream=upstream)
             if frozen_aware
             else 3 * part.forward_s + part.recompute_s
         )
-        upstream = upstream or trains(part)
+        upstream = upstream or part.trainable > 0
     return tuple(times[1:-1]), times[0], times[-1]
-
-
-def trains(part: PartCosts) -> bool:
-    """Whether a part has weights that train."""
-    return part.trainable > 0 and part.parameters + part.expert_parameters > 0
-
-
-def backward_s(part: PartCosts, *, trainable_upstream: bool) -> float:
-    """Backward pass of a part, as far as anybody needs it.
-
-    Weights that train need their gradient, what trains before the part needs that of its input;
-    without either there is no backward pass, and nothing is computed again for one.
-
-    Source:
-        Cornstarch, arXiv 2503.11367, frozen-aware pipeline parallelism.
-    """
-    if not (trainable_upstream or trains(part)):
-        return 0.0
-    weights_s = part.trainable * part.weight_gradient_s
-    return part.recompute_s + weights_s + trainable_upstream * part.input_gradient_s
 
 
 def split_layers(chain: Chain, *, num_stages: int, room: Room | None = None) -> Split | None:

@@ -212,5 +212,3 @@ def _plan_value(key: str, value: object) -> object:
             f"{nearest(value, choices, otherwise='choose one of them')}"
         )
     return value
-
-

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import inf
 from time import monotonic
 
-from megatron_mosaic.cost.sizes import ParallelSizes
-from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import ScheduleKind
-from megatron_mosaic.planner.bounds import LanguageOption, encoder_work_s, language_options
+from megatron_mosaic.planner.bounds import (
+    LanguageOption,
+    encoder_work_s,
+    language_options,
+    module_times,
+)
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
 from megatron_mosaic.planner.estimate import Estimate, Estimator, Hosted, Prices
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.space import (
+from megatron_mosaic.planner.ways import (
+    allowed,
     assignments,
-    candidate_allowed,
     encoder_options,
     homogeneous,
     schedules,
@@ -87,7 +89,8 @@ class _Best:
 
     def add(self, estimate: Estimate) -> None:
         """Adds an estimate if it is among the fastest; the earlier of equals stays."""
-        if estimate.step_s < self.threshold_s:
+        known = any(estimate.candidate == other.candidate for other in self.estimates)
+        if estimate.step_s < self.threshold_s and not known:
             self.estimates.append(estimate)
             self.estimates.sort(key=lambda e: e.step_s)  # stable
             del self.estimates[self.top :]
@@ -135,8 +138,7 @@ class _Run:
                 if estimate is not None:
                     self.baseline.add(estimate)
         for estimate in self.baseline.estimates:
-            if candidate_allowed(self.problem, estimate.candidate):
-                self.best.add(estimate)
+            self.best.add(estimate)
 
     def find_best(self) -> None:
         """Finds the fastest candidates of all."""
@@ -162,9 +164,7 @@ class _Run:
             candidate, {}, option.num_microbatches, limit_bytes=self.estimator.limit_bytes
         )
 
-    def _ways(
-        self, option: LanguageOption
-    ) -> Iterator[tuple[ScheduleKind, int, tuple[Host, ...]]]:
+    def _ways(self, option: LanguageOption) -> Iterator[tuple[ScheduleKind, int, tuple[Host, ...]]]:
         """Schedules, and hosts of all encoders, that go with a language model."""
         for kind, group in schedules(self.problem, option.sizes, option.num_microbatches):
             for hosts in assignments(self.problem, option.sizes, kind):
@@ -208,7 +208,8 @@ class _Around:
         self.kind, self.group = kind, group
         busy = [stage.forward_s + stage.backward_s for stage in alone.stages]
         self.slowest_s, self.path_s, self.first_s = max(busy), sum(busy), busy[0]
-        self.once_s = max(s.sync_s for s in alone.stages) + max(s.optimizer_s for s in alone.stages)
+        # Another split may have a fullest stage with fewer weights, but not on average.
+        self.once_s = sum(s.sync_s + s.optimizer_s for s in alone.stages) / len(alone.stages)
         self.room_bytes = run.estimator.limit_bytes - option.average_bytes
         self.found: Estimate | None = None
 
@@ -233,7 +234,7 @@ class _Around:
         if key not in self.run.shared:
             found = []
             for choice in encoder_options(
-                problem, name, host, option.sizes, num_samples=num_samples, spare=spare
+                problem, name, host, option.sizes, num_samples=num_samples
             ):
                 light = self._light(choice)
                 if light is not None:
@@ -244,10 +245,12 @@ class _Around:
     def _light(self, choice: EncoderChoice) -> _Light | None:
         estimator, option = self.run.estimator, self.option
         if choice.sizes.pp > 1:
-            slowest_s, total_s = estimator.encoder_times(self._candidate([choice]), choice)
+            num_samples = self.group * option.micro_batch_size * option.sizes.dp
+            costs = estimator.encoder_costs(choice, num_samples)
+            total_s, longest_s = module_times(costs, trainable_upstream=False)
             return _Light(
                 choice,
-                column_s=slowest_s / self.group,
+                column_s=max(total_s / choice.sizes.pp, longest_s) / self.group,
                 latency_s=total_s / self.group,
                 num_ranks=choice.sizes.num_ranks,
             )
@@ -289,7 +292,7 @@ class _Around:
 
     def _leaf(self, taken: list[_Light]) -> None:
         candidate = self._candidate([light.choice for light in taken])
-        if not candidate_allowed(self.run.problem, candidate):
+        if not allowed(self.run.problem, candidate):
             return
         estimate = self.run.estimate(candidate)
         if estimate is not None and estimate.step_s < self._threshold_s():
@@ -310,7 +313,7 @@ class _Around:
             together_s,
             *(t.column_s for t in apart),
         )
-        latency_s = max(together_s, *(t.latency_s for t in apart)) if apart else together_s
+        latency_s = max([together_s, *(t.latency_s for t in apart)])
         path_s = self.path_s + first_s + latency_s
         pipeline_s = (self.option.num_microbatches - 1) * slowest_s + path_s
         return pipeline_s + sum(t.work_s for t in taken) + self.once_s

@@ -9,6 +9,7 @@ from megatron_mosaic.model.layers import (
     Experts,
     LatentAttention,
     LinearAttention,
+    Mixer,
     Mlp,
     SelfAttention,
     StateSpace,
@@ -29,32 +30,33 @@ def tensor_sizes(module: ModuleSpec, problem: Problem) -> tuple[int, ...]:
     return tuple(
         tp
         for tp in divisors(problem.cluster.gpus_per_node)
-        if tp <= per_node
-        and _splits(module, tp)
-        and problem.pins.allows(module.name, "tp", tp)
+        if tp <= per_node and _splits(module, tp) and problem.pins.allows(module.name, "tp", tp)
     )
 
 
 def _splits(module: ModuleSpec, tp: int) -> bool:
     """Whether ``tp`` divides heads, groups and sizes of all layers, as Megatron asks."""
-    for _, layer in module.layers:
-        match layer.mixer:
-            case SelfAttention(num_heads=heads, num_query_groups=groups):
-                if heads % tp or (groups % tp and tp % groups):
-                    return False
-            case LatentAttention(num_heads=heads) | StateSpace(num_heads=heads):
-                if heads % tp:
-                    return False
-            case LinearAttention(num_key_heads=keys, num_value_heads=values):
-                if gcd(keys, values) % tp:
-                    return False
-        match layer.mlp:
-            case Mlp(ffn_hidden_size=size):
-                if size % tp:
-                    return False
-            case Experts(shared_ffn_hidden_size=size):
-                if size % tp:
-                    return False
+    return all(
+        _splits_mixer(run.layer.mixer, tp) and _splits_mlp(run.layer.mlp, tp)
+        for run in module.layers
+    )
+
+
+def _splits_mixer(mixer: Mixer | None, tp: int) -> bool:
+    match mixer:
+        case SelfAttention(num_heads=heads, num_query_groups=groups):
+            return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)
+        case LatentAttention(num_heads=heads) | StateSpace(num_heads=heads):
+            return heads % tp == 0
+        case LinearAttention(num_key_heads=keys, num_value_heads=values):
+            return gcd(keys, values) % tp == 0
+    return True
+
+
+def _splits_mlp(mlp: Mlp | Experts | None, tp: int) -> bool:
+    match mlp:
+        case Mlp(ffn_hidden_size=size) | Experts(shared_ffn_hidden_size=size):
+            return size % tp == 0
     return True
 
 
@@ -82,9 +84,13 @@ def pipeline_sizes(module: ModuleSpec, problem: Problem, *, most: int) -> tuple[
     pinned = problem.pins.modules.get(module.name, {})
     if "layers_per_stage" in pinned:
         stages = len(pinned["layers_per_stage"])
-        return (stages,) if stages <= most and sum(pinned["layers_per_stage"]) == (
-            module.num_layers
-        ) and problem.pins.allows(module.name, "pp", stages) else ()
+        return (
+            (stages,)
+            if stages <= most
+            and sum(pinned["layers_per_stage"]) == (module.num_layers)
+            and problem.pins.allows(module.name, "pp", stages)
+            else ()
+        )
     steps = {*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8)}
     steps |= {*range(80, 129, 16), *divisors(module.num_layers)}
     steps |= {pinned["pp"]} if "pp" in pinned else set()
