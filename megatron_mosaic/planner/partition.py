@@ -105,7 +105,7 @@ def split_layers(chain: Chain, *, num_stages: int, room: Room | None = None) -> 
     the furthest that ``n - 1`` reach: a stage that begins later with the same end is never
     slower, nor larger. The bound rises from the even share and falls with the splits that are
     found; a bound that fails rises at once to the next one that changes anything, so the search
-    ends at the optimum itself.
+    ends at the optimum itself. An even split is preferred among equally fast ones.
 
     Args:
         chain: The parts of the module.
@@ -116,6 +116,11 @@ def split_layers(chain: Chain, *, num_stages: int, room: Room | None = None) -> 
         The split, or None if no split fits the memory.
     """
     search = _Search(chain, num_stages=num_stages, room=room)
+    best = _fastest(search)
+    return best and (search.even(best.slowest_s) or best)
+
+
+def _fastest(search: "_Search") -> Split | None:
     best, low = search.probe(inf)
     if best is None:
         return None
@@ -221,6 +226,17 @@ class _Search:
             return None, larger
         slowest_s = max(self._time_s(*stage) for stage in stages)
         return Split(tuple(stop - start for _, start, stop in stages), slowest_s), bound_s
+
+    def even(self, bound_s: float) -> Split | None:
+        """Returns an even split, the middle stages having more, if it keeps the bound."""
+        each, more = divmod(len(self.chain.layers), self.num_stages)
+        first = (self.num_stages - more + 1) // 2
+        counts = [each + (first <= stage < first + more) for stage in range(self.num_stages)]
+        ends = [*accumulate(counts, initial=0)]
+        stages = [(stage, ends[stage], ends[stage + 1]) for stage in range(self.num_stages)]
+        if not all(self._fits(*stage, bound_s) for stage in stages):
+            return None
+        return Split(tuple(counts), max(self._time_s(*stage) for stage in stages))
 
     def _furthest(self, start: int, stage: int, bound_s: float) -> int:
         """Layer before which the stage must end; ``start`` if it can have none."""

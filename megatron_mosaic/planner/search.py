@@ -180,7 +180,8 @@ class _Light:
         work_s: What it adds to every rank of the language model, in a step.
         column_s: Time of its slowest stage, or what it adds to the first stage, by microbatch.
         latency_s: Its time before the first microbatch reaches the language model and after.
-        num_bytes: What it holds on ranks of the language model.
+        once_s: Its synchronisation and optimizer.
+        num_bytes: What it holds on a rank.
         num_ranks: Ranks apart that it takes.
     """
 
@@ -188,6 +189,7 @@ class _Light:
     work_s: float = 0.0
     column_s: float = 0.0
     latency_s: float = 0.0
+    once_s: float = 0.0
     num_bytes: float = 0.0
     num_ranks: int = 0
 
@@ -262,16 +264,20 @@ class _Around:
         )
         if hosted is None or hosted.held_bytes(0) > estimator.limit_bytes:
             return None
-        stage = hosted.stages[0]
+        stage, held_bytes = hosted.stages[0], hosted.held_bytes(0)
         once_s = stage.sync_s + stage.optimizer_s
         if choice.host == "language":
-            tasks = option.num_microbatches / self.group
-            return _Light(choice, hosted.busy_s * tasks + once_s, num_bytes=hosted.held_bytes(0))
-        each_s = (stage.forward_s + stage.backward_s) / self.group
-        if choice.shares:
-            each_s = hosted.busy_s / self.group
-        apart = 0 if choice.shares else choice.sizes.num_ranks
-        return _Light(choice, column_s=each_s, latency_s=each_s, num_ranks=apart)
+            work_s = hosted.busy_s * option.num_microbatches / self.group
+            return _Light(choice, work_s, once_s=once_s, num_bytes=held_bytes)
+        busy_s = hosted.busy_s if choice.shares else stage.forward_s + stage.backward_s
+        return _Light(
+            choice,
+            column_s=busy_s / self.group,
+            latency_s=busy_s / self.group,
+            once_s=once_s,
+            num_bytes=held_bytes,
+            num_ranks=0 if choice.shares else choice.sizes.num_ranks,
+        )
 
     def _descend(self, levels: Sequence[list[_Light]], taken: list[_Light], spare: int) -> None:
         if not levels:
@@ -283,7 +289,8 @@ class _Around:
                 continue
             if light.choice.host == "apart" and light.num_ranks > spare:
                 continue
-            if sum(t.num_bytes for t in taken) + light.num_bytes > self.room_bytes:
+            everywhere = [t.num_bytes for t in (*taken, light) if t.choice.host == "language"]
+            if sum(everywhere) > self.room_bytes:
                 continue
             if not _blocks_agree(taken, light):
                 continue
@@ -316,7 +323,8 @@ class _Around:
         latency_s = max([together_s, *(t.latency_s for t in apart)])
         path_s = self.path_s + first_s + latency_s
         pipeline_s = (self.option.num_microbatches - 1) * slowest_s + path_s
-        return pipeline_s + sum(t.work_s for t in taken) + self.once_s
+        everywhere_s = sum(t.work_s + t.once_s for t in taken if t.choice.host == "language")
+        return pipeline_s + everywhere_s + self.once_s
 
     def _candidate(self, choices: Sequence[EncoderChoice]) -> Candidate:
         return Candidate(
@@ -335,6 +343,7 @@ def _undominated(options: list[_Light]) -> list[_Light]:
         if not any(
             other.work_s <= light.work_s
             and other.column_s <= light.column_s
+            and other.once_s <= light.once_s
             and other.num_bytes <= light.num_bytes
             and other.num_ranks == light.num_ranks
             for other in kept

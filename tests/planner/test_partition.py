@@ -171,4 +171,4 @@ def test_aware_split_gives_frozen_layers_fewer_stages():
     unaware = split_layers(chain(3, 3, 3, 3, 3, 3, 3, 3), num_stages=5)
 
     assert aware == ((4, 1, 1, 1, 1), 4.0)
-    assert unaware.layers_per_stage == (2, 2, 2, 1, 1)  # its third stage really takes 3 + 3
+    assert unaware.layers_per_stage == (1, 2, 2, 2, 1)  # its fourth stage really takes 3 + 3
