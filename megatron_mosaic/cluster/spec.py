@@ -51,6 +51,11 @@ class Gpu:
         num_sms: Streaming multiprocessors.
         curves: Reached shares by operation, such as ``matmul.bf16``, ``attention.forward`` or
             ``elementwise``.
+        host_operation_s: Time in which the host launches one multiplication or attention and what
+            goes with it, in each pass, where no CUDA graph does.
+        host_wait_s: Time that a layer of experts waits for the host in each pass, by how much of
+            it is a CUDA graph (``none``, ``partial``): kernels are launched one by one, and
+            sizes are copied to the host. ``full`` waits for nothing.
         sources: Where the other numbers are from, by field; ``all`` is every one.
     """
 
@@ -60,6 +65,8 @@ class Gpu:
     memory_bytes_per_s: float
     num_sms: int
     curves: Mapping[str, Curve]
+    host_operation_s: float = 0.0
+    host_wait_s: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak_flops_per_s(self, precision: Precision) -> float:

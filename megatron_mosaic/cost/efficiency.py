@@ -57,13 +57,13 @@ def pass_times(gpu: Gpu, operations: Iterable[Operation], *, gradient_bytes: int
 
 def forward_s(gpu: Gpu, it: Operation) -> float:
     """Seconds of an operation's forward pass."""
-    name = "attention.forward" if it.curve == "attention" else it.curve
+    name = f"{it.curve}.forward" if it.curve.endswith("attention") else it.curve
     return _roof_s(gpu, name, it, it.flops, it.forward_bytes)
 
 
 def input_gradient_s(gpu: Gpu, it: Operation) -> float:
     """Seconds of the gradient of an operation's input."""
-    name = "attention.backward" if it.curve == "attention" else it.curve
+    name = f"{it.curve}.backward" if it.curve.endswith("attention") else it.curve
     return _roof_s(gpu, name, it, it.backward_flops, it.backward_bytes)
 
 
@@ -71,16 +71,13 @@ def weight_gradient_s(gpu: Gpu, it: Operation, *, gradient_bytes: int) -> float:
     """Seconds of the gradient of an operation's weights, added to what is there."""
     operands = it.forward_bytes - 2 * it.weights
     moved = operands + 2 * gradient_bytes * it.weights
-    name = (
-        f"weight_gradient.{it.curve}" if f"weight_gradient.{it.curve}" in gpu.curves else it.curve
-    )
+    own = f"weight_gradient.{it.curve}"
+    name = own if f"{own}.{it.precision}" in gpu.curves else it.curve
     return _roof_s(gpu, name, it, it.flops, moved)
 
 
 def _roof_s(gpu: Gpu, name: str, it: Operation, flops: float, moved_bytes: float) -> float:
-    seconds = memory_s(
-        gpu, moved_bytes, curve="permute" if it.curve == "permute" else "elementwise"
-    )
+    seconds = memory_s(gpu, moved_bytes, curve="permute" if it.curve == "permute" else "elementwise")
     if flops:
         curve = find_curve(gpu, name, it.precision)
         share = curve.share(flops, smallest=it.smallest)
@@ -93,6 +90,4 @@ def memory_s(gpu: Gpu, moved_bytes: float, *, curve: str = "elementwise") -> flo
     """Seconds in which memory reads and writes some bytes."""
     if moved_bytes <= 0:
         return 0.0
-    return moved_bytes / (
-        gpu.memory_bytes_per_s * find_curve(gpu, curve, "bf16").share(moved_bytes)
-    )
+    return moved_bytes / (gpu.memory_bytes_per_s * find_curve(gpu, curve, "bf16").share(moved_bytes))

@@ -230,12 +230,13 @@ def _attention(
     key_dim: int,
     value_dim: int,
     bytes_per_token: float,
+    curve: str = "attention",
 ) -> Iterator[Operation]:
     if place.settings.flash_attention:
         flops = 2 * pairs * heads * (key_dim + value_dim)
         moved = place.task.tokens * bytes_per_token
         yield Operation(
-            "attention",
+            curve,
             flops=flops,
             backward_flops=FLASH_BACKWARD * flops,
             forward_bytes=moved,
@@ -286,6 +287,7 @@ def _latent_attention(mixer: LatentAttention, place: Workplace) -> Iterator[Oper
         key_dim=query_dim,
         value_dim=mixer.value_head_dim,
         bytes_per_token=2 * heads * (2 * query_dim + 2 * mixer.value_head_dim),
+        curve="latent_attention",
     )
     yield from place.matmul(heads * mixer.value_head_dim, hidden)
 

@@ -152,7 +152,7 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
     )
     times = PassTimes(*(a + b for a, b in zip(mixer_times, mlp_times, strict=True)))
     return _part(
-        times,
+        _launched(times, exposed, (*mixer, *mlp), site),
         exposed,
         operations=(*mixer, *mlp),
         recompute=sizes.recompute,
@@ -160,6 +160,19 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
         expert_parameters=weights.experts,
         trainable=_layer_share(layer, module, weights.total, tp=sizes.tp),
     )
+
+
+def _launched(
+    times: PassTimes, exposed: Exposed, operations: Sequence[Operation], site: Site
+) -> PassTimes:
+    # A GPU that is faster than its host waits for it; backward launches two passes' gradients.
+    if site.place.settings.cuda_graph != "none":
+        return times
+    host_s = site.cluster.gpu.host_operation_s * sum(it.curve != "elementwise" for it in operations)
+    forward_s = max(times.forward_s, host_s - exposed.forward_s)
+    backward = times.input_gradient_s + times.weight_gradient_s + exposed.backward_s
+    behind = max(0.0, 1.5 * host_s - backward)
+    return times._replace(forward_s=forward_s, input_gradient_s=times.input_gradient_s + behind)
 
 
 def input_costs(module: ModuleSpec, site: Site) -> PartCosts:
@@ -338,6 +351,8 @@ def mlp_exposed(layer: Layer, site: Site, times: PassTimes) -> Exposed:
         return tensor_exposed(site, times)
     place, mlp = site.place, layer.mlp
     exposed = tensor_exposed(site, times) if mlp.shared_ffn_hidden_size else Exposed()
+    waited_s = site.cluster.gpu.host_wait_s.get(place.settings.cuda_graph, 0.0)
+    exposed += Exposed(waited_s, waited_s)
     if place.sizes.ep > 1:
         sent_s = dispatch_s(mlp, site)
         exposed += Exposed(2 * sent_s, 2 * sent_s)
