@@ -65,9 +65,13 @@ class CostModel:
         key = (name, sizes, samples_per_task, split)
         if (known := self._stages.get(key)) is None:
             module = self.module(name, sizes, samples_per_task=samples_per_task)
-            works = stage_works(module, layers_per_stage=split, upstream=self.trains_before(name))
+            works = stage_works(
+                module, layers_per_stage=split, upstream=self.trains_before(name)
+            )
             known = self._stages[key] = tuple(
-                stage_costs(work, module=module, cluster=self.cluster, settings=self.settings)
+                stage_costs(
+                    work, module=module, cluster=self.cluster, settings=self.settings
+                )
                 for work in works
             )
         return known
@@ -142,7 +146,9 @@ class CostModel:
                 entry_s=self.entry_s(name, samples),
             )
             spec = self.model.modules[name]
-            flops += model_flops_per_token(spec) * spec.tokens_per_sample * global_batch_size
+            flops += (
+                model_flops_per_token(spec) * spec.tokens_per_sample * global_batch_size
+            )
         breakdown = step_breakdown(
             modules,
             edges=self.model.edges,

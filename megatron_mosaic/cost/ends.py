@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from megatron_mosaic.cost.activations import Kept, TaskOnRank, mask_bytes, norm_keeps
+from megatron_mosaic.cost.activations import layer_keeps
+from megatron_mosaic.cost.kept import Kept, TaskOnRank, input_of, mask_bytes, norm_keeps
+from megatron_mosaic.model.layers import LatentAttention, SelfAttention
 from megatron_mosaic.model.parameters import VOCAB_MULTIPLE, padded_vocab_size
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Projector, TokenEmbedding
 
@@ -29,6 +31,20 @@ def input_keeps(module: ModuleSpec, task: TaskOnRank) -> Iterator[Kept]:
     if task.dropout and isinstance(module.input, TokenEmbedding):
         size = mask_bytes(task) * task.outer_tokens * task.hidden_size
         yield Kept("mask of dropout", size)
+    if task.rotary and (task.kernels != "local" or task.sizes.recompute == "full"):
+        # All layers share them, so the input stands in for the layers; in torch's own layers
+        # the tables that each makes of them stay instead.
+        yield Kept("angles of rotation", 4 * task.longest * _rotated_size(module))
+
+
+def _rotated_size(module: ModuleSpec) -> int:
+    for _, layer in module.layers:
+        match layer.mixer:
+            case SelfAttention(head_dim=size) | LatentAttention(rotary_head_dim=size):
+                return size
+            case _:
+                continue
+    return 0
 
 
 def input_closing_bytes(
@@ -46,13 +62,25 @@ def output_keeps(module: ModuleSpec, task: TaskOnRank) -> Iterator[Kept]:
     if module.final_norm:
         yield from norm_keeps(task, width=task.hidden_size, tokens=task.outer_tokens)
     match module.output:
-        case LanguageHead():
-            size = task.input_size_bytes(tokens=task.outer_tokens, width=task.hidden_size)
-            yield Kept("input of the head", size, weights_only=True)
+        case LanguageHead(mtp_layers=levels):
+            inputs = input_of("the head", task, tokens=task.outer_tokens, width=task.hidden_size)
+            yield inputs
+            for _ in range(levels):
+                yield from _mtp_keeps(module, task)
+                yield inputs
         case Projector() as projector:
             yield from _projector_keeps(projector, task)
         case None:
             return
+
+
+def _mtp_keeps(module: ModuleSpec, task: TaskOnRank) -> Iterator[Kept]:
+    """Yields what one further prediction keeps, but for its head."""
+    *_, last = (run.layer for run in module.layers)
+    for _ in range(3):
+        yield from norm_keeps(task, width=task.hidden_size, tokens=task.outer_tokens)
+    yield input_of("the joining map", task, tokens=task.outer_tokens, width=2 * task.hidden_size)
+    yield from layer_keeps(last, task, recompute=task.sizes.recompute)
 
 
 def _projector_keeps(projector: Projector, task: TaskOnRank) -> Iterator[Kept]:
@@ -61,8 +89,7 @@ def _projector_keeps(projector: Projector, task: TaskOnRank) -> Iterator[Kept]:
     for index, (width, made) in enumerate(maps):
         # Every second map reads what the one before has split over tensor-parallel ranks.
         split = task.sizes.tp if index % 2 else 1
-        size = task.input_size_bytes(tokens=rows, width=width / split)
-        yield Kept("input of a map", size, weights_only=True)
+        yield input_of("a map", task, tokens=rows, width=width / split)
         if index + 1 < len(maps):
             split = 1 if index % 2 else task.sizes.tp
             yield Kept("input of the activation function", task.number_bytes * rows * made / split)
@@ -82,12 +109,13 @@ def loss_keeps(
     """
     if not isinstance(module.output, LanguageHead):
         return
-    logits = task.tokens * _rows_of_rank(module.output.vocab_size, task, multiple)
+    predictions = task.tokens * (1 + module.output.mtp_layers)
+    logits = predictions * _rows_of_rank(module.output.vocab_size, task, multiple)
     if fused and task.kernels != "local":
         yield Kept("logits", task.number_bytes * logits)
         return
     yield Kept("softmax of the logits", 4 * logits)
-    yield Kept("targets", (_INDEX_BYTES + 1) * task.tokens)
+    yield Kept("targets", (_INDEX_BYTES + 1) * predictions)
 
 
 def loss_working_bytes(

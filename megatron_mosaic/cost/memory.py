@@ -4,14 +4,15 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from megatron_mosaic.cost.activations import Kernels, TaskOnRank, layer_keeps, total_bytes
+from megatron_mosaic.cost.activations import layer_keeps
 from megatron_mosaic.cost.costs import PartCosts, PartRun, StageMemory
 from megatron_mosaic.cost.ends import (
-    input_keeps,
     input_closing_bytes,
+    input_keeps,
     loss_working_bytes,
     output_keeps,
 )
+from megatron_mosaic.cost.kept import Kernels, TaskOnRank, total_bytes
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.working import layer_working_bytes, weight_shapes
 from megatron_mosaic.model.layers import Layer
@@ -20,6 +21,7 @@ from megatron_mosaic.model.parameters import (
     adapter_parameters,
     input_parameters,
     layer_parameters,
+    mtp_parameters,
     output_parameters,
 )
 from megatron_mosaic.model.spec import ModuleSpec, Precision, Projector
@@ -151,10 +153,14 @@ def _output_part(
         working = loss_working_bytes(
             module, task, fused=settings.cross_entropy_fusion, multiple=vocab_multiple
         )
+    sizes = task.sizes
+    parameters = output_parameters(module, tp=sizes.tp, pp=sizes.pp, multiple=vocab_multiple)
+    further = mtp_parameters(
+        module, tp=sizes.tp, pp=sizes.pp, ep=sizes.ep, etp=sizes.etp, multiple=vocab_multiple
+    )
     return PartCosts(
-        parameters=output_parameters(
-            module, tp=task.sizes.tp, pp=task.sizes.pp, multiple=vocab_multiple
-        ),
+        parameters=parameters + further.dense,
+        expert_parameters=further.experts,
         trainable=float(train),
         activation_bytes=kept,
         working_bytes=working,

@@ -381,7 +381,9 @@ def dispatch_s(mlp: Experts, site: Site) -> float:
         return all_to_all_s(group, sent_bytes=ranks * size_bytes)
     num_nodes = group.size / group.near_size
     far = _places(num_nodes, copies) * size_bytes
-    nodes = Group(size=round(num_nodes), near_size=1, near=group.far, far=group.far)
+    nodes = Group(
+        size=round(num_nodes), near_size=1, near=group.far, far=group.far
+    )
     near = Group(size=group.near_size, near_size=group.near_size, near=group.near, far=group.near)
     return max(
         all_to_all_s(nodes, sent_bytes=far), all_to_all_s(near, sent_bytes=ranks * size_bytes)

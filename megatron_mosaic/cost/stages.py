@@ -126,7 +126,9 @@ class _Groups:
         return cls(
             cluster=cluster,
             dense=Group.of(cluster, size=sizes.cp * sizes.dp, stride=sizes.tp),
-            experts=Group.of(cluster, size=max(1, sizes.expert_dp), stride=sizes.etp * sizes.ep),
+            experts=Group.of(
+                cluster, size=max(1, sizes.expert_dp), stride=sizes.etp * sizes.ep
+            ),
             dense_weights=sum(part.parameters for part in work.parts),
             expert_weights=sum(part.expert_parameters for part in work.parts),
             trained_dense=sum(part.parameters * part.trainable for part in work.parts),
@@ -152,7 +154,9 @@ class _Groups:
             max(0.0, gathered + reduced - backward_s) if backward_s else 0.0,
         )
 
-    def sync_s(self, settings: TrainingSettings, *, forward_s: float, backward_s: float) -> float:
+    def sync_s(
+        self, settings: TrainingSettings, *, forward_s: float, backward_s: float
+    ) -> float:
         """Exposed time of reducing gradients and gathering weights, once in a step.
 
         The last microbatch's backward pass hides all but the last bucket of gradients, and the

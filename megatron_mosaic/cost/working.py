@@ -1,6 +1,7 @@
 """What the backward pass of a layer holds for a moment, beside what it had kept."""
 
-from megatron_mosaic.cost.activations import TaskOnRank, layer_keeps, total_bytes
+from megatron_mosaic.cost.activations import layer_keeps
+from megatron_mosaic.cost.kept import TaskOnRank, total_bytes
 from megatron_mosaic.model.layers import Experts, LatentAttention, Layer, Mlp, SelfAttention
 
 
