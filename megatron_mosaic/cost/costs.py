@@ -150,7 +150,10 @@ class ModuleInStep:
         stages: Its pipeline stages.
         chunks: Virtual stages of each rank.
         shared: Whether ranks that host it also host the language model.
-        entry_s: Time of the boundary transfer that brings its input; 0 if it has none.
+        entry_s: Time of the boundary transfer that brings its input to its task; 0 if it has
+            none, or if ``hop_s`` of the last stage before says it.
+        task_microbatches: Microbatches of one of its tasks; None is the step's encoder group on
+            shared ranks, and 1 on its own.
     """
 
     name: str
@@ -158,6 +161,7 @@ class ModuleInStep:
     chunks: int = 1
     shared: bool = False
     entry_s: float = 0.0
+    task_microbatches: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
