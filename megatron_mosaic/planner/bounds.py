@@ -1,6 +1,7 @@
 """Times below which no candidate can be, from the costs of modules alone."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_mosaic.cost.costs import ModuleCosts, PartRun
 from megatron_mosaic.cost.sizes import ParallelSizes
@@ -19,6 +20,7 @@ class LanguageOption:
         micro_batch_size: Samples of one microbatch of one replica.
         num_microbatches: Of a step.
         bound_s: No candidate with these sizes is faster.
+        forward_share: Share of a stage's time that is forward, at most.
         average_bytes: The fullest stage holds at least this.
     """
 
@@ -26,27 +28,57 @@ class LanguageOption:
     micro_batch_size: int
     num_microbatches: int
     bound_s: float
+    forward_share: float
     average_bytes: float
 
 
 def pipeline_bound_s(
-    *, total_s: float, longest_s: float, num_stages: int, num_microbatches: int
+    *,
+    total_s: float,
+    slowest_s: float,
+    forward_share: float,
+    num_stages: int,
+    num_microbatches: int,
 ) -> float:
-    """Time of a pipeline, if its layers could be cut anywhere.
+    """Time of 1F1B, however its layers are split.
+
+    The slowest stage works for all microbatches. Until its first backward pass ends a microbatch
+    goes through the whole pipeline, and until its last one has gone back another one; in that
+    time it does forward passes for no more microbatches than there are stages.
 
     Args:
         total_s: A microbatch in all stages.
-        longest_s: In its longest part.
+        slowest_s: In the slowest stage, at least.
+        forward_share: Share of a stage's time that is forward, at most.
         num_stages: Stages.
         num_microbatches: Microbatches.
     """
-    return (num_microbatches - 1) * max(total_s / num_stages, longest_s) + total_s
+    early = min(num_stages, num_microbatches) - 1
+    steady = num_microbatches - 1 - early * forward_share
+    return max(num_microbatches * slowest_s, total_s + max(steady, 0.0) * slowest_s)
 
 
-def module_times(costs: ModuleCosts, *, trainable_upstream: bool) -> tuple[float, float]:
-    """Time of all parts of a module for one task, and of the longest one."""
+class ModuleTimes(NamedTuple):
+    """Times of a module for one task.
+
+    Args:
+        total_s: Of all parts.
+        longest_s: Of the longest layer.
+        forward_share: Largest share of a part's time that is forward.
+    """
+
+    total_s: float
+    longest_s: float
+    forward_share: float
+
+
+def module_times(costs: ModuleCosts, *, trainable_upstream: bool) -> ModuleTimes:
+    """Times of a module for one task."""
     times, input_s, output_s = chain_of(costs, trainable_upstream=trainable_upstream)
-    return sum(times) + input_s + output_s, max(times, default=0.0)
+    parts = [costs.input, *costs.each_layer(), costs.output]
+    every_s = [input_s, *times, output_s]
+    shares = [p.forward_s / s for p, s in zip(parts, every_s, strict=True) if s]
+    return ModuleTimes(sum(every_s), max(times, default=0.0), max(shares, default=0.0))
 
 
 def encoder_work_s(estimator: Estimator) -> float:
@@ -63,8 +95,8 @@ def encoder_work_s(estimator: Estimator) -> float:
                 for recompute in problem.space.recompute:
                     sizes = ParallelSizes(tp=tp, cp=cp, etp=tp, recompute=recompute)
                     costs = estimator.prices.module(name, sizes, samples=problem.global_batch_size)
-                    each_s, _ = module_times(costs, trainable_upstream=False)
-                    cheapest_s.append(each_s * tp * cp)
+                    times = module_times(costs, trainable_upstream=False)
+                    cheapest_s.append(times.total_s * tp * cp)
         total_s += min(cheapest_s, default=0.0)
     return total_s
 
@@ -80,7 +112,7 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
     sizes_of_microbatch = problem.space.micro_batch_sizes
     if problem.pins.micro_batch_size is not None:
         sizes_of_microbatch = (problem.pins.micro_batch_size,)
-    times: dict[tuple[object, ...], tuple[float, float]] = {}
+    times: dict[tuple[object, ...], ModuleTimes] = {}
     options = []
     for micro_batch_size in sizes_of_microbatch:
         for sizes in language_sizes(problem, micro_batch_size=micro_batch_size):
@@ -97,7 +129,7 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
                 micro_batch_size=micro_batch_size, dp=sizes.dp
             )
             bound_s = _bound_s(
-                *times[key], sizes, num_microbatches, encoder_work_s, num_gpus=problem.num_gpus
+                times[key], sizes, num_microbatches, encoder_work_s, num_gpus=problem.num_gpus
             )
             options.append(
                 LanguageOption(
@@ -105,6 +137,7 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
                     micro_batch_size=micro_batch_size,
                     num_microbatches=num_microbatches,
                     bound_s=bound_s,
+                    forward_share=times[key].forward_share,
                     average_bytes=average_bytes,
                 )
             )
@@ -112,8 +145,7 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
 
 
 def _bound_s(
-    total_s: float,
-    longest_s: float,
+    times: ModuleTimes,
     sizes: ParallelSizes,
     num_microbatches: int,
     encoder_work_s: float,
@@ -121,12 +153,13 @@ def _bound_s(
     num_gpus: int,
 ) -> float:
     alone_s = pipeline_bound_s(
-        total_s=total_s,
-        longest_s=longest_s,
+        total_s=times.total_s,
+        slowest_s=max(times.total_s / sizes.pp, times.longest_s),
+        forward_share=times.forward_share,
         num_stages=sizes.pp,
         num_microbatches=num_microbatches,
     )
-    work_s = total_s * num_microbatches * sizes.num_ranks / sizes.pp + encoder_work_s
+    work_s = times.total_s * num_microbatches * sizes.num_ranks / sizes.pp + encoder_work_s
     return max(alone_s, work_s / num_gpus)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple, Protocol
 
 from megatron_mosaic.cost.costs import (
@@ -26,6 +26,10 @@ from megatron_mosaic.planner.problem import Problem
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
 """Terms of the memory of a rank."""
+
+
+_Made = tuple[tuple[int, ...], tuple[StageCosts, ...]]
+"""Layers of each stage, and the stages."""
 
 
 class Prices(Protocol):
@@ -168,6 +172,7 @@ class Estimator:
         self.trainable_upstream = any(self.trains[name] for name in problem.encoders)
         self._hosted: dict[tuple[object, ...], Hosted | None] = {}
         self._chains: dict[int, tuple[ModuleCosts, Chain]] = {}
+        self._languages: dict[tuple[object, ...], tuple[ModuleCosts, _Made | None]] = {}
 
     def estimate(
         self, candidate: Candidate, *, limit_bytes: float | None = None
@@ -231,6 +236,16 @@ class Estimator:
         )
         return hosted._replace(group=group, entry_s=entry_s)
 
+    def pipeline_s(self, language: Hosted, num_microbatches: int) -> float:
+        """Time of the language model's pipeline alone, without what happens once in a step."""
+        breakdown = step_breakdown(
+            {LANGUAGE: ModuleInStep(name=LANGUAGE, stages=language.stages)},
+            edges=(),
+            kind="1f1b",
+            num_microbatches=num_microbatches,
+        )
+        return breakdown.compute_s + breakdown.communication_s + breakdown.bubble_s
+
     def encoder_costs(self, choice: EncoderChoice, num_samples: int) -> ModuleCosts:
         """Costs of an encoder for tasks of some samples of all its replicas."""
         samples = ceil(num_samples / choice.sizes.dp)
@@ -253,22 +268,37 @@ class Estimator:
             if hosted.choice.host == "language":
                 everywhere += hosted.held_bytes(0)
             elif hosted.choice.shares:
-                first = Load(
-                    first.time_s + hosted.busy_s / hosted.group,
-                    first.fixed_bytes + hosted.held_bytes(0),
-                )
+                time_s = hosted.busy_s if hosted.group == 1 else 0.0
+                first = Load(first.time_s + time_s, first.fixed_bytes + hosted.held_bytes(0))
         live = tuple(
             1 if candidate.kind == "no_pipelining" else min(num_microbatches, sizes.pp - stage)
             for stage in range(sizes.pp)
         )
-        made = self._split(
-            costs,
-            live,
-            limit_bytes - everywhere,
-            trainable_upstream=self.trainable_upstream,
-            first=first,
-        )
+        made = self._alone(costs, live, limit_bytes) if first == NOTHING else None
+        held_bytes = -inf if made is None else _fullest_bytes(made[1], live)
+        if made is None or held_bytes + everywhere > limit_bytes:
+            made = self._split(
+                costs,
+                live,
+                limit_bytes - everywhere,
+                trainable_upstream=self.trainable_upstream,
+                first=first,
+            )
         return None if made is None else Hosted(None, 1, *made, live)
+
+    def _alone(
+        self, costs: ModuleCosts, live: tuple[int, ...], limit_bytes: float
+    ) -> "_Made | None":
+        """The language model's stages as if nothing else were on its ranks.
+
+        Where an encoder leaves room for them they are as good as any, so most candidates around
+        the same language model have the same split.
+        """
+        key = (id(costs), live, limit_bytes)
+        if key not in self._languages:
+            made = self._split(costs, live, limit_bytes, trainable_upstream=self.trainable_upstream)
+            self._languages[key] = (costs, made)
+        return self._languages[key][1]
 
     def _split(
         self,
@@ -278,7 +308,7 @@ class Estimator:
         *,
         trainable_upstream: bool,
         first: Load = NOTHING,
-    ) -> tuple[tuple[int, ...], tuple[StageCosts, ...]] | None:
+    ) -> "_Made | None":
         """Splits a module; a split that the user has pinned is taken as it is."""
         pinned = self.problem.pins.modules.get(costs.name, {}).get("layers_per_stage")
         layers_per_stage = pinned
@@ -330,6 +360,10 @@ class Estimator:
         return Load(0.0, fixed, held.activations_per_task)
 
 
+def _fullest_bytes(stages: Sequence[StageCosts], live: Sequence[int]) -> float:
+    return max(s.memory.total(live_tasks=n) for s, n in zip(stages, live, strict=True))
+
+
 def _in_place(choice: EncoderChoice, language: ParallelSizes) -> bool:
     """Whether every rank of the language model makes the rows that it needs itself."""
     equal = choice.sizes.tp == language.tp and choice.sizes.dp == language.dp
@@ -368,14 +402,20 @@ def _breakdown(estimate: Estimate) -> StepBreakdown:
             continue
         match hosted.choice.host:
             case "language":
-                stages = [_with_once(stage, hosted.stages) for stage in stages]
                 in_step[name] = ModuleInStep(name=name, stages=_task(hosted), shared=True)
+            case "first_stage" | "replicated" if hosted.group == 1:
+                stages[0] = _merged([stages[0], *_task(hosted)])
             case "first_stage" | "replicated":
-                stages[0] = _merged([stages[0], *_per_microbatch(hosted)])
+                # While its first stage takes a group, the pipeline behind runs empty.
+                stages[0] = _with_once(stages[0], hosted.stages)
+                tasks = tuple(replace(s, sync_s=0.0, optimizer_s=0.0) for s in _task(hosted))
+                in_step[name] = ModuleInStep(name=name, stages=tasks, shared=True)
             case "apart":
-                in_step[name] = ModuleInStep(name=name, stages=_per_microbatch(hosted))
+                in_step[name] = ModuleInStep(
+                    name=name, stages=_apart(hosted), task_microbatches=hosted.group
+                )
             case "together":
-                together += _per_microbatch(hosted)
+                together += _apart(hosted)
     if together:
         in_step["together"] = ModuleInStep(name="together", stages=(_merged(together),))
     in_step[LANGUAGE] = ModuleInStep(name=LANGUAGE, stages=tuple(stages))
@@ -388,24 +428,9 @@ def _breakdown(estimate: Estimate) -> StepBreakdown:
     )
 
 
-def _per_microbatch(hosted: Hosted) -> tuple[StageCosts, ...]:
-    """Stages with the time that each microbatch of a task takes, and the transfer after them."""
-    assert hosted.choice is not None
-    share = 1 / hosted.group
-    stages = [
-        replace(
-            stage,
-            forward_s=stage.forward_s * share,
-            backward_s=stage.backward_s * share,
-            communication_s=stage.communication_s * share,
-            hop_s=stage.hop_s * share,
-        )
-        for stage in hosted.stages
-    ]
-    if hosted.choice.shares:
-        return (*stages[:-1], _with_entry(stages[-1], hosted.entry_s * share))
-    stages[-1] = replace(stages[-1], hop_s=hosted.entry_s * share)
-    return tuple(stages)
+def _apart(hosted: Hosted) -> tuple[StageCosts, ...]:
+    """Stages on ranks of their own; the last one hands its rows to the language model."""
+    return (*hosted.stages[:-1], replace(hosted.stages[-1], hop_s=hosted.entry_s))
 
 
 def _task(hosted: Hosted) -> tuple[StageCosts, ...]:

@@ -11,6 +11,7 @@ from megatron_mosaic.planner.bounds import (
     encoder_work_s,
     language_options,
     module_times,
+    pipeline_bound_s,
 )
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
 from megatron_mosaic.planner.estimate import Estimate, Estimator, Hosted, Prices
@@ -209,7 +210,9 @@ class _Around:
         self.run, self.option, self.hosts = run, option, hosts
         self.kind, self.group = kind, group
         busy = [stage.forward_s + stage.backward_s for stage in alone.stages]
-        self.slowest_s, self.path_s, self.first_s = max(busy), sum(busy), busy[0]
+        self.slowest_s, self.path_s, self.last_s = max(busy), sum(busy), busy[-1]
+        self.alone_s = run.estimator.pipeline_s(alone, option.num_microbatches)
+        self.alone_bytes = max(map(alone.held_bytes, range(len(busy))))
         # Another split may have a fullest stage with fewer weights, but not on average.
         self.once_s = sum(s.sync_s + s.optimizer_s for s in alone.stages) / len(alone.stages)
         self.room_bytes = run.estimator.limit_bytes - option.average_bytes
@@ -249,11 +252,11 @@ class _Around:
         if choice.sizes.pp > 1:
             num_samples = self.group * option.micro_batch_size * option.sizes.dp
             costs = estimator.encoder_costs(choice, num_samples)
-            total_s, longest_s = module_times(costs, trainable_upstream=False)
+            times = module_times(costs, trainable_upstream=False)
             return _Light(
                 choice,
-                column_s=max(total_s / choice.sizes.pp, longest_s) / self.group,
-                latency_s=total_s / self.group,
+                column_s=max(times.total_s / choice.sizes.pp, times.longest_s) / self.group,
+                latency_s=times.total_s / self.group,
                 num_ranks=choice.sizes.num_ranks,
             )
         hosted = estimator.encoder(
@@ -266,7 +269,7 @@ class _Around:
             return None
         stage, held_bytes = hosted.stages[0], hosted.held_bytes(0)
         once_s = stage.sync_s + stage.optimizer_s
-        if choice.host == "language":
+        if choice.host == "language" or (choice.shares and self.group > 1):
             work_s = hosted.busy_s * option.num_microbatches / self.group
             return _Light(choice, work_s, once_s=once_s, num_bytes=held_bytes)
         busy_s = hosted.busy_s if choice.shares else stage.forward_s + stage.backward_s
@@ -311,20 +314,35 @@ class _Around:
 
     def bound_s(self, taken: Sequence[_Light]) -> float:
         """Time of a step below which no candidate with these encoders can be."""
-        first_s = sum(t.column_s for t in taken if t.choice.host in ("first_stage", "replicated"))
+        first_s = sum(t.column_s for t in taken if t.choice.shares)
         together_s = sum(t.column_s for t in taken if t.choice.host == "together")
         apart = [t for t in taken if t.choice.host == "apart"]
-        slowest_s = max(
-            self.slowest_s,
-            (self.path_s + first_s) / self.option.sizes.pp,
-            together_s,
-            *(t.column_s for t in apart),
+        num_microbatches = self.option.num_microbatches
+        pipeline_s = self._language_s(first_s, sum(t.num_bytes for t in taken if t.choice.shares))
+        columns_s = [together_s, *(t.column_s for t in apart)]
+        pipeline_s = max(pipeline_s, num_microbatches * max(columns_s))
+        if self.group == 1:
+            # A microbatch passes every stage; the last one then works for all the others.
+            path_s = self.path_s + first_s + max([together_s, *(t.latency_s for t in apart)])
+            last_s = 0.0 if first_s else self.last_s
+            pipeline_s = max(pipeline_s, path_s + (num_microbatches - 1) * last_s)
+        everywhere_s = sum(t.once_s for t in taken if t.choice.host == "language")
+        return pipeline_s + sum(t.work_s for t in taken) + everywhere_s + self.once_s
+
+    def _language_s(self, first_s: float, shared_bytes: float) -> float:
+        """Time of the language model's pipeline, with encoders on its first stage."""
+        fits = self.alone_bytes + shared_bytes <= self.run.estimator.limit_bytes
+        if not first_s and fits:
+            return self.alone_s
+        # Its layers are split anew, and the closed form depends on how.
+        num_stages = self.option.sizes.pp
+        return pipeline_bound_s(
+            total_s=self.path_s + first_s,
+            slowest_s=max(self.slowest_s, (self.path_s + first_s) / num_stages),
+            forward_share=1.0 if first_s else self.option.forward_share,
+            num_stages=num_stages,
+            num_microbatches=self.option.num_microbatches,
         )
-        latency_s = max([together_s, *(t.latency_s for t in apart)])
-        path_s = self.path_s + first_s + latency_s
-        pipeline_s = (self.option.num_microbatches - 1) * slowest_s + path_s
-        everywhere_s = sum(t.work_s + t.once_s for t in taken if t.choice.host == "language")
-        return pipeline_s + everywhere_s + self.once_s
 
     def _candidate(self, choices: Sequence[EncoderChoice]) -> Candidate:
         return Candidate(
