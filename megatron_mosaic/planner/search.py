@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
+from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.planner.bounds import (
     LanguageOption,
+    ModuleTimes,
     encoder_work_s,
     language_options,
     module_times,
@@ -111,6 +113,14 @@ class _Run:
         work_s = encoder_work_s(self.estimator)
         self.options = language_options(self.estimator, encoder_work_s=work_s)
         self.shared: dict[tuple[object, ...], list[_Light]] = {}
+        self._times: dict[int, tuple[ModuleCosts, ModuleTimes]] = {}
+
+    def times(self, costs: ModuleCosts) -> ModuleTimes:
+        """Times of an encoder."""
+        kept = self._times.get(id(costs))
+        if kept is None or kept[0] is not costs:
+            kept = self._times[id(costs)] = (costs, module_times(costs, trainable_upstream=False))
+        return kept[1]
 
     def found(self) -> Found:
         """The result."""
@@ -210,11 +220,15 @@ class _Around:
         self.run, self.option, self.hosts = run, option, hosts
         self.kind, self.group = kind, group
         busy = [stage.forward_s + stage.backward_s for stage in alone.stages]
-        self.slowest_s, self.path_s, self.last_s = max(busy), sum(busy), busy[-1]
+        self.slowest_s, self.path_s = max(busy), sum(busy)
         self.alone_s = run.estimator.pipeline_s(alone, option.num_microbatches)
         self.alone_bytes = max(map(alone.held_bytes, range(len(busy))))
+        sync_s = max(stage.sync_s for stage in alone.stages)
+        optimizer_s = max(stage.optimizer_s for stage in alone.stages)
+        self.once_s, self.least_once_s = sync_s + optimizer_s, min(sync_s, optimizer_s)
         # Another split may have a fullest stage with fewer weights, but not on average.
-        self.once_s = sum(s.sync_s + s.optimizer_s for s in alone.stages) / len(alone.stages)
+        once_s = [stage.sync_s + stage.optimizer_s for stage in alone.stages]
+        self.average_once_s = sum(once_s) / len(once_s)
         self.room_bytes = run.estimator.limit_bytes - option.average_bytes
         self.found: Estimate | None = None
 
@@ -227,7 +241,9 @@ class _Around:
             if not options:
                 return
             levels.append(options)
-        self._descend(levels, [], spare)
+        least = [_least(options) for options in levels]
+        if self.bound_s(least) < self._threshold_s():
+            self._descend(levels, [], least, spare)
         if self.found is not None:
             self.run.best.add(self.found)
 
@@ -244,7 +260,11 @@ class _Around:
                 light = self._light(choice)
                 if light is not None:
                     found.append(light)
-            self.run.shared[key] = found if host == "apart" else _undominated(found)
+            self.run.shared[key] = (
+                _undominated_apart(found, once_s=self.least_once_s)
+                if host == "apart"
+                else _undominated(found)
+            )
         return sorted(self.run.shared[key], key=lambda light: self.bound_s([light]))
 
     def _light(self, choice: EncoderChoice) -> _Light | None:
@@ -252,7 +272,7 @@ class _Around:
         if choice.sizes.pp > 1:
             num_samples = self.group * option.micro_batch_size * option.sizes.dp
             costs = estimator.encoder_costs(choice, num_samples)
-            times = module_times(costs, trainable_upstream=False)
+            times = self.run.times(costs)
             return _Light(
                 choice,
                 column_s=max(times.total_s / choice.sizes.pp, times.longest_s) / self.group,
@@ -282,23 +302,35 @@ class _Around:
             num_ranks=0 if choice.shares else choice.sizes.num_ranks,
         )
 
-    def _descend(self, levels: Sequence[list[_Light]], taken: list[_Light], spare: int) -> None:
+    def _descend(
+        self,
+        levels: Sequence[list[_Light]],
+        taken: list[_Light],
+        least: Sequence[_Light],
+        spare: int,
+    ) -> None:
+        """Chooses an option of the first level, then of the others.
+
+        Args:
+            levels: Options of the encoders that are still open.
+            taken: Of the others.
+            least: For each open encoder the least that any of its options takes.
+            spare: Ranks that are free.
+        """
         if not levels:
             self._leaf(taken)
             return
+        rest = least[1:]
+        rest_ranks = sum(t.num_ranks for t in rest if t.choice.host == "apart")
         for light in levels[0]:
-            if self.bound_s([*taken, light]) >= self._threshold_s():
-                # Options are in the order of their own bounds, not of those of all together.
+            ranks = light.num_ranks if light.choice.host == "apart" else 0
+            if ranks + rest_ranks > spare or not _blocks_agree(taken, light):
                 continue
-            if light.choice.host == "apart" and light.num_ranks > spare:
+            everywhere = [t for t in (*taken, light, *rest) if t.choice.host == "language"]
+            if sum(t.num_bytes for t in everywhere) > self.room_bytes:
                 continue
-            everywhere = [t.num_bytes for t in (*taken, light) if t.choice.host == "language"]
-            if sum(everywhere) > self.room_bytes:
-                continue
-            if not _blocks_agree(taken, light):
-                continue
-            left = spare - light.num_ranks if light.choice.host == "apart" else spare
-            self._descend(levels[1:], [*taken, light], left)
+            if self.bound_s([*taken, light, *rest]) < self._threshold_s():
+                self._descend(levels[1:], [*taken, light], rest, spare - ranks)
 
     def _leaf(self, taken: list[_Light]) -> None:
         candidate = self._candidate([light.choice for light in taken])
@@ -314,35 +346,42 @@ class _Around:
 
     def bound_s(self, taken: Sequence[_Light]) -> float:
         """Time of a step below which no candidate with these encoders can be."""
-        first_s = sum(t.column_s for t in taken if t.choice.shares)
-        together_s = sum(t.column_s for t in taken if t.choice.host == "together")
+        shared = [t for t in taken if t.choice.shares]
         apart = [t for t in taken if t.choice.host == "apart"]
-        num_microbatches = self.option.num_microbatches
-        pipeline_s = self._language_s(first_s, sum(t.num_bytes for t in taken if t.choice.shares))
-        columns_s = [together_s, *(t.column_s for t in apart)]
-        pipeline_s = max(pipeline_s, num_microbatches * max(columns_s))
-        if self.group == 1:
-            # A microbatch passes every stage; the last one then works for all the others.
-            path_s = self.path_s + first_s + max([together_s, *(t.latency_s for t in apart)])
-            last_s = 0.0 if first_s else self.last_s
-            pipeline_s = max(pipeline_s, path_s + (num_microbatches - 1) * last_s)
+        together_s = sum(t.column_s for t in taken if t.choice.host == "together")
+        first_s = sum(t.column_s for t in shared)
+        pipeline_s, once_s = self._language_s(first_s, sum(t.num_bytes for t in shared))
+        # The language model begins after a task of every encoder, and ends before one.
+        latency_s = max([together_s, *(t.latency_s for t in apart)])
+        pipeline_s += self.group * latency_s
+        slowest_s = max([together_s, *(t.column_s for t in apart)])
+        stages = max([t.choice.sizes.pp for t in apart], default=1)
+        steady = self.option.num_microbatches - self.group * (self.option.sizes.pp + stages)
+        path_s = self.path_s + first_s + latency_s + max(steady, 0) * slowest_s
+        pipeline_s = max(pipeline_s, self.option.num_microbatches * slowest_s, path_s)
         everywhere_s = sum(t.once_s for t in taken if t.choice.host == "language")
-        return pipeline_s + sum(t.work_s for t in taken) + everywhere_s + self.once_s
+        return pipeline_s + sum(t.work_s for t in shared) + everywhere_s + once_s
 
-    def _language_s(self, first_s: float, shared_bytes: float) -> float:
-        """Time of the language model's pipeline, with encoders on its first stage."""
+    def _language_s(self, first_s: float, shared_bytes: float) -> tuple[float, float]:
+        """Time of the language model's pipeline, and of what it does once in a step.
+
+        Args:
+            first_s: What encoders add to a microbatch on the first stage.
+            shared_bytes: What encoders hold on its ranks.
+        """
         fits = self.alone_bytes + shared_bytes <= self.run.estimator.limit_bytes
         if not first_s and fits:
-            return self.alone_s
+            return self.alone_s, self.once_s
         # Its layers are split anew, and the closed form depends on how.
         num_stages = self.option.sizes.pp
-        return pipeline_bound_s(
+        pipeline_s = pipeline_bound_s(
             total_s=self.path_s + first_s,
             slowest_s=max(self.slowest_s, (self.path_s + first_s) / num_stages),
             forward_share=1.0 if first_s else self.option.forward_share,
             num_stages=num_stages,
             num_microbatches=self.option.num_microbatches,
         )
+        return pipeline_s, self.average_once_s
 
     def _candidate(self, choices: Sequence[EncoderChoice]) -> Candidate:
         return Candidate(
@@ -352,6 +391,49 @@ class _Around:
             kind=self.kind,
             encoder_group=self.group,
         )
+
+
+def _least(options: Sequence[_Light]) -> _Light:
+    """What every option takes at least."""
+    return _Light(
+        options[0].choice,
+        work_s=min(o.work_s for o in options),
+        column_s=min(o.column_s for o in options),
+        latency_s=min(o.latency_s for o in options),
+        once_s=min(o.once_s for o in options),
+        num_bytes=min(o.num_bytes for o in options),
+        num_ranks=min(o.num_ranks for o in options),
+    )
+
+
+def _undominated_apart(options: list[_Light], *, once_s: float) -> list[_Light]:
+    """Options on ranks of their own that no option of one stage, exactly known, beats.
+
+    Args:
+        options: Their times are exact with one stage, and lower bounds with more.
+        once_s: What the language model does once in a step; less than that costs nothing.
+    """
+    exact = [o for o in options if o.choice.sizes.pp == 1]
+    exact.sort(key=lambda o: (o.num_ranks, o.column_s, o.once_s))
+    kept: list[_Light] = []
+    for light in exact:
+        if not any(_beats(other, light, once_s=once_s) for other in kept):
+            kept.append(light)
+    return kept + [
+        light
+        for light in options
+        if light.choice.sizes.pp > 1
+        and not any(_beats(other, light, once_s=once_s) for other in kept)
+    ]
+
+
+def _beats(other: _Light, light: _Light, *, once_s: float) -> bool:
+    return (
+        other.num_ranks <= light.num_ranks
+        and other.column_s <= light.column_s
+        and other.latency_s <= light.latency_s
+        and other.once_s <= max(light.once_s, once_s)
+    )
 
 
 def _undominated(options: list[_Light]) -> list[_Light]:

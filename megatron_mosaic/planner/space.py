@@ -197,6 +197,8 @@ def encoder_sizes(
             else:
                 most = min(num_ranks // (tp * cp), problem.space.max_encoder_stages)
                 stages = pipeline_sizes(module, problem, most=most)
+                if "pp" not in pins.modules.get(name, {}):
+                    stages = tuple(pp for pp in stages if pp & (pp - 1) == 0)
             for pp in stages:
                 for dp in _replicas(num_ranks, tp * cp * pp, num_samples, all_of_them):
                     if not pins.allows(name, "dp", dp):
