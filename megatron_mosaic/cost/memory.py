@@ -1,11 +1,12 @@
 """Memory of pipeline stages: weights, gradients, optimizer, activations, and what passes by."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from megatron_mosaic.cost.activations import layer_keeps
-from megatron_mosaic.cost.costs import PartCosts, PartRun, StageMemory
+from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun, StageMemory
 from megatron_mosaic.cost.ends import (
     input_closing_bytes,
     input_keeps,
@@ -38,6 +39,32 @@ class ModuleParts(NamedTuple):
     input: PartCosts
     layers: tuple[PartRun, ...]
     output: PartCosts
+
+
+def with_memory(costs: ModuleCosts, parts: ModuleParts) -> ModuleCosts:
+    """Joins the times of a module's parts with what they hold."""
+    return replace(
+        costs,
+        input=_joined(costs.input, parts.input),
+        layers=tuple(
+            PartRun(time.count, _joined(time.costs, held.costs))
+            for time, held in zip(costs.layers, parts.layers, strict=True)
+        ),
+        output=_joined(costs.output, parts.output),
+    )
+
+
+def _joined(time: PartCosts, held: PartCosts) -> PartCosts:
+    return replace(
+        time,
+        parameters=held.parameters,
+        expert_parameters=held.expert_parameters,
+        trainable=held.trainable,
+        activation_bytes=held.activation_bytes,
+        working_bytes=held.working_bytes,
+        closing_bytes=held.closing_bytes,
+        weight_shapes=held.weight_shapes,
+    )
 
 
 def trains(module: ModuleSpec, part: str) -> bool:

@@ -26,7 +26,7 @@ from megatron_mosaic.model.spec import (
 # Bytes that a value of 2 bytes costs when it is quantised for a multiplication: read to find its
 # scale where that is one for the whole tensor, read, written, and written transposed.
 # Source: recipes of TransformerEngine 2: current scaling, MXFP8 and NVFP4 (values of half a byte).
-_CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0.5}
+CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0.5}
 
 # FLOPs of a flash attention's backward pass over its forward's: five multiplications for two.
 # Source: Dao, arXiv 2307.08691, section 3.1.
@@ -147,7 +147,7 @@ class Workplace:
             weights=weights,
             smallest=min(rows / max(experts, 1), size_in, size_out),
         )
-        if cast := _CAST_BYTES.get(precision):
+        if cast := CAST_BYTES.get(precision):
             yield pointwise(rows * size_in * cast, rows * size_out * cast)
 
 
@@ -241,6 +241,7 @@ def _attention(
             backward_flops=FLASH_BACKWARD * flops,
             forward_bytes=moved,
             backward_bytes=2 * moved,
+            smallest=min(key_dim, value_dim),
             core=True,
         )
         return
@@ -367,6 +368,9 @@ def _experts(mlp: Experts, place: Workplace) -> Iterator[Operation]:
     yield from place.matmul(size, ffn * (2 if mlp.gated else 1), rows=rows, experts=local)
     yield _activation(rows, ffn, gated=mlp.gated)
     yield from place.matmul(ffn, size, rows=rows, experts=local)
+    if mlp.bias:
+        made = rows * (ffn * (2 if mlp.gated else 1) + size)
+        yield pointwise(4 * made, 2 * made)
     if mlp.shared_ffn_hidden_size:
         shared = Mlp(ffn_hidden_size=mlp.shared_ffn_hidden_size, gated=mlp.gated)
         yield from _mlp(shared, place)
@@ -424,37 +428,3 @@ def _projector(projector: Projector, place: Workplace) -> Iterator[Operation]:
         split = (before, after / tp) if index % 2 == 0 else (before / tp, after)
         yield from place.matmul(*split, rows=rows)
         yield pointwise(4 * rows * after / tp, 6 * rows * after / tp)
-
-
-def module_flops_per_token(module: ModuleSpec, *, pairs_per_token: float | None = None) -> float:
-    """FLOPs of a forward pass by token of the module, with no regard to how it is split.
-
-    Args:
-        module: The module.
-        pairs_per_token: Pairs that attention computes by token; the mask's own if absent.
-    """
-    tokens = module.tokens_per_sample
-    pairs = module.pairs_per_sample if pairs_per_token is None else pairs_per_token * tokens
-    place = Workplace(
-        hidden_size=module.hidden_size,
-        task=TaskTokens(tokens=tokens, pairs=pairs, all_pairs=pairs),
-        sizes=ParallelSizes(),
-        settings=TrainingSettings(),
-        precision="bf16",
-    )
-    total = sum(it.flops for it in input_operations(module, place))
-    total += sum(it.flops for it in output_operations(module, place))
-    for count, layer in module.layers:
-        total += count * sum(it.flops for it in layer_operations(layer, place))
-    return total / tokens
-
-
-def model_flops_per_token(module: ModuleSpec, *, full_attention: bool = False) -> float:
-    """FLOPs of a training step by token, as throughputs are published: three forward passes.
-
-    Attention's backward pass counts twice its forward, though flash attention computes more, and
-    a causal mask halves it.
-    """
-    length = module.tokens_per_item.mean_square / module.tokens_per_item.mean
-    pairs = length if full_attention or not module.causal else length / 2
-    return 3 * module_flops_per_token(module, pairs_per_token=pairs)

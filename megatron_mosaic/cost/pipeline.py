@@ -105,8 +105,10 @@ def longest_stay_s(stage: PipelineStage, ways: Ways, *, num_tasks: int) -> float
     # forward pass.
     steady = max(num_tasks - 1 - ways.distance, 0)
     all_forward_s, all_backward_s = num_tasks * forward_s, num_tasks * backward_s
-    chain_s = ways.to_forward_s + all_forward_s + max(
-        all_backward_s + ways.from_backward_s, steady * backward_s + ways.from_forward_s
+    chain_s = (
+        ways.to_forward_s
+        + all_forward_s
+        + max(all_backward_s + ways.from_backward_s, steady * backward_s + ways.from_forward_s)
     )
     if stage.backward_s is None:
         return chain_s

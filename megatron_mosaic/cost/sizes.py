@@ -76,6 +76,10 @@ class TrainingSettings:
             compute, or by an all-to-all that swaps sequence for heads before and after.
         moe_dispatcher: ``alltoall`` sends a copy of a token for each of its experts, ``flex``
             (DeepEP, HybridEP) one for each rank that has some of them.
+        moe_overlap: Tokens travel to experts while another microbatch computes.
+        overlap_p2p: Interleaved pipelines send while they compute.
+        split_hops: Tensor-parallel ranks without sequence parallelism send a part of the tokens
+            each to the next stage (arXiv 2104.04473, section 4.1).
         cuda_graph: How much of a layer of experts is launched as a graph: nothing, all but the
             experts, or the whole iteration, which also needs no sizes on the host.
     """
@@ -91,4 +95,7 @@ class TrainingSettings:
     cross_entropy_fusion: bool = True
     cp_comm: Literal["p2p", "a2a"] = "p2p"
     moe_dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    moe_overlap: bool = False
+    overlap_p2p: bool = True
+    split_hops: bool = False
     cuda_graph: Literal["none", "partial", "full"] = "none"

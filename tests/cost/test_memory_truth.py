@@ -30,6 +30,11 @@ GROUPED = Layer(
     mlp=Mlp(ffn_hidden_size=160),
 )
 SPARSE = replace(GROUPED, mlp=Experts(num_experts=4, experts_per_token=2, ffn_hidden_size=96))
+SHARED = replace(
+    GROUPED,
+    mlp=Experts(num_experts=4, experts_per_token=2, ffn_hidden_size=96, shared_ffn_hidden_size=112),
+)
+ONE_GROUP = replace(GROUPED, mixer=replace(GROUPED.mixer, num_query_groups=1))
 SHARDED = TrainingSettings(distributed_optimizer=True)
 WHOLE = TrainingSettings(distributed_optimizer=False)
 
@@ -78,6 +83,7 @@ ONE_RANK = {
     "selective recompute": Case(module=gpt(), sizes=ParallelSizes(recompute="selective")),
     "full recompute": Case(module=gpt(), sizes=ParallelSizes(recompute="full")),
     "experts": Case(module=gpt(SPARSE)),
+    "experts and a shared one": Case(module=gpt(SHARED)),
     "frozen layers behind a trainable embedding": Case(module=gpt(trainable=("input", "head"))),
     "frozen layers with nothing trainable before them": Case(
         module=gpt(PLAIN, norm="layer", positions=32, trainable=("head",))
@@ -92,6 +98,7 @@ TWO_RANKS = {
     "tensor parallel, biases": Case(
         module=gpt(PLAIN, norm="layer", positions=32), sizes=ParallelSizes(tp=2)
     ),
+    "one group of queries on two ranks": Case(module=gpt(ONE_GROUP), sizes=ParallelSizes(tp=2)),
     "pipeline, tied embeddings": Case(module=gpt(tied=True), sizes=ParallelSizes(pp=2)),
     "distributed optimizer": Case(module=gpt(), sizes=ParallelSizes(dp=2), settings=SHARDED),
     "experts on two ranks": Case(
