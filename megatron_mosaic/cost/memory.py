@@ -218,6 +218,8 @@ def stage_memory(
     experts = sum(count * part.expert_parameters for count, part in runs)
     trained_dense = sum(count * part.parameters * part.trainable for count, part in runs)
     trained_experts = sum(count * part.expert_parameters * part.trainable for count, part in runs)
+    # In 8 bits Megatron keeps a byte of a weight for each direction that it is read in, with
+    # --fp8-param-gather, instead of two bytes.
     weight_bytes = 4 if precision == "fp32" else 2
     state_bytes = MOMENT_BYTES + (MASTER_BYTES if weight_bytes == 2 else 0)
     gradient_bytes = 4 if weight_bytes == 4 else settings.gradient_bytes
