@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from megatron_mosaic.commands import check, show
+from megatron_mosaic.commands import check, plan, show
 from megatron_mosaic.errors import LayoutError, PlanError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
+    "plan": (plan, "find the best plan for a model on a cluster"),
     "check": (check, "check a plan and print its layout"),
     "show": (show, "print the schedule of every rank"),
 }

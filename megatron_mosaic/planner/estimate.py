@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, inf
+from operator import add
 from typing import NamedTuple, Protocol
 
 from megatron_mosaic.cost.costs import (
@@ -17,16 +18,13 @@ from megatron_mosaic.cost.costs import (
     StepBreakdown,
     StepEstimate,
 )
+from megatron_mosaic.cost.plan_memory import TERMS, memory_terms
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice
 from megatron_mosaic.planner.partition import NOTHING, Chain, Load, Room, chain_of, split_layers
 from megatron_mosaic.planner.problem import Problem
-
-TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
-"""Terms of the memory of a rank."""
-
 
 _Made = tuple[tuple[int, ...], tuple[StageCosts, ...]]
 """Layers of each stage, and the stages."""
@@ -166,7 +164,7 @@ class Estimator:
 
     def __init__(self, problem: Problem, prices: Prices) -> None:
         self.problem, self.prices = problem, prices
-        self.limit_bytes = problem.cluster.gpu.memory_bytes
+        self.limit_bytes = problem.memory_bytes
         modules = problem.model.modules
         self.trains = {name: modules[name].trainable != () for name in modules}
         self.trainable_upstream = any(self.trains[name] for name in problem.encoders)
@@ -496,11 +494,9 @@ def _memory(estimate: Estimate) -> dict[tuple[HostedStage, ...], dict[str, float
 def _terms(hosted: Sequence[tuple[str, Hosted, int]]) -> dict[str, float]:
     terms = dict.fromkeys(TERMS, 0.0)
     for _, module, stage in hosted:
-        memory = module.stages[stage].memory
-        terms["weights"] += memory.weights
-        terms["gradients"] += memory.gradients
-        terms["optimizer"] += memory.optimizer
-        terms["activations"] += memory.activations_per_task * module.live_tasks[stage]
-        terms["buffers"] += memory.buffers
-        terms["working"] = max(terms["working"], memory.working)
+        memory, live = module.stages[stage].memory, module.live_tasks[stage]
+        for term, held_bytes in memory_terms(memory, live_tasks=live).items():
+            # What a task holds for a moment is gone before another module's task starts.
+            together = max if term == "working" else add
+            terms[term] = together(terms[term], held_bytes)
     return terms

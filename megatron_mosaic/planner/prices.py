@@ -7,8 +7,8 @@ from typing import NamedTuple
 from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.boundary import boundary_s
 from megatron_mosaic.cost.collectives import Group, send_s
-from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun, StageCosts, StageMemory
-from megatron_mosaic.cost.memory import module_parts, stage_memory
+from megatron_mosaic.cost.costs import ModuleCosts, PartRun, StageCosts, StageMemory
+from megatron_mosaic.cost.memory import module_parts, stage_memory, with_memory
 from megatron_mosaic.cost.parts import module_costs
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.stages import StageWork, stage_costs
@@ -80,16 +80,7 @@ class ModelPrices:
             precision=self.model.precision,
             gradient_arrives=self._gradient_arrives(name),
         )
-        layers = zip(costs.layers, held.layers, strict=True)
-        return replace(
-            costs,
-            input=_with_memory(costs.input, held.input),
-            layers=tuple(
-                PartRun(time.count, _with_memory(time.costs, memory.costs))
-                for time, memory in layers
-            ),
-            output=_with_memory(costs.output, held.output),
-        )
+        return with_memory(costs, held)
 
     def _gradient_arrives(self, name: str) -> bool:
         sources = [source for source, destination in self.model.edges if destination == name]
@@ -134,6 +125,7 @@ class ModelPrices:
             module=costs,
             cluster=self.cluster,
             settings=self.settings,
+            precision=self.model.precision,
             memory=self._memory(costs, runs),
         )
 
@@ -187,16 +179,3 @@ def _take(runs: list[list[int]], count: int) -> tuple[tuple[int, int], ...]:
         else:
             runs[0][0] -= number
     return tuple(taken)
-
-
-def _with_memory(time: PartCosts, memory: PartCosts) -> PartCosts:
-    return replace(
-        time,
-        parameters=memory.parameters,
-        expert_parameters=memory.expert_parameters,
-        trainable=memory.trainable,
-        activation_bytes=memory.activation_bytes,
-        working_bytes=memory.working_bytes,
-        closing_bytes=memory.closing_bytes,
-        weight_shapes=memory.weight_shapes,
-    )

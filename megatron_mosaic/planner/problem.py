@@ -83,6 +83,8 @@ class Problem:
         settings: What the run does alike for all modules.
         pins: What is fixed.
         space: Where to look.
+        reserved_bytes: Memory of a GPU that plans leave free for what the cost model does not
+            count: the CUDA context, NCCL's buffers, gaps between allocations. A choice.
     """
 
     model: ModelSpec
@@ -92,6 +94,7 @@ class Problem:
     settings: TrainingSettings = field(default_factory=TrainingSettings)
     pins: Pins = field(default_factory=Pins)
     space: Space = field(default_factory=Space)
+    reserved_bytes: float = 3 * 2**30
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
@@ -106,6 +109,11 @@ class Problem:
                 f"{self.cluster.name}; lower it or add nodes to the cluster file"
             )
         _check_edges(self.model)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of a GPU that a plan may fill."""
+        return self.cluster.gpu.memory_bytes - self.reserved_bytes
 
     @property
     def encoders(self) -> tuple[str, ...]:

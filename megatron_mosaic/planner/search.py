@@ -58,6 +58,7 @@ def search(
     *,
     top: int = 3,
     time_limit_s: float | None = None,
+    first: bool = False,
     clock: Callable[[], float] = monotonic,
 ) -> Found:
     """Finds the fastest candidates that fit, and the fastest homogeneous one.
@@ -69,12 +70,14 @@ def search(
         prices: The cost model.
         top: Candidates to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
+        first: Ends the search with the first candidates that fit.
         clock: Seconds; tests have their own.
     """
     stop_s = inf if time_limit_s is None else clock() + time_limit_s
     run = _Run(problem, prices, top=top, late=lambda: clock() > stop_s)
     run.find_baseline()
-    run.find_best()
+    if not (first and run.best.estimates):
+        run.find_best(first=first)
     return run.found()
 
 
@@ -142,7 +145,9 @@ class _Run:
     def find_baseline(self) -> None:
         """Finds the fastest homogeneous candidate."""
         for option in self.options:
-            if option.bound_s >= self.baseline.threshold_s or self.late():
+            if option.bound_s >= self.baseline.threshold_s:
+                break
+            if self.late():
                 break
             for candidate in homogeneous(self.problem, option.sizes, option.micro_batch_size):
                 estimate = self.estimate(candidate)
@@ -151,9 +156,11 @@ class _Run:
         for estimate in self.baseline.estimates:
             self.best.add(estimate)
 
-    def find_best(self) -> None:
-        """Finds the fastest candidates of all."""
+    def find_best(self, *, first: bool = False) -> None:
+        """Finds the fastest candidates of all, or the first ones."""
         for option in self.options:
+            if first and self.best.estimates:
+                break
             if option.bound_s >= self.best.threshold_s:
                 break
             if self.late():
