@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
 
-from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.errors import PlanError
 from megatron_mosaic.planner.bounds import encoder_work_s, language_options
 from megatron_mosaic.planner.candidate import Candidate
 from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
 from megatron_mosaic.planner.prices import ModelPrices
-from megatron_mosaic.planner.problem import Pins, Problem
+from megatron_mosaic.planner.problem import SIZE_NAMES, Pins, Problem
 from megatron_mosaic.planner.search import search
 from megatron_mosaic.planner.ways import every_candidate
 
@@ -19,7 +19,7 @@ MOST_COMPARED = 2_000
 TIME_LIMIT_S = 2.0
 """For finding out whether a change helps."""
 
-MOST_GPUS = 64
+MOST_TIMES = 64
 """Times as many GPUs as asked for that are tried at most."""
 
 
@@ -79,18 +79,35 @@ def _advice(problem: Problem) -> str:
     for name, pins in _fewer_pins(problem.pins):
         if _fits(replace(problem, pins=pins)):
             return f"remove the pinned {name}, or choose another value"
-    factor = 2
-    while factor <= MOST_GPUS:
-        num_gpus = problem.num_gpus * factor
-        larger = replace(problem.cluster, num_nodes=problem.cluster.num_nodes * factor)
-        try:
-            wider = replace(problem, cluster=larger, num_gpus=num_gpus)
-        except (PlanError, LayoutError):
-            break
-        if _fits(wider):
-            return f"use {num_gpus} GPUs"
-        factor *= 2
+    num_nodes = _fewest_nodes(problem)
+    if num_nodes:
+        return f"use {num_nodes * problem.cluster.gpus_per_node} GPUs"
     return f"use a smaller model, shorter sequences, or more than {problem.num_gpus} GPUs"
+
+
+def _fewest_nodes(problem: Problem) -> int | None:
+    """Nodes on which something fits: doubled until it does, then halved back between the two."""
+    per_node, factor = problem.cluster.gpus_per_node, 2
+    nodes = -(-problem.num_gpus // per_node)
+
+    def fits(count: int) -> bool:
+        larger = replace(problem.cluster, num_nodes=count)
+        return _fits(replace(problem, cluster=larger, num_gpus=count * per_node))
+
+    last = problem.cluster.tiers[-1]
+    while factor <= MOST_TIMES:
+        if last.span is not None and nodes * factor * per_node > last.span:
+            return None
+        if fits(nodes * factor):
+            break
+        factor *= 2
+    else:
+        return None
+    low, high = nodes * factor // 2, nodes * factor
+    while high - low > max(1, nodes * factor // 8):
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def _fits(problem: Problem) -> bool:
@@ -107,7 +124,10 @@ def _fewer_pins(pins: Pins) -> Iterator[tuple[str, Pins]]:
     for name, sizes in pins.modules.items():
         for size in sizes:
             rest = {key: value for key, value in sizes.items() if key != size}
-            yield f"{name}.{size}", replace(pins, modules={**pins.modules, name: rest})
+            yield (
+                f"{name}.{SIZE_NAMES.get(size, size)}",
+                replace(pins, modules={**pins.modules, name: rest}),
+            )
 
 
 def _pinned(pins: Pins) -> str:

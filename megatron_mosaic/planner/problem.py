@@ -26,6 +26,9 @@ _SIZES: Mapping[str, str] = {
     "recompute": "recompute",
     "layers_per_stage": "layers_per_stage",
 }
+SIZE_NAMES: Mapping[str, str] = {short: name for name, short in _SIZES.items()}
+"""Megatron's names of the sizes by their short ones."""
+
 PLACEMENTS = ("homogeneous", "colocated", "disjoint", "partial overlap")
 
 
@@ -159,7 +162,8 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
         if name in model.modules and size:
             modules.setdefault(name, {})[_size(key, size)] = _value(key, size, value)
         else:
-            rest[_plan_field(key, model)] = _plan_value(key, value)
+            field_name = _plan_field(key, model)
+            rest[field_name] = _plan_value(key, value)
     return Pins(modules=modules, **rest)
 
 
