@@ -146,7 +146,7 @@ def _text(explanation: "Explanation") -> str:
 
 def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
     heads = ("plan", "step s", "compute", "communication", "bubble", "sync", "optimizer", "GiB")
-    rows = [heads]
+    rows: list[Sequence[str]] = [heads]
     for label, entry in entries:
         breakdown = entry.estimate.breakdown
         times = (
@@ -166,7 +166,7 @@ def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
 def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
     from megatron_mosaic.planner.explanation import modules_text
 
-    rows = [("plan", "placement", "schedule", "module", "sizes")]
+    rows: list[Sequence[str]] = [("plan", "placement", "schedule", "module", "sizes")]
     for label, entry in entries:
         candidate = entry.estimate.candidate
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
@@ -184,7 +184,8 @@ def _memory(entries: "Sequence[tuple[str, Simulated]]") -> str:
     from megatron_mosaic.planner.explanation import hosted_text
 
     memory = entries[0][1].estimate.memory
-    rows, seen = [("rank of", *next(iter(memory.values())), "GiB")], set()
+    rows: list[Sequence[str]] = [("rank of", *next(iter(memory.values())), "GiB")]
+    seen = set()
     for hosted, terms in memory.items():
         shown = tuple(f"{held / 2**30:.2f}" for held in (*terms.values(), sum(terms.values())))
         if shown not in seen:

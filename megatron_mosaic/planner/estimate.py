@@ -308,9 +308,9 @@ class Estimator:
         first: Load = NOTHING,
     ) -> "_Made | None":
         """Splits a module; a split that the user has pinned is taken as it is."""
-        pinned = self.problem.pins.modules.get(costs.name, {}).get("layers_per_stage")
-        layers_per_stage = pinned
-        if pinned is None:
+        pinned = self.problem.pins.modules.get(costs.name, {})
+        layers_per_stage: tuple[int, ...] = pinned.get("layers_per_stage", ())
+        if not layers_per_stage:
             chain = self._chain(costs, trainable_upstream=trainable_upstream)
             whole = Load(*(a + b for a, b in zip(chain.input, first, strict=True)))
             split = split_layers(
@@ -492,7 +492,7 @@ def _memory(estimate: Estimate) -> dict[tuple[HostedStage, ...], dict[str, float
 
 
 def _terms(hosted: Sequence[tuple[str, Hosted, int]]) -> dict[str, float]:
-    terms = dict.fromkeys(TERMS, 0.0)
+    terms: dict[str, float] = dict.fromkeys(TERMS, 0.0)
     for _, module, stage in hosted:
         memory, live = module.stages[stage].memory, module.live_tasks[stage]
         for term, held_bytes in memory_terms(memory, live_tasks=live).items():

@@ -225,7 +225,8 @@ class _Around:
         hosts: tuple[Host, ...],
     ) -> None:
         self.run, self.option, self.hosts = run, option, hosts
-        self.kind, self.group = kind, group
+        self.kind: ScheduleKind = kind
+        self.group = group
         busy = [stage.forward_s + stage.backward_s for stage in alone.stages]
         self.slowest_s, self.path_s = max(busy), sum(busy)
         self.alone_s = run.estimator.pipeline_s(alone, option.num_microbatches)

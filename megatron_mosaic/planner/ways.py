@@ -29,7 +29,8 @@ def schedules(
             groups = groups[1:]  # one microbatch at a time is what no_pipelining does
         if pins.encoder_group is not None:
             groups = [pins.encoder_group] if num_microbatches % pins.encoder_group == 0 else []
-        yield from (("colocated", group) for group in groups)
+        for group in groups:
+            yield "colocated", group
 
 
 def groups_of_microbatches(num_microbatches: int) -> list[int]:
