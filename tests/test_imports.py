@@ -11,6 +11,7 @@ PACKAGE = ROOT / "megatron_mosaic"
 # A folder imports only itself and those before it; nothing in PLANNING needs torch.
 PLANNING = [
     "errors",
+    "fields",
     "tokens",
     "model",
     "cluster",

@@ -1,7 +1,7 @@
 """On what a model is trained: GPUs, and links in tiers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_mosaic.model.spec import Precision
 
@@ -11,19 +11,32 @@ class Curve:
     """Share of a peak rate that operations reach, by their size.
 
     ``share = peak_share * size / (size + half_size)``: small operations are dominated by what
-    every one costs, large ones come close to ``peak_share``.
+    every one costs, large ones come close to ``peak_share``. A multiplication with one small size
+    does not fill its tiles, nor amortise its operands: another factor of the same form.
 
     Args:
         peak_share: Limit for large operations, of the rate that the GPU's data sheet states.
         half_size: FLOPs or bytes of an operation that reaches half of it.
+        half_dim: Smallest size of a multiplication that reaches half of it.
+        source: Where the two numbers are from.
     """
 
     peak_share: float
     half_size: float = 0.0
+    half_dim: float = 0.0
+    source: str = ""
 
-    def share(self, size: float) -> float:
-        """Share for an operation of a size; 0 for none."""
-        return self.peak_share * size / (size + self.half_size) if size else 0.0
+    def share(self, size: float, *, smallest: float = 0.0) -> float:
+        """Share for an operation of a size; 0 for none.
+
+        Args:
+            size: FLOPs or bytes.
+            smallest: Smallest size of a multiplication; 0 is large enough.
+        """
+        if not size:
+            return 0.0
+        narrow = smallest / (smallest + self.half_dim) if smallest else 1.0
+        return self.peak_share * narrow * size / (size + self.half_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +51,13 @@ class Gpu:
         num_sms: Streaming multiprocessors.
         curves: Reached shares by operation, such as ``matmul.bf16``, ``attention.forward`` or
             ``elementwise``.
+        host_operation_s: Time in which the host launches one multiplication or attention and what
+            goes with it, in each pass, where no CUDA graph does.
+        host_expert_s: Time that a layer waits in each pass for the host to launch the kernels
+            of one expert once it knows the sizes, by precision (``bf16``, ``fp8``).
+        overlap_cost: Time that computation loses for each second of communication it hides: both
+            share multiprocessors and memory.
+        sources: Where the other numbers are from, by field; ``all`` is every one.
     """
 
     name: str
@@ -46,6 +66,10 @@ class Gpu:
     memory_bytes_per_s: float
     num_sms: int
     curves: Mapping[str, Curve]
+    host_operation_s: float = 0.0
+    host_expert_s: Mapping[str, float] = field(default_factory=dict)
+    overlap_cost: float = 0.0
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak_flops_per_s(self, precision: Precision) -> float:
         """Peak of a precision, or of bf16 where the GPU has no faster way."""
@@ -62,6 +86,7 @@ class LinkTier:
         bandwidth_bytes_per_s: Of one GPU in one direction.
         latency_s: Of one message.
         curve: Share of the bandwidth that messages reach, by their bytes.
+        source: Where the bandwidth and the latency are from.
     """
 
     name: str
@@ -69,6 +94,7 @@ class LinkTier:
     bandwidth_bytes_per_s: float
     latency_s: float
     curve: Curve
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

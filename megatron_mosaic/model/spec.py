@@ -39,11 +39,15 @@ class Patches:
         values: Numbers of one piece, such as 3 channels * 14 * 14 pixels.
         num_positions: Rows of a table of learned positions; 0 is none.
         extra_tokens: Tokens of each item beside its pieces, such as a class token.
+        bias: Whether the map adds a bias.
+        normed: Whether a norm follows, as in CLIP.
     """
 
     values: int
     num_positions: int = 0
     extra_tokens: int = 0
+    bias: bool = False
+    normed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +57,16 @@ class LanguageHead:
     Args:
         vocab_size: Logits of each token.
         tied: Whether the weights are those of the word embedding.
+        mtp_layers: Depth of multi-token prediction; each level runs a layer like the last one,
+            a projection of two tokens to one, and the logits once more.
+
+    Source:
+        Multi-token prediction: DeepSeek-V3, arXiv 2412.19437, section 2.2.
     """
 
     vocab_size: int
     tied: bool = False
+    mtp_layers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +76,15 @@ class Projector:
     Args:
         sizes: Size of its input, of what is between its multiplications, and of its output.
         merged_tokens: Tokens that are joined into one before it; ``sizes[0]`` counts all of them.
+        pooled: Whether they are joined by a mean, or by one that stands for all such as a class
+            token; then ``sizes[0]`` counts one.
         bias: Whether it adds biases.
     """
 
     sizes: tuple[int, ...]
     merged_tokens: int = 1
     bias: bool = True
+    pooled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +108,7 @@ class ModuleSpec:
         trainable: Parts that train (``input``, ``layers``, ``projector``, ``head``) or patterns
             on parameter names such as ``*lora*``; ``None`` is everything, ``()`` is nothing.
         lora_rank: Rank of the adapters that train beside frozen layers; 0 is none.
+        final_norm: Whether a norm follows the last layer.
     """
 
     name: str
@@ -108,6 +122,7 @@ class ModuleSpec:
     tokens_per_item: Distribution
     trainable: tuple[str, ...] | None = None
     lora_rank: int = 0
+    final_norm: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -149,12 +164,14 @@ class ModelSpec:
         modules: By name; ``"language"`` is one of them.
         edges: Pairs of source and destination module.
         precision: Of matrix multiplications.
+        sources: Where the geometry is published.
     """
 
     name: str
     modules: Mapping[str, ModuleSpec]
     edges: tuple[tuple[str, str], ...] = ()
     precision: Precision = "bf16"
+    sources: tuple[str, ...] = ()
 
     @property
     def language(self) -> ModuleSpec:
