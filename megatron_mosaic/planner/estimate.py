@@ -1,0 +1,502 @@
+"""What a candidate costs: the one function that search, tests and explanation rank by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, inf
+from operator import add
+from typing import NamedTuple, Protocol
+
+from megatron_mosaic.cost.costs import (
+    HostedStage,
+    ModuleCosts,
+    ModuleInStep,
+    PartCosts,
+    PartRun,
+    StageCosts,
+    StageMemory,
+    StepBreakdown,
+    StepEstimate,
+)
+from megatron_mosaic.cost.plan_memory import TERMS, memory_terms
+from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.cost.step import step_breakdown
+from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.planner.candidate import Candidate, EncoderChoice
+from megatron_mosaic.planner.partition import NOTHING, Chain, Load, Room, chain_of, split_layers
+from megatron_mosaic.planner.problem import Problem
+
+_Made = tuple[tuple[int, ...], tuple[StageCosts, ...]]
+"""Layers of each stage, and the stages."""
+
+
+class Prices(Protocol):
+    """The cost model as the planner asks it; answers are kept where they are asked for again."""
+
+    def module(self, name: str, sizes: ParallelSizes, *, samples: int) -> ModuleCosts:
+        """Costs of a module for tasks of some samples of one replica."""
+        ...
+
+    def stages(
+        self, costs: ModuleCosts, layers_per_stage: Sequence[int], *, trainable_upstream: bool
+    ) -> tuple[StageCosts, ...]:
+        """Costs of its pipeline stages."""
+        ...
+
+    def held(self, costs: ModuleCosts, *runs: PartRun) -> StageMemory:
+        """Memory of a stage that has these parts."""
+        ...
+
+    def boundary_s(
+        self,
+        name: str,
+        encoder: ParallelSizes,
+        *,
+        language: ParallelSizes,
+        num_samples: int,
+        in_place: bool,
+    ) -> float:
+        """Time to bring an encoder's rows of some samples to the language model."""
+        ...
+
+
+class Hosted(NamedTuple):
+    """A module of a candidate with its stages.
+
+    Args:
+        choice: The encoder's; ``None`` for the language model.
+        group: Microbatches of one task.
+        layers_per_stage: Its split.
+        stages: Its stages, for one task.
+        live_tasks: Tasks between their passes, at most, of each stage.
+        entry_s: Time of the transfer of a task's rows to the language model.
+    """
+
+    choice: EncoderChoice | None
+    group: int
+    layers_per_stage: tuple[int, ...]
+    stages: tuple[StageCosts, ...]
+    live_tasks: tuple[int, ...]
+    entry_s: float = 0.0
+
+    def held_bytes(self, stage: int) -> float:
+        """Peak memory of a stage."""
+        return self.stages[stage].memory.total(live_tasks=self.live_tasks[stage])
+
+    @property
+    def busy_s(self) -> float:
+        """Time of one task in all stages, and of its transfer both ways."""
+        ways = 2 if any(stage.backward_s for stage in self.stages) else 1
+        return sum(stage.forward_s + stage.backward_s for stage in self.stages) + (
+            ways * self.entry_s
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A candidate with its costs.
+
+    Args:
+        candidate: The layout.
+        num_microbatches: Of a step.
+        modules: Its modules by name.
+        num_gpus: GPUs of the run.
+    """
+
+    candidate: Candidate
+    num_microbatches: int
+    modules: Mapping[str, Hosted]
+    num_gpus: int
+
+    @cached_property
+    def breakdown(self) -> StepBreakdown:
+        """Where the time goes."""
+        return _breakdown(self)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.breakdown.step_s
+
+    @cached_property
+    def memory(self) -> dict[tuple[HostedStage, ...], dict[str, float]]:
+        """Bytes by term of every kind of rank."""
+        return _memory(self)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the fullest rank."""
+        return max(sum(terms.values()) for terms in self.memory.values())
+
+    @property
+    def layers_per_stage(self) -> dict[str, tuple[int, ...]]:
+        """Split of every module."""
+        return {name: hosted.layers_per_stage for name, hosted in self.modules.items()}
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the forward passes of a step, of all ranks."""
+        total = 0.0
+        for name, hosted in self.modules.items():
+            sizes = self.candidate.language
+            if name != LANGUAGE:
+                assert hosted.choice is not None
+                sizes = hosted.choice.sizes
+            ranks = sizes.tp * sizes.cp * sizes.dp
+            tasks = self.num_microbatches / hosted.group
+            total += tasks * ranks * sum(stage.flops for stage in hosted.stages)
+        return total
+
+    def as_step_estimate(self) -> StepEstimate:
+        """The same as figures and reports take it."""
+        return StepEstimate(
+            breakdown=self.breakdown, memory=self.memory, flops=self.flops, num_gpus=self.num_gpus
+        )
+
+
+class Estimator:
+    """Estimates candidates of one problem.
+
+    Args:
+        problem: What is asked.
+        prices: The cost model.
+    """
+
+    def __init__(self, problem: Problem, prices: Prices) -> None:
+        self.problem, self.prices = problem, prices
+        self.limit_bytes = problem.memory_bytes
+        modules = problem.model.modules
+        self.trains = {name: modules[name].trainable != () for name in modules}
+        self.trainable_upstream = any(self.trains[name] for name in problem.encoders)
+        self._hosted: dict[tuple[object, ...], Hosted | None] = {}
+        self._chains: dict[int, tuple[ModuleCosts, Chain]] = {}
+        self._languages: dict[tuple[object, ...], tuple[ModuleCosts, _Made | None]] = {}
+
+    def estimate(
+        self, candidate: Candidate, *, limit_bytes: float | None = None
+    ) -> Estimate | None:
+        """Estimates a candidate.
+
+        Args:
+            candidate: The layout.
+            limit_bytes: Memory of a rank; ``None`` is the GPU's.
+
+        Returns:
+            The estimate, or None if no split of its layers fits the memory.
+        """
+        limit = self.limit_bytes if limit_bytes is None else limit_bytes
+        num_microbatches = self.problem.num_microbatches(
+            micro_batch_size=candidate.micro_batch_size, dp=candidate.language.dp
+        )
+        encoders: dict[str, Hosted] = {}
+        for choice in candidate.encoders:
+            hosted = self.encoder(candidate, choice, num_microbatches, limit_bytes=limit)
+            if hosted is None:
+                return None
+            encoders[choice.name] = hosted
+        language = self.language(candidate, encoders, num_microbatches, limit_bytes=limit)
+        if language is None:
+            return None
+        estimate = Estimate(
+            candidate=candidate,
+            num_microbatches=num_microbatches,
+            modules={**encoders, LANGUAGE: language},
+            num_gpus=self.problem.num_gpus,
+        )
+        return estimate if estimate.peak_bytes <= limit else None
+
+    def encoder(
+        self,
+        candidate: Candidate,
+        choice: EncoderChoice,
+        num_microbatches: int,
+        *,
+        limit_bytes: float,
+    ) -> Hosted | None:
+        """Returns an encoder with its stages, or None if it does not fit a rank even alone."""
+        language, group = candidate.language, candidate.encoder_group
+        num_samples = group * candidate.micro_batch_size * language.dp
+        live = _live_tasks(candidate, choice, num_microbatches)
+        key = (choice, num_samples, live, limit_bytes)
+        if key not in self._hosted:
+            costs = self.encoder_costs(choice, num_samples)
+            made = self._split(costs, live, limit_bytes, trainable_upstream=False)
+            self._hosted[key] = None if made is None else Hosted(choice, group, *made, live)
+        hosted = self._hosted[key]
+        if hosted is None:
+            return None
+        entry_s = self.prices.boundary_s(
+            choice.name,
+            choice.sizes,
+            language=language,
+            num_samples=num_samples,
+            in_place=_in_place(choice, language),
+        )
+        return hosted._replace(group=group, entry_s=entry_s)
+
+    def pipeline_s(self, language: Hosted, num_microbatches: int) -> float:
+        """Time of the language model's pipeline alone, without what happens once in a step."""
+        breakdown = step_breakdown(
+            {LANGUAGE: ModuleInStep(name=LANGUAGE, stages=language.stages)},
+            edges=(),
+            kind="1f1b",
+            num_microbatches=num_microbatches,
+        )
+        return breakdown.compute_s + breakdown.communication_s + breakdown.bubble_s
+
+    def encoder_costs(self, choice: EncoderChoice, num_samples: int) -> ModuleCosts:
+        """Costs of an encoder for tasks of some samples of all its replicas."""
+        samples = ceil(num_samples / choice.sizes.dp)
+        return self.prices.module(choice.name, choice.sizes, samples=samples)
+
+    def language(
+        self,
+        candidate: Candidate,
+        encoders: Mapping[str, Hosted],
+        num_microbatches: int,
+        *,
+        limit_bytes: float,
+    ) -> Hosted | None:
+        """Returns the language model with its stages, split around what shares its ranks."""
+        sizes = candidate.language
+        costs = self.prices.module(LANGUAGE, sizes, samples=candidate.micro_batch_size)
+        everywhere, first = 0.0, NOTHING
+        for hosted in encoders.values():
+            assert hosted.choice is not None
+            if hosted.choice.host == "language":
+                everywhere += hosted.held_bytes(0)
+            elif hosted.choice.shares:
+                time_s = hosted.busy_s if hosted.group == 1 else 0.0
+                first = Load(first.time_s + time_s, first.fixed_bytes + hosted.held_bytes(0))
+        live = tuple(
+            1 if candidate.kind == "no_pipelining" else min(num_microbatches, sizes.pp - stage)
+            for stage in range(sizes.pp)
+        )
+        made = self._alone(costs, live, limit_bytes) if first == NOTHING else None
+        held_bytes = -inf if made is None else _fullest_bytes(made[1], live)
+        if made is None or held_bytes + everywhere > limit_bytes:
+            made = self._split(
+                costs,
+                live,
+                limit_bytes - everywhere,
+                trainable_upstream=self.trainable_upstream,
+                first=first,
+            )
+        return None if made is None else Hosted(None, 1, *made, live)
+
+    def _alone(
+        self, costs: ModuleCosts, live: tuple[int, ...], limit_bytes: float
+    ) -> "_Made | None":
+        """The language model's stages as if nothing else were on its ranks.
+
+        Where an encoder leaves room for them they are as good as any, so most candidates around
+        the same language model have the same split.
+        """
+        key = (id(costs), live, limit_bytes)
+        if key not in self._languages:
+            made = self._split(costs, live, limit_bytes, trainable_upstream=self.trainable_upstream)
+            self._languages[key] = (costs, made)
+        return self._languages[key][1]
+
+    def _split(
+        self,
+        costs: ModuleCosts,
+        live: tuple[int, ...],
+        room_bytes: float,
+        *,
+        trainable_upstream: bool,
+        first: Load = NOTHING,
+    ) -> "_Made | None":
+        """Splits a module; a split that the user has pinned is taken as it is."""
+        pinned = self.problem.pins.modules.get(costs.name, {})
+        layers_per_stage: tuple[int, ...] = pinned.get("layers_per_stage", ())
+        if not layers_per_stage:
+            chain = self._chain(costs, trainable_upstream=trainable_upstream)
+            whole = Load(*(a + b for a, b in zip(chain.input, first, strict=True)))
+            split = split_layers(
+                replace(chain, input=whole),
+                num_stages=len(live),
+                room=Room(num_bytes=room_bytes - self._passing_bytes(costs), live_tasks=live),
+            )
+            if split is None:
+                return None
+            layers_per_stage = split.layers_per_stage
+        stages = self.prices.stages(costs, layers_per_stage, trainable_upstream=trainable_upstream)
+        return layers_per_stage, stages
+
+    def _chain(self, costs: ModuleCosts, *, trainable_upstream: bool) -> Chain:
+        known = self._chains.get(id(costs))
+        if known is not None and known[0] is costs:
+            return known[1]
+        times, input_s, output_s = chain_of(costs, trainable_upstream=trainable_upstream)
+        layers: list[Load] = []
+        for run in costs.layers:
+            load = self._load(costs, run.costs)
+            layers += [
+                load._replace(time_s=s) for s in times[len(layers) : len(layers) + run.count]
+            ]
+        output = self._load(costs, costs.output)
+        # What the last stage holds for a moment may be more than what layers do.
+        more = self.prices.held(costs, PartRun(1, costs.output)).working
+        more = max(0.0, more - self._passing_bytes(costs))
+        chain = Chain(
+            input=self._load(costs, costs.input)._replace(time_s=input_s),
+            layers=tuple(layers),
+            output=output._replace(time_s=output_s, fixed_bytes=output.fixed_bytes + more),
+        )
+        self._chains[id(costs)] = (costs, chain)
+        return chain
+
+    def _passing_bytes(self, costs: ModuleCosts) -> float:
+        """What a stage holds for a moment, and what libraries hold, whatever its layers."""
+        held = self.prices.held(costs, *(PartRun(1, run.costs) for run in costs.layers))
+        return held.working + held.buffers
+
+    def _load(self, costs: ModuleCosts, part: PartCosts) -> Load:
+        held = self.prices.held(costs, PartRun(1, part))
+        fixed = held.weights + held.gradients + held.optimizer
+        return Load(0.0, fixed, held.activations_per_task)
+
+
+def _fullest_bytes(stages: Sequence[StageCosts], live: Sequence[int]) -> float:
+    return max(s.memory.total(live_tasks=n) for s, n in zip(stages, live, strict=True))
+
+
+def _in_place(choice: EncoderChoice, language: ParallelSizes) -> bool:
+    """Whether every rank of the language model makes the rows that it needs itself."""
+    equal = choice.sizes.tp == language.tp and choice.sizes.dp == language.dp
+    return choice.host == "replicated" or (
+        equal
+        and choice.sizes.cp == language.cp
+        and (choice.host == "first_stage" or (choice.host == "language" and language.pp == 1))
+    )
+
+
+def _live_tasks(
+    candidate: Candidate, choice: EncoderChoice, num_microbatches: int
+) -> tuple[int, ...]:
+    """Tasks of an encoder between their passes; the same rules as the schedules' ``max_live``."""
+    stages, depth = choice.sizes.pp, candidate.language.pp
+    match candidate.kind:
+        case "no_pipelining":
+            return (1,) * stages
+        case "1f1b":
+            return tuple(min(num_microbatches, depth + stages - j) for j in range(stages))
+        case "colocated":
+            group = candidate.encoder_group
+            ahead = 0 if choice.shares else 1
+            live = 1 + ceil((depth - 1) / group) + ahead
+            return (min(num_microbatches // group, live),) * stages
+
+
+def _breakdown(estimate: Estimate) -> StepBreakdown:
+    """Brings every module to the two cases of the closed form: on all ranks, or apart."""
+    language = estimate.modules[LANGUAGE]
+    stages = list(language.stages)
+    in_step: dict[str, ModuleInStep] = {}
+    together: list[StageCosts] = []
+    for name, hosted in estimate.modules.items():
+        if hosted.choice is None:
+            continue
+        match hosted.choice.host:
+            case "language":
+                in_step[name] = ModuleInStep(name=name, stages=_task(hosted), shared=True)
+            case "first_stage" | "replicated" if hosted.group == 1:
+                stages[0] = _merged([stages[0], *_task(hosted)])
+            case "first_stage" | "replicated":
+                # While its first stage takes a group, the pipeline behind runs empty.
+                stages[0] = _with_once(stages[0], hosted.stages)
+                tasks = tuple(replace(s, sync_s=0.0, optimizer_s=0.0) for s in _task(hosted))
+                in_step[name] = ModuleInStep(name=name, stages=tasks, shared=True)
+            case "apart":
+                in_step[name] = ModuleInStep(
+                    name=name, stages=_apart(hosted), task_microbatches=hosted.group
+                )
+            case "together":
+                together += _apart(hosted)
+    if together:
+        in_step["together"] = ModuleInStep(name="together", stages=(_merged(together),))
+    in_step[LANGUAGE] = ModuleInStep(name=LANGUAGE, stages=tuple(stages))
+    return step_breakdown(
+        in_step,
+        edges=[(name, LANGUAGE) for name in in_step if name != LANGUAGE],
+        kind=estimate.candidate.kind,
+        num_microbatches=estimate.num_microbatches,
+        encoder_group=estimate.candidate.encoder_group,
+    )
+
+
+def _apart(hosted: Hosted) -> tuple[StageCosts, ...]:
+    """Stages on ranks of their own; the last one hands its rows to the language model."""
+    return (*hosted.stages[:-1], replace(hosted.stages[-1], hop_s=hosted.entry_s))
+
+
+def _task(hosted: Hosted) -> tuple[StageCosts, ...]:
+    return (*hosted.stages[:-1], _with_entry(hosted.stages[-1], hosted.entry_s))
+
+
+def _with_entry(stage: StageCosts, entry_s: float) -> StageCosts:
+    """On shared ranks nothing else runs while rows change their layout."""
+    back_s = entry_s if stage.backward_s else 0.0
+    return replace(
+        stage,
+        forward_s=stage.forward_s + entry_s,
+        backward_s=stage.backward_s + back_s,
+        communication_s=stage.communication_s + entry_s + back_s,
+    )
+
+
+def _merged(stages: Sequence[StageCosts]) -> StageCosts:
+    """Stages on the same ranks, one after the other."""
+    return replace(
+        stages[0],
+        forward_s=sum(s.forward_s for s in stages),
+        backward_s=sum(s.backward_s for s in stages),
+        communication_s=sum(s.communication_s for s in stages),
+        sync_s=sum(s.sync_s for s in stages),
+        optimizer_s=sum(s.optimizer_s for s in stages),
+    )
+
+
+def _with_once(stage: StageCosts, others: Sequence[StageCosts]) -> StageCosts:
+    """A stage with what others on its ranks do once in a step."""
+    return replace(
+        stage,
+        sync_s=stage.sync_s + max(s.sync_s for s in others),
+        optimizer_s=stage.optimizer_s + max(s.optimizer_s for s in others),
+    )
+
+
+def _memory(estimate: Estimate) -> dict[tuple[HostedStage, ...], dict[str, float]]:
+    kinds: dict[tuple[HostedStage, ...], dict[str, float]] = {}
+    language = estimate.modules[LANGUAGE]
+    shared = [(n, h) for n, h in estimate.modules.items() if h.choice and h.choice.shares]
+    for stage in range(len(language.stages)):
+        hosted = [(LANGUAGE, language, stage)]
+        hosted += [
+            (name, other, 0)
+            for name, other in shared
+            if other.choice and (other.choice.host == "language" or stage == 0)
+        ]
+        kinds[tuple(HostedStage(name, at) for name, _, at in hosted)] = _terms(hosted)
+    together = [
+        (n, h, 0) for n, h in estimate.modules.items() if h.choice and h.choice.host == "together"
+    ]
+    if together:
+        kinds[tuple(HostedStage(name, 0) for name, _, _ in together)] = _terms(together)
+    for name, other in estimate.modules.items():
+        if other.choice and other.choice.host == "apart":
+            for stage in range(len(other.stages)):
+                kinds[(HostedStage(name, stage),)] = _terms([(name, other, stage)])
+    return kinds
+
+
+def _terms(hosted: Sequence[tuple[str, Hosted, int]]) -> dict[str, float]:
+    terms: dict[str, float] = dict.fromkeys(TERMS, 0.0)
+    for _, module, stage in hosted:
+        memory, live = module.stages[stage].memory, module.live_tasks[stage]
+        for term, held_bytes in memory_terms(memory, live_tasks=live).items():
+            # What a task holds for a moment is gone before another module's task starts.
+            together = max if term == "working" else add
+            terms[term] = together(terms[term], held_bytes)
+    return terms

@@ -1,0 +1,296 @@
+"""Why a plan is the best: its numbers beside others', and what made the difference."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mosaic.cost.costs import HostedStage
+from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.planner.estimate import Estimate
+from megatron_mosaic.planner.planner import Answer, as_estimates, digests, prediction
+from megatron_mosaic.planner.rerank import Simulated
+from megatron_mosaic.planner.sensitivity import Case, sensitivity
+
+_TERMS = {
+    "compute_s": "compute",
+    "communication_s": "exposed communication",
+    "bubble_s": "bubble",
+    "sync_s": "synchronisation of gradients and weights",
+    "optimizer_s": "optimizer",
+}
+_HOSTS = {
+    "language": "all ranks of language",
+    "first_stage": "the first stage of language",
+    "replicated": "the first stage of language, alike on its context-parallel ranks",
+    "apart": "ranks of its own",
+    "together": "ranks apart, together with the other encoders",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """What the planner says about its answer.
+
+    Args:
+        answer: The answer.
+        sentences: What made the difference.
+        cases: The choice, the next one and the baseline, with constants moved.
+    """
+
+    answer: Answer
+    sentences: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+def explain(answer: Answer) -> Explanation:
+    """Explains an answer."""
+    return Explanation(
+        answer=answer,
+        sentences=tuple(_sentences(answer)),
+        cases=sensitivity(answer.problem, as_estimates(answer)),
+    )
+
+
+def sizes_text(sizes: ParallelSizes, layers_per_stage: tuple[int, ...]) -> str:
+    """Sizes of a module in a few words; sizes of 1 are left out."""
+    words = [
+        f"{name}{size}"
+        for name, size in zip(("tp", "cp", "dp", "pp"), _grid(sizes), strict=True)
+        if size > 1
+    ]
+    words += [f"ep{sizes.ep}"] if sizes.ep > 1 else []
+    words += [f"etp{sizes.etp}"] if sizes.etp != sizes.tp else []
+    words += ["sp"] if sizes.sequence_parallel else []
+    words += [f"recompute={sizes.recompute}"] if sizes.recompute else []
+    if len(set(layers_per_stage)) > 1:
+        words.append(f"layers {runs_text(layers_per_stage)}")
+    return " ".join(words) or "one rank"
+
+
+def runs_text(counts: tuple[int, ...]) -> str:
+    """Numbers with repeats folded, such as ``5,6x14,5``."""
+    runs: list[list[int]] = []
+    for count in counts:
+        if runs and runs[-1][0] == count:
+            runs[-1][1] += 1
+        else:
+            runs.append([count, 1])
+    return ",".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
+
+
+def modules_text(estimate: Estimate) -> dict[str, str]:
+    """Sizes and hosts of every module in words."""
+    candidate, split = estimate.candidate, estimate.layers_per_stage
+    texts = {
+        encoder.name: f"{sizes_text(encoder.sizes, split[encoder.name])} on {_HOSTS[encoder.host]}"
+        for encoder in candidate.encoders
+    }
+    return texts | {LANGUAGE: sizes_text(candidate.language, split[LANGUAGE])}
+
+
+def _grid(sizes: ParallelSizes) -> tuple[int, ...]:
+    return sizes.tp, sizes.cp, sizes.dp, sizes.pp
+
+
+def _sentences(answer: Answer) -> list[str]:
+    choice, baseline = answer.choice, answer.baseline
+    sentences = []
+    if not answer.problem.encoders:
+        sentences.append("There is one module, so every layout is homogeneous.")
+    elif baseline is None:
+        sentences.append("No homogeneous layout fits, or has what is pinned.")
+    elif baseline.estimate.candidate == choice.estimate.candidate:
+        sentences.append(_homogeneous_wins(answer))
+    else:
+        sentences.append(_difference(choice, baseline))
+        sentences.append(_balance(choice, baseline))
+    sentences.append(_memory(choice.estimate, limit_bytes=answer.problem.memory_bytes))
+    return sentences
+
+
+def _homogeneous_wins(answer: Answer) -> str:
+    rest = [e for e in answer.best if not e.estimate.candidate.is_homogeneous]
+    if not rest:
+        return "The homogeneous layout is the fastest; no other kind of placement came close."
+    nearest, seconds = rest[0], rest[0].step_s - answer.choice.step_s
+    terms = _largest_changes(nearest.estimate, answer.choice.estimate)
+    reason = f", mostly by {terms[0][0]}" if terms else ""
+    return (
+        f"The homogeneous layout is the fastest; the best {nearest.estimate.candidate.placement} "
+        f"one takes {_ms(seconds)} longer{reason}."
+    )
+
+
+def _difference(choice: Simulated, baseline: Simulated) -> str:
+    """Which terms make the choice faster, and which it pays for that."""
+    changes = _largest_changes(baseline.estimate, choice.estimate)
+    saved = [f"{_ms(s)} of {term}" for term, s in changes if s > 0]
+    paid = [f"{_ms(-s)} of {term}" for term, s in changes if s < 0]
+    gain = baseline.step_s / choice.step_s - 1
+    text = (
+        f"The {choice.estimate.candidate.placement} layout takes {_ms(choice.step_s)} a step, the "
+        f"best homogeneous one {_ms(baseline.step_s)} ({gain:.1%} longer): it saves "
+        f"{' and '.join(saved) or 'nothing in a single term'}"
+    )
+    return f"{text}, and pays {' and '.join(paid)}." if paid else f"{text}."
+
+
+def _largest_changes(before: Estimate, after: Estimate) -> list[tuple[str, float]]:
+    """Terms that change by at least a hundredth of the step, the largest first."""
+    changes = [
+        (words, getattr(before.breakdown, term) - getattr(after.breakdown, term))
+        for term, words in _TERMS.items()
+    ]
+    least_s = after.step_s / 100
+    return sorted((c for c in changes if abs(c[1]) >= least_s), key=lambda c: -abs(c[1]))[:3]
+
+
+def _balance(choice: Simulated, baseline: Simulated) -> str:
+    """What encoders do to the pipeline in both layouts."""
+    parts = []
+    for name, text in modules_text(choice.estimate).items():
+        before = modules_text(baseline.estimate)[name]
+        if text != before:
+            parts.append(f"{name} has {text} (homogeneous: {before})")
+    loads = []
+    for label, entry in (("here", choice), ("in the homogeneous layout", baseline)):
+        share = encoder_share(entry.estimate)
+        loads.append(f"{share:.0%} {label}")
+    changes = "; ".join(parts) or "The same sizes serve all modules"
+    changes = changes[0].upper() + changes[1:]
+    return (
+        f"{changes}. Encoders take {' and '.join(loads)} of the work of the busiest ranks that "
+        f"run them."
+    )
+
+
+def encoder_share(estimate: Estimate) -> float:
+    """Largest share of the work of a rank that encoders have, of ranks that host one."""
+    language = estimate.modules[LANGUAGE]
+    busy = [s.forward_s + s.backward_s for s in language.stages]
+    largest, on_ranks = 0.0, [0.0] * len(busy)
+    for hosted in estimate.modules.values():
+        if hosted.choice is None:
+            continue
+        each_s = hosted.busy_s / hosted.group
+        if not hosted.choice.shares:
+            largest = 1.0
+        for stage in range(len(busy)):
+            if hosted.choice.host == "language" or (hosted.choice.shares and stage == 0):
+                on_ranks[stage] += each_s
+    shares = [own / (own + rest) for own, rest in zip(on_ranks, busy, strict=True) if own]
+    return max([largest, *shares])
+
+
+def _memory(estimate: Estimate, *, limit_bytes: float) -> str:
+    hosted, terms = max(estimate.memory.items(), key=lambda item: sum(item[1].values()))
+    largest = sorted(terms, key=lambda term: -terms[term])[:2]
+    shown = " and ".join(f"{gib(terms[term])} of {term}" for term in largest)
+    return (
+        f"The fullest rank ({hosted_text(hosted)}) holds {gib(sum(terms.values()))} of "
+        f"{gib(limit_bytes)}, most of it {shown}."
+    )
+
+
+def hosted_text(hosted: tuple[HostedStage, ...]) -> str:
+    """Stages of a rank in words."""
+    return " + ".join(f"{module}.{stage}" for module, stage in hosted)
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def robustness(explanation: Explanation) -> list[str]:
+    """What moved constants do to the choice, in sentences."""
+    names = ["the choice", "the next one", "the baseline"]
+    if len(explanation.answer.best) < 2:
+        names = ["the choice", "the baseline"]
+    texts = []
+    for case in explanation.cases:
+        moved = f"{case.constant} {case.factor - 1:+.0%}"
+        if case.fastest and case.loss > 0.001:
+            texts.append(f"{moved}: {names[case.fastest]} would be {case.loss:.1%} faster")
+        elif not case.fits:
+            texts.append(f"{moved}: the choice would not fit")
+    held = len(explanation.cases) - len(texts)
+    return [
+        f"The choice is the same in {held} of {len(explanation.cases)} cases of constants 20 % off",
+        *texts,
+    ]
+
+
+def as_document(explanation: Explanation) -> dict[str, Any]:
+    """An explanation for machines."""
+    answer = explanation.answer
+    problem, found = answer.problem, answer.found
+    return {
+        "model": problem.model.name,
+        "cluster": problem.cluster.name,
+        "num_gpus": problem.num_gpus,
+        "global_batch_size": problem.global_batch_size,
+        "inputs": dict(digests(problem)),
+        "best": [_entry(entry) for entry in answer.best],
+        "baseline": None if answer.baseline is None else _entry(answer.baseline),
+        "search": {
+            "bound_s": found.bound_s,
+            "gap": found.gap,
+            "language_layouts": found.num_language,
+            "estimates": found.num_estimates,
+        },
+        "why": list(explanation.sentences),
+        "sensitivity": [
+            {
+                "constant": case.constant,
+                "factor": case.factor,
+                "steps_s": list(case.steps_s),
+                "choice_holds": case.fastest == 0 or case.loss <= 0.001,
+                "fits": case.fits,
+            }
+            for case in explanation.cases
+        ],
+    }
+
+
+def _entry(entry: Simulated) -> dict[str, Any]:
+    estimate = entry.estimate
+    candidate = estimate.candidate
+    sizes: Mapping[str, tuple[ParallelSizes, str | None]] = {
+        **{e.name: (e.sizes, e.host) for e in candidate.encoders},
+        LANGUAGE: (candidate.language, None),
+    }
+    return {
+        **prediction(entry),
+        "closed_form_step_s": estimate.step_s,
+        "is_simulated": entry.is_simulated,
+        "micro_batch_size": candidate.micro_batch_size,
+        "num_microbatches": estimate.num_microbatches,
+        "schedule": {"kind": candidate.kind, "encoder_group": candidate.encoder_group},
+        "num_ranks": candidate.num_ranks,
+        "tokens_flops": estimate.flops,
+        "modules": {
+            name: {
+                "host": host,
+                "tensor_model_parallel_size": its.tp,
+                "context_parallel_size": its.cp,
+                "data_parallel_size": its.dp,
+                "pipeline_model_parallel_size": its.pp,
+                "expert_model_parallel_size": its.ep,
+                "expert_tensor_parallel_size": its.etp,
+                "sequence_parallel": its.sequence_parallel,
+                "recompute": its.recompute,
+                "layers_per_stage": list(estimate.layers_per_stage[name]),
+            }
+            for name, (its, host) in sizes.items()
+        },
+        "memory_bytes": {
+            hosted_text(hosted): {term: round(held) for term, held in terms.items()}
+            for hosted, terms in estimate.memory.items()
+        },
+    }

@@ -1,0 +1,132 @@
+"""From a problem to the best plans, the homogeneous one beside them, or what is in the way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from megatron_mosaic import __version__
+from megatron_mosaic.cluster.cluster_file import write_cluster
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.model.model_file import write_model
+from megatron_mosaic.planner.candidate import plan_of
+from megatron_mosaic.planner.estimate import Estimate, Prices
+from megatron_mosaic.planner.obstacle import refuse
+from megatron_mosaic.planner.prices import ModelPrices
+from megatron_mosaic.planner.problem import Problem
+from megatron_mosaic.planner.rerank import Simulated, rerank, simulated
+from megatron_mosaic.planner.search import Found, search
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What the planner answers.
+
+    Args:
+        problem: What was asked.
+        best: Plans by their simulated step time, the fastest first.
+        baseline: The best homogeneous plan; ``None`` if none fits, or none has what is pinned.
+        found: What the search in closed form says of itself.
+    """
+
+    problem: Problem
+    best: tuple[Simulated, ...]
+    baseline: Simulated | None
+    found: Found
+
+    @property
+    def choice(self) -> Simulated:
+        """The plan to run."""
+        return self.best[0]
+
+    def plan(self) -> Plan:
+        """The plan to run, with ranks and notes."""
+        estimate = self.choice.estimate
+        return plan_of(
+            estimate.candidate,
+            model=self.problem.model,
+            num_gpus=self.problem.num_gpus,
+            global_batch_size=self.problem.global_batch_size,
+            layers_per_stage=estimate.layers_per_stage,
+            predicted=self._predicted(),
+            inputs=digests(self.problem),
+        )
+
+    def _predicted(self) -> dict[str, Any]:
+        notes = prediction(self.choice)
+        if self.baseline is not None:
+            notes["baseline"] = prediction(self.baseline)
+        return notes
+
+
+def make_plan(
+    problem: Problem,
+    *,
+    prices: Prices | None = None,
+    top: int = 3,
+    time_limit_s: float | None = None,
+) -> Answer:
+    """Finds the best plans.
+
+    Args:
+        problem: What is asked.
+        prices: The cost model; ``None`` is that of the problem's model, cluster and settings.
+        top: Plans to return.
+        time_limit_s: Ends the search with the best so far; ``None`` is no limit.
+
+    Raises:
+        PlanError: Nothing fits the memory, or nothing has what is pinned.
+    """
+    prices = prices or ModelPrices(problem.model, problem.cluster, problem.settings)
+    found = search(problem, prices, top=top, time_limit_s=time_limit_s)
+    if not found.best:
+        raise refuse(problem, prices)
+    # The baseline takes part: the answer is never slower than it, by simulation either.
+    candidates = list(found.best)
+    if found.baseline is not None and found.baseline not in candidates:
+        candidates.append(found.baseline)
+    best = tuple(rerank(candidates, problem)[:top])
+    baseline = None if found.baseline is None else simulated(found.baseline, problem)
+    return Answer(problem=problem, best=best, baseline=baseline, found=found)
+
+
+def prediction(choice: Simulated) -> dict[str, Any]:
+    """What a plan file says of a plan's step."""
+    estimate, breakdown = choice.estimate, choice.estimate.breakdown
+    return {
+        "step_s": _rounded(choice.step_s),
+        "peak_bytes": round(estimate.peak_bytes),
+        "placement": estimate.candidate.placement,
+        "breakdown": {
+            "compute_s": _rounded(breakdown.compute_s),
+            "communication_s": _rounded(breakdown.communication_s),
+            "bubble_s": _rounded(breakdown.bubble_s),
+            "sync_s": _rounded(breakdown.sync_s),
+            "optimizer_s": _rounded(breakdown.optimizer_s),
+        },
+    }
+
+
+def digests(problem: Problem) -> Mapping[str, str]:
+    """Digests of what a plan was made from, so that a change of it shows."""
+    return {
+        "model": _digest(write_model(problem.model)),
+        "cluster": _digest(write_cluster(problem.cluster)),
+        "tool": __version__,
+    }
+
+
+def as_estimates(answer: Answer) -> list[Estimate]:
+    """The plans that an explanation compares: the choice, the next one, and the baseline."""
+    estimates = [entry.estimate for entry in answer.best[:2]]
+    if answer.baseline is not None:
+        estimates.append(answer.baseline.estimate)
+    return estimates
+
+
+def _digest(text: str) -> str:
+    return f"sha256:{sha256(text.encode()).hexdigest()}"
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.6g}")

@@ -1,0 +1,226 @@
+"""What the planner is asked: a model, GPUs, a batch, and what the user has fixed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import yaml
+
+from megatron_mosaic.cluster.spec import Cluster
+from megatron_mosaic.cost.sizes import TrainingSettings
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.fields import nearest, show
+from megatron_mosaic.layout.placement import LANGUAGE, Recompute
+from megatron_mosaic.layout.plan import ScheduleKind
+from megatron_mosaic.model.layers import Experts
+from megatron_mosaic.model.spec import ModelSpec, ModuleSpec
+
+_SIZES: Mapping[str, str] = {
+    "tensor_model_parallel_size": "tp",
+    "context_parallel_size": "cp",
+    "data_parallel_size": "dp",
+    "pipeline_model_parallel_size": "pp",
+    "expert_model_parallel_size": "ep",
+    "expert_tensor_parallel_size": "etp",
+    "sequence_parallel": "sequence_parallel",
+    "recompute": "recompute",
+    "layers_per_stage": "layers_per_stage",
+}
+SIZE_NAMES: Mapping[str, str] = {short: name for name, short in _SIZES.items()}
+"""Megatron's names of the sizes by their short ones."""
+
+PLACEMENTS = ("homogeneous", "colocated", "disjoint", "partial overlap")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pins:
+    """Fields of the plan that the user has fixed.
+
+    Args:
+        modules: Values by module and by the name of the size in ``ParallelSizes``, or
+            ``layers_per_stage``.
+        micro_batch_size: Samples of one microbatch.
+        kind: Schedule.
+        encoder_group: Microbatches of one encoder task.
+        placement: One of ``PLACEMENTS``.
+    """
+
+    modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    micro_batch_size: int | None = None
+    kind: ScheduleKind | None = None
+    encoder_group: int | None = None
+    placement: str | None = None
+
+    def allows(self, module: str, size: str, value: object) -> bool:
+        """Whether a size of a module may have a value."""
+        pinned = self.modules.get(module, {})
+        return size not in pinned or pinned[size] == value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """Where the planner looks; a wider space takes longer.
+
+    Args:
+        micro_batch_sizes: Samples of one microbatch.
+        min_tokens_per_rank: Tokens that a context-parallel rank has at least.
+        max_encoder_stages: Pipeline stages of an encoder with ranks of its own.
+        recompute: What a backward pass may compute again.
+    """
+
+    micro_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    min_tokens_per_rank: int = 1024
+    max_encoder_stages: int = 8
+    recompute: tuple[Recompute | None, ...] = (None, "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What a plan is wanted for.
+
+    Args:
+        model: What is trained.
+        cluster: On what; it has at least ``num_gpus``.
+        num_gpus: GPUs of the run.
+        global_batch_size: Samples of a step.
+        settings: What the run does alike for all modules.
+        pins: What is fixed.
+        space: Where to look.
+        reserved_bytes: Memory of a GPU that plans leave free for what the cost model does not
+            count: the CUDA context, NCCL's buffers, gaps between allocations. A choice.
+    """
+
+    model: ModelSpec
+    cluster: Cluster
+    num_gpus: int
+    global_batch_size: int
+    settings: TrainingSettings = field(default_factory=TrainingSettings)
+    pins: Pins = field(default_factory=Pins)
+    space: Space = field(default_factory=Space)
+    reserved_bytes: float = 3 * 2**30
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise PlanError(f"gpus={self.num_gpus} must be >= 1; give the GPUs of the run")
+        if self.global_batch_size < 1:
+            raise PlanError(
+                f"global-batch-size={self.global_batch_size} must be >= 1; give samples of a step"
+            )
+        if self.num_gpus > self.cluster.num_gpus:
+            raise PlanError(
+                f"gpus={self.num_gpus} must be <= the {self.cluster.num_gpus} GPUs of cluster "
+                f"{self.cluster.name}; lower it or add nodes to the cluster file"
+            )
+        _check_edges(self.model)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of a GPU that a plan may fill."""
+        return self.cluster.gpu.memory_bytes - self.reserved_bytes
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the modules beside the language model, sorted."""
+        return tuple(sorted(name for name in self.model.modules if name != LANGUAGE))
+
+    def num_microbatches(self, *, micro_batch_size: int, dp: int) -> int:
+        """Microbatches of a step; 0 if the batch cannot be cut so."""
+        samples = micro_batch_size * dp
+        return 0 if self.global_batch_size % samples else self.global_batch_size // samples
+
+
+def has_experts(module: ModuleSpec) -> bool:
+    """Whether a layer of the module is a mixture of experts."""
+    return any(isinstance(run.layer.mlp, Experts) for run in module.layers)
+
+
+def _check_edges(model: ModelSpec) -> None:
+    for source, destination in model.edges:
+        if destination != LANGUAGE:
+            raise PlanError(
+                f"model {model.name}: edge=[{source}, {destination}] must end at language: plans "
+                f"for other modules that take its rows are not searched yet; remove the edge, or "
+                f"write the plan by hand"
+            )
+
+
+def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
+    """Reads what ``--set`` says.
+
+    Args:
+        written: Values as text by field, such as ``language.tensor_model_parallel_size``.
+        model: Whose modules the fields name.
+
+    Raises:
+        PlanError: There is no such field, or the value cannot be.
+    """
+    modules: dict[str, dict[str, Any]] = {}
+    rest: dict[str, Any] = {}
+    for key, text in written.items():
+        value = yaml.safe_load(text)
+        name, _, size = key.partition(".")
+        if name in model.modules and size:
+            modules.setdefault(name, {})[_size(key, size)] = _value(key, size, value)
+        else:
+            field_name = _plan_field(key, model)
+            rest[field_name] = _plan_value(key, value)
+    return Pins(modules=modules, **rest)
+
+
+def _size(key: str, size: str) -> str:
+    if size not in _SIZES:
+        advice = nearest(size, _SIZES, otherwise="choose one of them")
+        raise PlanError(f"set: {key} must name one of {', '.join(_SIZES)}; {advice}")
+    return _SIZES[size]
+
+
+def _value(key: str, size: str, value: object) -> object:
+    if size == "recompute":
+        kinds = (None, *get_args(Recompute))
+        value = None if value == "none" else value
+        if value not in kinds:
+            raise PlanError(
+                f"set: {key}={show(value)} must be one of none, selective, full; choose one of them"
+            )
+        return value
+    if size == "sequence_parallel":
+        if not isinstance(value, bool):
+            raise PlanError(f"set: {key}={show(value)} must be a boolean; write true or false")
+        return value
+    if size == "layers_per_stage":
+        if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
+            raise PlanError(f"set: {key}={show(value)} must be a list of layers; write [17, 15]")
+        return tuple(value)
+    return _count(key, value)
+
+
+def _count(key: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise PlanError(f"set: {key}={show(value)} must be an integer >= 1; write a whole number")
+    return value
+
+
+def _plan_field(key: str, model: ModelSpec) -> str:
+    known = {
+        "micro_batch_size": "micro_batch_size",
+        "schedule.kind": "kind",
+        "schedule.encoder_group": "encoder_group",
+        "placement": "placement",
+    }
+    if key not in known:
+        names = [*known, *(f"{name}.{size}" for name in model.modules for size in _SIZES)]
+        advice = nearest(key, names, otherwise=f"write for example language.{next(iter(_SIZES))}=2")
+        raise PlanError(f"set: {key} must be a field of the plan; {advice}")
+    return known[key]
+
+
+def _plan_value(key: str, value: object) -> object:
+    choices = {"schedule.kind": get_args(ScheduleKind), "placement": PLACEMENTS}.get(key)
+    if choices is None:
+        return _count(key, value)
+    if value not in choices:
+        raise PlanError(
+            f"set: {key}={show(value)} must be one of {', '.join(choices)}; "
+            f"{nearest(value, choices, otherwise='choose one of them')}"
+        )
+    return value
