@@ -105,12 +105,9 @@ def _blackwell() -> Iterator[Knob]:
     # Twice the bytes are no harder to move by value than one: at least fp8's share of the peak.
     for gpus in (("b200", "b300"), ("gb200", "gb300")):
         yield Knob(gpus=gpus, curve="matmul.bf16", start=0.65, low=0.3, high=0.9, spread=1.1)
-    for gpu in BLACKWELL:
-        yield Knob(gpus=(gpu,), curve="matmul.fp8", start=0.65, low=0.3, high=0.95, spread=1.5)
-        yield Knob(gpus=(gpu,), curve="matmul.mxfp8", start=0.6, low=0.3, high=0.95, spread=1.5)
-    # Blackwell Ultra's peak is half as high again; too few rows for more than a correction.
-    for gpus, start in ((("b200", "gb200"), 0.45), (("b300", "gb300"), 0.35)):
-        yield Knob(gpus=gpus, curve="matmul.nvfp4", start=start, low=0.1, high=0.9, spread=1.1)
+    for gpus in (("b200", "b300"), ("gb200",), ("gb300",)):
+        yield Knob(gpus=gpus, curve="matmul.fp8", start=0.65, low=0.3, high=0.95, spread=1.3)
+        yield Knob(gpus=gpus, curve="matmul.mxfp8", start=0.6, low=0.3, high=0.95, spread=1.3)
     for curve, start, spread in (
         ("grouped_matmul.bf16", 0.55, 1.3),
         ("grouped_matmul.fp8", 0.45, 1.5),
