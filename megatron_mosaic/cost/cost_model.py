@@ -228,11 +228,12 @@ class CostModel:
         shared: Mapping[str, bool],
     ) -> dict[str, ModuleInStep]:
         group = schedule.encoder_group or num_microbatches
-        per_task = group if schedule.kind == "colocated" else 1
+        encoders = {source for source, end in self.model.edges if end == LANGUAGE}
         modules = {}
         for name, its in sizes.items():
-            samples = num_samples / num_microbatches / its.dp
-            samples *= per_task if name != LANGUAGE else 1
+            in_groups = schedule.kind == "colocated" and name in encoders
+            per_task = group if in_groups else 1
+            samples = per_task * num_samples / num_microbatches / its.dp
             modules[name] = ModuleInStep(
                 name=name,
                 stages=self.stages(
@@ -244,6 +245,7 @@ class CostModel:
                 chunks=its.chunks,
                 shared=shared.get(name, False) and name != LANGUAGE,
                 entry_s=self.entry_s(name, samples),
+                task_microbatches=per_task,
             )
         return modules
 

@@ -31,7 +31,11 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _MEMORY_COLORS = dict(
-    zip(MEMORY_TERMS, ("#17406d", "#1f7a8c", "#7fb8c4", "#d9752b", "#f0c38f"), strict=True)
+    zip(
+        MEMORY_TERMS,
+        ("#17406d", "#1f7a8c", "#7fb8c4", "#d9752b", "#f0c38f", "#9aa5ae"),
+        strict=True,
+    )
 )
 _TIME_COLORS = dict(
     zip(TIME_TERMS, ("#1f7a8c", "#d9752b", "#cfd6dc", "#b0563b", "#17406d"), strict=True)
@@ -88,7 +92,9 @@ def _draw_memory(
             axes.barh(places, sizes, left=ends, height=0.7, color=_MEMORY_COLORS[term], label=term)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     for place, bar in zip(places, bars, strict=True):
-        axes.text(ends[place], place, f" {gib(bar.total_bytes)}", va="center", fontsize=8)
+        text = axes.text(ends[place], place, f" {gib(bar.total_bytes)}", va="center", fontsize=8)
+        # The line of the capacity may be just there.
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     longest = max(ends)
     title = "Memory of a GPU, GiB"
     if prediction.capacity_bytes:

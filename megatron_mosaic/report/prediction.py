@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.layout.fields import mapping, show
+from megatron_mosaic.fields import mapping, show
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import Stage, stage_order
 from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
 from megatron_mosaic.schedule.steps import edges_of
 
-MEMORY_TERMS = ("weights", "gradients", "optimizer", "activations", "working")
+MEMORY_TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
 TIME_TERMS = ("compute_s", "communication_s", "bubble_s", "sync_s", "optimizer_s")
 
 

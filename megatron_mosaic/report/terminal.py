@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from megatron_mosaic.report.prediction import MEMORY_TERMS, TIME_TERMS, Memory, Prediction
 from megatron_mosaic.report.units import gib, seconds
 
-_FILLS: Mapping[str, str] = dict(zip(MEMORY_TERMS, "█▓▒░:", strict=True))
+_FILLS: Mapping[str, str] = dict(zip(MEMORY_TERMS, "█▓▒░:=", strict=True))
 
 
 def describe(prediction: Prediction, *, width: int = 100) -> str:
@@ -55,7 +55,7 @@ def _memory(prediction: Prediction, *, width: int) -> Iterator[str]:
     full_bytes = max(bar.total_bytes for bar in prediction.memory)
     full_bytes = max(full_bytes, capacity_bytes or 0.0) or 1.0
     of = f" of {gib(capacity_bytes)}" if capacity_bytes else ""
-    terms = "  ".join(f"{fill} {term}" for term, fill in _FILLS.items())
+    terms = " ".join(f"{fill} {term}" for term, fill in _FILLS.items())
     yield f"memory{of}: {terms}"
     label_width = max(len(bar.ranks) for bar in prediction.memory)
     for bar in prediction.memory:

@@ -63,7 +63,7 @@ def test_terminal_shows_times_beside_the_baseline_and_memory():
         "sync                   60 ms   3.0%       0.00 s   0.0%",
         "optimizer              40 ms   2.0%       0.00 s   0.0%",
         "",
-        "memory of 80.0 GiB: █ weights  ▓ gradients  ▒ optimizer  ░ activations  : working",
+        "memory of 80.0 GiB: █ weights ▓ gradients ▒ optimizer ░ activations : working = buffers",
         f"ranks 0-1  {'█' * 9}{'▓' * 18}{'·' * 45}   30.0 GiB  38%",
         f"ranks 2-3  {'█' * 27}{'▒' * 9}{'░' * 9}{'·' * 27}   50.0 GiB  62%",
     ]
