@@ -15,11 +15,11 @@ from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.reader import StepBatches
 from megatron_mosaic.host.gradients import (
-    LossReport,
     finalize_gradients,
     finish_gathering_parameters,
     gather_parameters,
 )
+from megatron_mosaic.host.loss_report import LossReport
 from megatron_mosaic.host.moe.dispatch import check_equal_lengths
 from megatron_mosaic.host.moe.metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
