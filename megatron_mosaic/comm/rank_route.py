@@ -144,11 +144,9 @@ class BoundarySides:
 
     def _arrivals(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
         samples = self._samples_kept(own)
-        if not self._source_has_replicas:
+        if not (self._source_has_replicas and self._destination_has_replicas):
             return derive(Selection(samples=samples), Selection(samples=samples, position=own))
-        samples = self._whole_shares(samples, microbatch)
-        if self._destination_has_replicas:
-            samples = self._whole_replicas(samples)
+        samples = self._whole_replicas(self._whole_shares(samples, microbatch))
         return derive(Selection(samples=samples), Selection(samples=samples))
 
     def _departures(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
@@ -161,11 +159,9 @@ class BoundarySides:
         self, own: Coordinates, microbatch: Microbatch, derive: "_Derive"
     ) -> Route:
         samples = Rows.of([self.samples_made(microbatch, dp=own.dp)])
-        if not self._destination_has_replicas:
+        if not (self._source_has_replicas and self._destination_has_replicas):
             return derive(Selection(samples=samples, position=own), Selection(samples=samples))
-        samples = self._whole_replicas(samples)
-        if self._source_has_replicas:
-            samples = self._whole_shares(samples, microbatch)
+        samples = self._whole_shares(self._whole_replicas(samples), microbatch)
         return derive(Selection(samples=samples), Selection(samples=samples))
 
     def _gradient_departures(
