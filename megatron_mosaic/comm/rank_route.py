@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Literal
 
-from megatron_mosaic.comm.route import Route, gradient_route, route
+from megatron_mosaic.comm.route import NodeOf, Route, gradient_route, route
 from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
@@ -62,6 +62,8 @@ class BoundarySides:
         item_rows: Rows of one item, such as an image, of the source.
         item_shards: Rows of every item that each context-parallel rank of the source makes; None
             where that size is 1.
+        node_of: Node of every rank, where there are several: rows come from the same one if they
+            can.
     """
 
     source: ModulePlacement
@@ -70,6 +72,7 @@ class BoundarySides:
     sharding: SequenceSharding | None = None
     item_rows: int = 1
     item_shards: tuple[Interval, ...] | None = None
+    node_of: NodeOf | None = None
 
     def route(self, direction: Direction, microbatch: Microbatch, *, rank: int) -> Route:
         """Derives a rank's part of the route of a microbatch, or of its gradient's.
@@ -140,6 +143,7 @@ class BoundarySides:
         return find(
             self.produced(microbatch, selection=of_source),
             self.kept(microbatch, selection=of_destination),
+            node_of=self.node_of,
         )
 
     def _arrivals(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
