@@ -1,7 +1,7 @@
 """On what a model is trained: GPUs, and links in tiers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_mosaic.model.spec import Precision
 
@@ -16,10 +16,12 @@ class Curve:
     Args:
         peak_share: Limit for large operations, of the rate that the GPU's data sheet states.
         half_size: FLOPs or bytes of an operation that reaches half of it.
+        source: Where the two numbers are from.
     """
 
     peak_share: float
     half_size: float = 0.0
+    source: str = ""
 
     def share(self, size: float) -> float:
         """Share for an operation of a size; 0 for none."""
@@ -38,6 +40,7 @@ class Gpu:
         num_sms: Streaming multiprocessors.
         curves: Reached shares by operation, such as ``matmul.bf16``, ``attention.forward`` or
             ``elementwise``.
+        sources: Where the other numbers are from, by field; ``all`` is every one.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Gpu:
     memory_bytes_per_s: float
     num_sms: int
     curves: Mapping[str, Curve]
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak_flops_per_s(self, precision: Precision) -> float:
         """Peak of a precision, or of bf16 where the GPU has no faster way."""
@@ -62,6 +66,7 @@ class LinkTier:
         bandwidth_bytes_per_s: Of one GPU in one direction.
         latency_s: Of one message.
         curve: Share of the bandwidth that messages reach, by their bytes.
+        source: Where the bandwidth and the latency are from.
     """
 
     name: str
@@ -69,6 +74,7 @@ class LinkTier:
     bandwidth_bytes_per_s: float
     latency_s: float
     curve: Curve
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

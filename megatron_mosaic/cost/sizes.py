@@ -1,7 +1,7 @@
 """How a module is split, without saying on which ranks: what its costs depend on."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from megatron_mosaic.layout.placement import ModulePlacement, Recompute
 
@@ -69,6 +69,13 @@ class TrainingSettings:
         tp_comm_overlap: Overlaps tensor-parallel collectives with multiplications.
         fsdp: Splits weights and gradients over replicas, too (Megatron-FSDP, ZeRO-3).
         gradient_bytes: Bytes of an accumulated gradient.
+        flash_attention: Attention never writes its scores to memory.
+        dropout: Dropout after attention and MLP, and on attention scores that are written.
+        cross_entropy_fusion: One kernel for the loss instead of a pass for each of its steps.
+        cp_comm: How context-parallel ranks meet each other's keys: around a ring while they
+            compute, or by an all-to-all that swaps sequence for heads before and after.
+        moe_dispatcher: ``alltoall`` sends a copy of a token for each of its experts, ``flex``
+            (DeepEP, HybridEP) one for each rank that has some of them.
     """
 
     distributed_optimizer: bool = True
@@ -77,3 +84,8 @@ class TrainingSettings:
     tp_comm_overlap: bool = False
     fsdp: bool = False
     gradient_bytes: int = 4
+    flash_attention: bool = True
+    dropout: bool = False
+    cross_entropy_fusion: bool = True
+    cp_comm: Literal["p2p", "a2a"] = "p2p"
+    moe_dispatcher: Literal["alltoall", "flex"] = "alltoall"

@@ -6,7 +6,7 @@ from math import lcm, prod
 from typing import Literal, get_args
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.layout.fields import nearest, show
+from megatron_mosaic.fields import nearest, show
 from megatron_mosaic.layout.grid import (
     Coordinates,
     ExpertCoordinates,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.layout.fields import nearest, show
+from megatron_mosaic.fields import nearest, show
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan_file import FORMAT, read_plan_fields, write_plan_fields
 from megatron_mosaic.layout.rules import check_plan

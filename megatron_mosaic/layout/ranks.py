@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.layout.fields import show
+from megatron_mosaic.fields import show
 
 # A slip of the keyboard must not become a list of ranks that fills the memory.
 MAX_WORLD_SIZE = 1_000_000

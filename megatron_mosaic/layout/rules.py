@@ -4,7 +4,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.fields import nearest, show
+from megatron_mosaic.fields import nearest, show
 from megatron_mosaic.layout.ranks import MAX_WORLD_SIZE, show_ranks
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.layout.fields import show
+from megatron_mosaic.fields import show
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 
 if TYPE_CHECKING:

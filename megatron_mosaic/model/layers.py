@@ -14,6 +14,8 @@ class SelfAttention:
         window: Keys that a query sees at most; ``None`` is all that the mask lets it see.
         output_gate: Whether the input projection also makes a gate for the output (Qwen3-Next).
         bias: Whether the projections add a bias.
+        qkv_bias: Whether the input projection adds one where the output projection does not.
+        qk_norm: Whether queries and keys are normalised, head by head.
     """
 
     num_heads: int
@@ -22,6 +24,8 @@ class SelfAttention:
     window: int | None = None
     output_gate: bool = False
     bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +122,8 @@ class Experts:
         shared_ffn_hidden_size: Size inside the expert that all tokens go to; 0 is none.
         gated: Whether experts are gated.
         latent_size: Size to which tokens are projected before they are sent; ``None`` is none.
+        bias: Whether the projections of the experts add a bias.
+        shared_gate: Whether a gate scales the output of the shared expert.
     """
 
     num_experts: int
@@ -126,6 +132,8 @@ class Experts:
     shared_ffn_hidden_size: int = 0
     gated: bool = True
     latent_size: int | None = None
+    bias: bool = False
+    shared_gate: bool = False
 
 
 Mixer = SelfAttention | LatentAttention | LinearAttention | StateSpace

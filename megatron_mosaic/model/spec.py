@@ -39,11 +39,15 @@ class Patches:
         values: Numbers of one piece, such as 3 channels * 14 * 14 pixels.
         num_positions: Rows of a table of learned positions; 0 is none.
         extra_tokens: Tokens of each item beside its pieces, such as a class token.
+        bias: Whether the map adds a bias.
+        normed: Whether a norm follows, as in CLIP.
     """
 
     values: int
     num_positions: int = 0
     extra_tokens: int = 0
+    bias: bool = False
+    normed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +57,16 @@ class LanguageHead:
     Args:
         vocab_size: Logits of each token.
         tied: Whether the weights are those of the word embedding.
+        mtp_layers: Depth of multi-token prediction; each level runs a layer like the last one,
+            a projection of two tokens to one, and the logits once more.
+
+    Source:
+        Multi-token prediction: DeepSeek-V3, arXiv 2412.19437, section 2.2.
     """
 
     vocab_size: int
     tied: bool = False
+    mtp_layers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +105,7 @@ class ModuleSpec:
         trainable: Parts that train (``input``, ``layers``, ``projector``, ``head``) or patterns
             on parameter names such as ``*lora*``; ``None`` is everything, ``()`` is nothing.
         lora_rank: Rank of the adapters that train beside frozen layers; 0 is none.
+        final_norm: Whether a norm follows the last layer.
     """
 
     name: str
@@ -108,6 +119,7 @@ class ModuleSpec:
     tokens_per_item: Distribution
     trainable: tuple[str, ...] | None = None
     lora_rank: int = 0
+    final_norm: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -149,12 +161,14 @@ class ModelSpec:
         modules: By name; ``"language"`` is one of them.
         edges: Pairs of source and destination module.
         precision: Of matrix multiplications.
+        sources: Where the geometry is published.
     """
 
     name: str
     modules: Mapping[str, ModuleSpec]
     edges: tuple[tuple[str, str], ...] = ()
     precision: Precision = "bf16"
+    sources: tuple[str, ...] = ()
 
     @property
     def language(self) -> ModuleSpec:

@@ -15,7 +15,7 @@ from megatron_mosaic.schedule.schedule import Schedule, restrict
 from megatron_mosaic.schedule.task import Task
 
 
-class _Due(NamedTuple):
+class Due(NamedTuple):
     """Where a task stands in the common order; compared field by field."""
 
     half_tick: int
@@ -27,7 +27,7 @@ class _Due(NamedTuple):
 # Phases of one half tick. A language backward pass in the middle of its two ticks lets the
 # encoder's forward pass go first, because the first language stage waits for it; and goes before
 # the encoder's backward pass, whose gradient is only just coming.
-_FORWARD_EARLY, _LANGUAGE, _BACKWARD, _FORWARD_LATE = range(4)
+_FORWARD_EARLY, LANGUAGE_PHASE, _BACKWARD, _FORWARD_LATE = range(4)
 
 
 def colocated(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> Schedule:
@@ -49,23 +49,38 @@ def colocated(plan: Plan, *, num_microbatches: int, forward_only: bool = False) 
     # Vision on rank 2 alone looks one group ahead and works while the language model does.
     #
     # rank 2  vF0-1 vF2-3 vB0-1 vB2-3
-    backward = not forward_only and needs_backward(plan, "language")
-    distances = stage_distances(plan)
-    clock = Clock(depth=distances[Stage("language", 0)], backward=backward)
-    encoders = encoder_stages(plan)
-    pipeline = {stage: d for stage, d in distances.items() if stage not in encoders}
+    clock, pipeline = language_pipeline(plan, forward_only=forward_only)
     tasks = due_tasks(clock, pipeline, num_microbatches=num_microbatches)
-    due = [(_Due(middle, _LANGUAGE), task) for middle, task in tasks]
-    groups = encoder_groups(plan, num_microbatches=num_microbatches)
-    for position, stage in enumerate(encoders):
-        ahead = _groups_ahead(plan, stage.module)
-        due += _encoder_due(clock, stage, groups, position=position, ahead=ahead)
+    due = [(Due(middle, LANGUAGE_PHASE), task) for middle, task in tasks]
+    due += encoder_due(plan, clock, num_microbatches=num_microbatches)
     return restrict(
         (task for _, task in sorted(due, key=lambda item: item[0])),
         plan=plan,
         num_microbatches=num_microbatches,
         forward_only=forward_only,
     )
+
+
+def language_pipeline(plan: Plan, *, forward_only: bool) -> tuple[Clock, dict[Stage, int]]:
+    """Clock of the language model's pipeline, and the distances of its stages.
+
+    Modules that the language model feeds are behind it in this pipeline.
+    """
+    backward = not forward_only and needs_backward(plan, "language")
+    distances = stage_distances(plan)
+    encoders = encoder_stages(plan)
+    pipeline = {stage: d for stage, d in distances.items() if stage not in encoders}
+    return Clock(depth=distances[Stage("language", 0)], backward=backward), pipeline
+
+
+def encoder_due(plan: Plan, clock: Clock, *, num_microbatches: int) -> list[tuple[Due, Task]]:
+    """Tasks of all encoder stages."""
+    groups = encoder_groups(plan, num_microbatches=num_microbatches)
+    due = []
+    for position, stage in enumerate(encoder_stages(plan)):
+        ahead = _groups_ahead(plan, stage.module)
+        due += _encoder_due(clock, stage, groups, position=position, ahead=ahead)
+    return due
 
 
 def encoder_stages(plan: Plan) -> tuple[Stage, ...]:
@@ -100,7 +115,7 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
 
 def _encoder_due(
     clock: Clock, stage: Stage, groups: list[tuple[int, ...]], *, position: int, ahead: int
-) -> list[tuple[_Due, Task]]:
+) -> list[tuple[Due, Task]]:
     """Tasks of one encoder stage, ``position`` among all, started ``ahead`` groups early."""
     # Where a group starts just when another ends, the one that ends frees its memory first.
     meets_end = clock.depth % len(groups[0]) == 0
@@ -108,10 +123,10 @@ def _encoder_due(
     due = []
     for g, group in enumerate(groups):
         start = clock.forward_start(groups[max(g - ahead, 0)][0], distance=clock.depth)
-        due.append((_Due(2 * start, phase, g, position), Task("F", *stage, group)))
+        due.append((Due(2 * start, phase, g, position), Task("F", *stage, group)))
         if clock.backward:
             end = clock.backward_end(group[-1], distance=clock.depth)
-            due.append((_Due(2 * end, _BACKWARD, g, -position), Task("B", *stage, group)))
+            due.append((Due(2 * end, _BACKWARD, g, -position), Task("B", *stage, group)))
     return due
 
 

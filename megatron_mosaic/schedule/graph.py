@@ -13,6 +13,18 @@ class Stage(NamedTuple):
     stage: int
 
 
+class RankKind(NamedTuple):
+    """Ranks that host the same stages.
+
+    Args:
+        stages: The stages, in plan order.
+        ranks: The ranks, ascending.
+    """
+
+    stages: tuple[Stage, ...]
+    ranks: tuple[int, ...]
+
+
 def module_order(plan: Plan) -> tuple[str, ...]:
     """Modules in an order in which every module comes after those that feed it."""
     feeders: dict[str, list[str]] = {name: [] for name in plan.modules}
@@ -75,3 +87,16 @@ def hosted_stages(plan: Plan, rank: int) -> tuple[Stage, ...]:
         for name, placement in plan.modules.items()
         if rank in placement.ranks
     )
+
+
+def rank_kinds(plan: Plan) -> tuple[RankKind, ...]:
+    """Ranks that are not idle, by the stages that they host; in the order of their first ranks."""
+    hosted: dict[int, list[Stage]] = {}
+    for name, placement in plan.modules.items():
+        for stage in range(placement.pipeline_model_parallel_size):
+            for rank in placement.stage_ranks(stage):
+                hosted.setdefault(rank, []).append(Stage(name, stage))
+    kinds: dict[tuple[Stage, ...], list[int]] = {}
+    for rank in sorted(hosted):
+        kinds.setdefault(tuple(hosted[rank]), []).append(rank)
+    return tuple(RankKind(stages, tuple(ranks)) for stages, ranks in kinds.items())

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward
+from megatron_mosaic.schedule.graph import needs_backward, rank_kinds
 from megatron_mosaic.schedule.task import Task
 
 
@@ -43,13 +43,11 @@ def restrict(
     """
     backward = {name: not forward_only and needs_backward(plan, name) for name in plan.modules}
     kept = [task for task in order if task.kind == "F" or backward[task.module]]
-    lists: dict[tuple[Stage, ...], tuple[Task, ...]] = {}
-    tasks = []
-    for rank in range(plan.world_size):
-        hosted = hosted_stages(plan, rank)
-        if hosted not in lists:
-            lists[hosted] = tuple(task for task in kept if (task.module, task.stage) in hosted)
-        tasks.append(lists[hosted])
+    tasks: list[tuple[Task, ...]] = [()] * plan.world_size
+    for kind in rank_kinds(plan):
+        own = tuple(task for task in kept if (task.module, task.stage) in kind.stages)
+        for rank in kind.ranks:
+            tasks[rank] = own
     return Schedule(
         num_microbatches=num_microbatches, forward_only=forward_only, tasks=tuple(tasks)
     )

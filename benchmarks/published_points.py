@@ -1,0 +1,364 @@
+"""Published measurements as cases that the cost model can estimate, or a reason why it cannot."""
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.published_models import published_models, with_sequence
+from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.model.spec import ModelSpec, Precision
+
+POINTS = Path(__file__).resolve().parent / "data" / "published_points.csv"
+COLUMNS = [
+    "model",
+    "params",
+    "gpu",
+    "num_gpus",
+    "tp",
+    "cp",
+    "pp",
+    "vpp",
+    "dp",
+    "ep",
+    "seq_len",
+    "mbs",
+    "gbs",
+    "precision",
+    "metric",
+    "value",
+    "source",
+]
+
+Source = Literal[
+    "simumax", "a100-2205.05198", "bridge-dense", "bridge-moe", "bridge-lora", "vlm", "recipes",
+    "nemo-cp", "cards", "automodel",
+]  # fmt: skip
+_PRECISIONS: Mapping[str, Precision] = {
+    "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "fp8-cs": "fp8", "fp8_cs": "fp8",
+    "fp8-mx": "mxfp8", "fp8_mx": "mxfp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
+}  # fmt: skip
+_TIMES = ("step_time_ms", "step_time_s")
+_TFLOPS = ("model_tflops_per_gpu", "model_tflops_per_gpu_median")
+_MEMORY = (
+    "peak_alloc_gib", "param_opt_mem_gib", "activation_mem_gib_no_recompute",
+    "activation_mem_gib_seqpar_selective",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One row of a points file.
+
+    Args:
+        line: Its line in the file.
+        fields: Its cells by column.
+    """
+
+    line: int
+    fields: Mapping[str, str]
+
+    def whole(self, column: str, otherwise: int | None = None) -> int | None:
+        """A cell as a whole number, or ``otherwise`` where it is empty."""
+        text = self.fields[column].strip()
+        return int(float(text)) if text else otherwise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A row with everything that an estimate needs.
+
+    Args:
+        point: The row.
+        source: Group in which its error is counted.
+        model: Geometry, with the row's sequence length.
+        gpu: Name of the GPU.
+        num_gpus: GPUs of the run.
+        sizes: Parallel sizes of the language model.
+        micro_batch_size: Samples of a microbatch.
+        global_batch_size: Samples of a step.
+        settings: What the source says, or its launch scripts do, for all modules alike.
+        metric: Unit of the published value.
+        value: The published value.
+        step_s: The same as seconds of a step; ``None`` for a row about memory.
+        release: Release of the software that was measured, for sources that repeat layouts.
+    """
+
+    point: Point
+    source: Source
+    model: ModelSpec
+    gpu: str
+    num_gpus: int
+    sizes: ParallelSizes
+    micro_batch_size: int
+    global_batch_size: int
+    settings: TrainingSettings
+    metric: str
+    value: float
+    step_s: float | None
+    release: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What tells configurations apart, whatever software or unit they were measured with."""
+        return (
+            self.source, self.model.name, self.model.sequence_length, self.model.precision,
+            self.gpu, self.num_gpus, self.sizes, self.micro_batch_size, self.global_batch_size,
+            self.settings.fsdp, self.model.language.trainable,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A row that is left out, and why."""
+
+    point: Point
+    reason: str
+
+
+class _SkipError(Exception):
+    """The reason for which a row is left out."""
+
+
+def read_points(path: Path = POINTS) -> list[Point]:
+    """Reads a points file.
+
+    Raises:
+        PlanError: The file has no header with the columns that a point needs, or none at all.
+    """
+    with path.open(newline="") as lines:
+        rows = csv.DictReader(lines)
+        missing = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
+        if missing:
+            raise PlanError(
+                f"{path.name}: columns={','.join(rows.fieldnames or ())} must have "
+                f"{', '.join(missing)}; see the columns of {POINTS.name}"
+            )
+        return [
+            Point(line=number, fields={key: row[key] or "" for key in COLUMNS})
+            for number, row in enumerate(rows, start=2)
+        ]
+
+
+def cases_of(points: Iterable[Point]) -> tuple[list[Case], list[Skipped]]:
+    """Makes a case of every row that can be estimated, and says why the others cannot."""
+    cases: list[Case] = []
+    skipped: list[Skipped] = []
+    for point in points:
+        try:
+            cases.append(_case(point))
+        except _SkipError as reason:
+            skipped.append(Skipped(point=point, reason=str(reason)))
+    return cases, skipped
+
+
+def newest(cases: Iterable[Case]) -> list[Case]:
+    """Keeps the newest release of every layout, and one of several units of the same run.
+
+    Source:
+        The data's own caveat: releases repeat layouts with new software, the newest is current.
+    """
+    best: dict[tuple[object, ...], Case] = {}
+    for case in cases:
+        held = best.get(case.layout)
+        if held is None or _rank(case) > _rank(held):
+            best[case.layout] = case
+    return list(best.values())
+
+
+def _rank(case: Case) -> tuple[tuple[int, ...], int]:
+    # A stated time before one that follows from tokens, and that before one from TFLOPS.
+    order = {"step_time_ms": 2, "step_time_s": 2, "tokens_per_sec_per_gpu": 1}
+    return case.release, order.get(case.metric, 0)
+
+
+def _case(point: Point) -> Case:
+    cells, name = point.fields, point.fields["model"].lower()
+    metric, value = cells["metric"], _number(cells["value"])
+    if metric not in (*_TIMES, *_TFLOPS, "tokens_per_sec_per_gpu", *_MEMORY):
+        raise _SkipError(f"{metric} is a ratio or a rate without a layout of its own")
+    source = _source(point, name)
+    model = _model(point, name)
+    num_gpus = _need(point, "num_gpus")
+    mbs, gbs = _batch(point, source)
+    sizes = _sizes(point, model, source, num_gpus)
+    if gbs % (mbs * sizes.dp):
+        raise _SkipError(f"gbs={gbs} is not a multiple of mbs*dp={mbs}*{sizes.dp}")
+    case = Case(
+        point=point, source=source, model=model, gpu=cells["gpu"].replace("A100-80G", "A100"),
+        num_gpus=num_gpus, sizes=sizes, micro_batch_size=mbs, global_batch_size=gbs,
+        settings=_settings(point, source, model, sizes), metric=metric, value=value, step_s=None,
+        release=_release(cells["source"]),
+    )  # fmt: skip
+    return replace(case, step_s=_step_s(case))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _SkipError(f"value={text!r} is not a number") from None
+
+
+def _need(point: Point, column: str) -> int:
+    value = point.whole(column)
+    if value is None:
+        raise _SkipError(f"{column} is not stated")
+    return value
+
+
+def _source(point: Point, name: str) -> Source:
+    text = point.fields["source"]
+    if "SimuMax" in text:
+        return "simumax"
+    if "2205.05198" in text:
+        return "a100-2205.05198"
+    if "Automodel" in text:
+        return "automodel"
+    if "model_verification_cards" in text:
+        if "vlm" in name:
+            return "vlm"
+        if "_performance" not in name and point.fields["metric"] not in _MEMORY:
+            raise _SkipError("a sanity run of a verification card, untuned by its own words")
+        return "cards"
+    if "vlm" in name or "_vl_" in name or "-vl-" in name:
+        return "vlm"
+    if "moe_recipes" in text:
+        return "recipes"
+    if "performance_long_sequence" in text:
+        return "nemo-cp"
+    if "performance-summary" in text:
+        if "lora" in name or "peft" in name:
+            return "bridge-lora"
+        return "bridge-moe" if re.search(r"a\d+b", point.fields["params"].lower()) or re.search(
+            r"deepseek|oss|_a\d+b|nemotron_3|kimi|mixtral|next", name
+        ) else "bridge-dense"  # fmt: skip
+    raise _SkipError("its source states neither a microbatch size nor the geometry")
+
+
+def _model(point: Point, name: str) -> ModelSpec:
+    if "tokendrop" in name:
+        raise _SkipError("drops tokens beyond a capacity that is not stated")
+    if name.startswith("gpt") and "2205.05198" in point.fields["source"]:
+        name = f"gpt {point.fields['params'].lower()}"
+    makers = published_models()
+    known = [start for start in makers if name.startswith(start)]
+    if not known:
+        raise _SkipError("the geometry of this model is not known here")
+    model = makers[max(known, key=len)]()
+    precision = _PRECISIONS.get(point.fields["precision"].strip().lower())
+    if precision is None:
+        raise _SkipError("precision is not stated")
+    model = replace(with_sequence(model, _need(point, "seq_len")), precision=precision)
+    return _frozen(model, f"{name} {point.fields['source'].lower()}")
+
+
+def _frozen(model: ModelSpec, text: str) -> ModelSpec:
+    modules = dict(model.modules)
+    if "lora" in text or "peft" in text:
+        for key, module in modules.items():
+            # Rank of the recipes' own default where a row does not say.
+            rank = int(found[1]) if (found := re.search(r"lora rank (\d+)", text)) else 16
+            trains = ("*lora*",) if key == "language" else ()
+            modules[key] = replace(module, trainable=trains, lora_rank=rank if trains else 0)
+    elif "language and vision towers" in text:
+        modules["language"] = replace(modules["language"], trainable=())
+        modules["vision"] = replace(modules["vision"], trainable=("projector",))
+    elif "frozen: vision encoder" in text and "vision" in modules:
+        modules["vision"] = replace(modules["vision"], trainable=("projector",))
+    return replace(model, modules=modules)
+
+
+def _batch(point: Point, source: Source) -> tuple[int, int]:
+    # NeMo's long-sequence recipes all have microbatches of one sample.
+    mbs = point.whole("mbs", 1 if source == "nemo-cp" else None)
+    if mbs is None:
+        raise _SkipError("mbs is not stated")
+    return mbs, _need(point, "gbs")
+
+
+def _sizes(point: Point, model: ModelSpec, source: Source, num_gpus: int) -> ParallelSizes:
+    tp, pp, cp = (point.whole(column, 1) or 1 for column in ("tp", "pp", "cp"))
+    if not (point.fields["tp"].strip() or point.fields["pp"].strip()):
+        raise _SkipError("the layout is not stated")
+    if num_gpus % (tp * pp * cp):
+        raise _SkipError(f"num_gpus={num_gpus} is not a multiple of tp*cp*pp={tp * pp * cp}")
+    ep = point.whole("ep", 1) or 1
+    dp = num_gpus // (tp * pp * cp)
+    if (tp * cp * dp) % ep:
+        raise _SkipError(f"ep={ep} does not divide tp*cp*dp={tp * cp * dp}")
+    full = "full-recompute" in point.fields["model"] or (
+        source == "vlm" and "language and vision towers" in point.fields["source"]
+    )
+    selective = "selective" in point.fields["model"] or point.fields["metric"].endswith("selective")
+    return ParallelSizes(
+        tp=tp, cp=cp, dp=dp, pp=pp, ep=ep, etp=1,
+        sequence_parallel=tp > 1 and not (source == "a100-2205.05198" and not selective),
+        recompute="full" if full else "selective" if selective else None,
+        chunks=point.whole("vpp", 1) or 1,
+    )  # fmt: skip
+
+
+def _settings(
+    point: Point, source: Source, model: ModelSpec, sizes: ParallelSizes
+) -> TrainingSettings:
+    text = point.fields["source"]
+    if source == "simumax":
+        # docs/b200/b200_real_repro_guide.md: no overlap anywhere; cp-comm-type is all-to-all.
+        return TrainingSettings(
+            overlap_grad_reduce=False, overlap_param_gather=False, cp_comm="a2a"
+        )
+    if source == "a100-2205.05198":
+        return TrainingSettings(
+            distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
+            flash_attention=False, dropout=True, cross_entropy_fusion=False,
+        )  # fmt: skip
+    fsdp = "FSDP=" in text or "FSDP2=" in text or (
+        # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
+        model.name == "Llama-3-70B" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
+    )  # fmt: skip
+    return TrainingSettings(
+        # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
+        gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
+        moe_dispatcher="flex",
+    )  # fmt: skip
+
+
+def _release(source: str) -> tuple[int, ...]:
+    found = re.search(r"rel (\d+(?:\.\d+)*)", source)
+    return tuple(map(int, found[1].split("."))) if found else ()
+
+
+def _step_s(case: Case) -> float | None:
+    tokens = case.global_batch_size * case.model.sequence_length
+    if case.metric in _MEMORY:
+        return None
+    if case.metric == "step_time_ms":
+        return case.value / 1e3
+    if case.metric == "step_time_s":
+        return case.value
+    if case.metric == "tokens_per_sec_per_gpu":
+        return tokens / case.num_gpus / case.value
+    if case.source == "vlm":
+        raise _SkipError("TFLOPS of vision-language models are unreliable: caveat 3 of the data")
+    flops = source_flops_per_token(case) * tokens
+    return flops / case.num_gpus / (case.value * 1e12)
+
+
+def source_flops_per_token(case: Case) -> float:
+    """FLOPs of a token as the case's source counts them for its TFLOPS.
+
+    Megatron counts causal attention half. NeMo's formulas of the long-sequence table count it
+    whole: halved, the B200 row with a million tokens would be beyond what its bf16 attention can do.
+
+    Source:
+        num_floating_point_operations in Megatron-LM's training.py and Megatron-Bridge's
+        flop_utils.py (067f987); NeMo's flops_formulas.py before it knew causal attention.
+    """
+    from megatron_mosaic.cost.operations import model_flops_per_token
+
+    language = case.model.language
+    return model_flops_per_token(language, full_attention=case.source == "nemo-cp")

@@ -1,0 +1,105 @@
+"""Time to simulate a step, from the plan to the end of every task."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.machine import write_results
+from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.plan import Plan, ScheduleChoice
+from megatron_mosaic.schedule.graph import stage_order
+from megatron_mosaic.schedule.plan_program import program_of_plan
+from megatron_mosaic.schedule.simulate import PassTimes, simulate
+
+REPEATS = 15
+
+
+class Case(NamedTuple):
+    """A step to simulate.
+
+    Args:
+        name: What it is.
+        num_stages: Pipeline stages of the language model.
+        num_microbatches: Microbatches.
+        replicas: Ranks of each stage.
+        encoder_group: Microbatches of a task of an encoder on all ranks; None is no encoder.
+    """
+
+    name: str
+    num_stages: int
+    num_microbatches: int
+    replicas: int = 1
+    encoder_group: int | None = None
+
+
+CASES = (
+    Case("8 stages, 64 microbatches", 8, 64),
+    Case("64 stages, 256 microbatches", 64, 256),
+    Case("64 stages, 512 microbatches", 64, 512),
+    Case("16 stages of 1,024 ranks, 256 microbatches", 16, 256, replicas=1024),
+    Case("64 stages, 256 microbatches, encoder in groups of 8", 64, 256, encoder_group=8),
+)
+
+
+def main() -> None:
+    """Measures all cases, prints them and writes them."""
+    rows = [{"case": case.name, **_measure(case)} for case in CASES]
+    for row in rows:
+        print(
+            f"{row['case']:52}  {row['num_tasks']:6} tasks  program {row['program_ms']:6.2f} ms"
+            f"  simulation {row['simulation_ms']:6.2f} ms"
+        )
+    print(write_results("simulate_speed", {"repeats": REPEATS, "cases": rows}))
+
+
+def _measure(case: Case) -> dict[str, float]:
+    plan = _plan(case)
+    program = program_of_plan(plan)
+    tasks_s = {stage: PassTimes(1.0, 2.0) for stage in stage_order(plan)}
+    transfers_s = dict.fromkeys(program.edges, 0.1)
+    return {
+        "num_tasks": len(program.tasks.stage),
+        "program_ms": _median_ms(lambda: program_of_plan(plan)),
+        "simulation_ms": _median_ms(
+            lambda: simulate(program, tasks_s=tasks_s, transfers_s=transfers_s)
+        ),
+    }
+
+
+def _median_ms(run: Callable[[], object]) -> float:
+    times_s = []
+    for _ in range(REPEATS):
+        start_s = time.perf_counter()
+        run()
+        times_s.append(time.perf_counter() - start_s)
+    return 1e3 * statistics.median(times_s)
+
+
+def _plan(case: Case) -> Plan:
+    ranks = tuple(range(case.num_stages * case.replicas))
+    language = ModulePlacement(
+        name="language",
+        ranks=ranks,
+        data_parallel_size=case.replicas,
+        pipeline_model_parallel_size=case.num_stages,
+    )
+    modules, edges, schedule = {"language": language}, (), ScheduleChoice(kind="1f1b")
+    if case.encoder_group is not None:
+        modules["vision"] = ModulePlacement(
+            name="vision", ranks=ranks, data_parallel_size=len(ranks)
+        )
+        edges = (("vision", "language"),)
+        schedule = ScheduleChoice(kind="colocated", encoder_group=case.encoder_group)
+    return Plan(
+        world_size=len(ranks),
+        global_batch_size=case.num_microbatches * case.replicas,
+        micro_batch_size=1,
+        modules=modules,
+        edges=edges,
+        schedule=schedule,
+    )
+
+
+if __name__ == "__main__":
+    main()

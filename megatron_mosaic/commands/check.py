@@ -1,0 +1,71 @@
+"""Checks a plan and prints its layout."""
+
+import argparse
+from pathlib import Path
+
+from megatron_mosaic.layout.ownership import encoder_samples
+from megatron_mosaic.layout.plan import Plan, check_world_size
+from megatron_mosaic.layout.ranks import show_ranks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("plan", type=Path, help="plan file, YAML")
+    parser.add_argument("--world-size", type=int, help="ranks that will be launched")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks the plan and prints it."""
+    plan = Plan.load(args.plan)
+    if args.world_size is not None:
+        check_world_size(plan, args.world_size, where=str(args.plan))
+    print(_summary(plan))
+    print()
+    print(_table(plan))
+
+
+def _summary(plan: Plan) -> str:
+    """What runs, in words."""
+    samples = plan.micro_batch_size * plan.language.data_parallel_size
+    lines = [
+        f"{plan.global_batch_size} samples per step: "
+        f"{plan.num_microbatches} microbatches of {samples} samples",
+        f"schedule {plan.schedule.kind} on {plan.world_size} ranks",
+    ]
+    hosts = {rank for placement in plan.modules.values() for rank in placement.ranks}
+    idle = [rank for rank in range(plan.world_size) if rank not in hosts]
+    if idle:
+        lines.append(f"idle ranks {show_ranks(idle)}")
+    lines.append(f"digest {plan.digest()[:16]}")
+    return "\n".join(lines)
+
+
+def _table(plan: Plan) -> str:
+    """One line for each module; samples are those of one replica in one task."""
+    # The experts' grid is shown where a plan says something about it.
+    splits_experts = any(placement.splits_experts for placement in plan.modules.values())
+    expert_heads = ("etp", "ep", "edp") if splits_experts else ()
+    heads = ("tp", "cp", "dp", "pp", *expert_heads, "microbatches/task", "samples/task")
+    rows: list[tuple[str, ...]] = [("module", "ranks", *heads)]
+    for name, placement in plan.modules.items():
+        num_microbatches, samples = _task_size(plan, name)
+        sizes = map(str, (*placement.shape, *placement.expert_shape[: len(expert_heads)]))
+        rows.append((name, show_ranks(placement.ranks), *sizes, str(num_microbatches), samples))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _task_size(plan: Plan, name: str) -> tuple[int, str]:
+    """Microbatches of one task of a module, and the samples that a replica has in it."""
+    if name == "language":
+        return 1, str(plan.micro_batch_size)
+    num_microbatches = 1
+    if plan.schedule.kind == "colocated":
+        num_microbatches = plan.schedule.encoder_group or plan.num_microbatches
+    num_samples = num_microbatches * plan.micro_batch_size * plan.language.data_parallel_size
+    replicas = plan.modules[name].data_parallel_size
+    sizes = {part.size for part in encoder_samples(num_samples, data_parallel_size=replicas)}
+    return num_microbatches, "-".join(map(str, sorted(sizes)))

@@ -1,0 +1,124 @@
+"""When every task of a schedule starts and ends, from the durations of tasks and transfers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mosaic.schedule.graph import RankKind, Stage
+from megatron_mosaic.schedule.program import Program
+from megatron_mosaic.schedule.steps import Edge
+from megatron_mosaic.schedule.task import Task
+
+Seconds = NDArray[np.float64]
+
+_NOTHING: list[tuple[int, float]] = []
+
+
+class PassTimes(NamedTuple):
+    """Time of a stage's tasks."""
+
+    forward_s: float
+    backward_s: float
+
+
+class Span(NamedTuple):
+    """When a task runs."""
+
+    task: Task
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Timeline:
+    """A simulated step.
+
+    Args:
+        program: What ran.
+        start_s: When each of the program's tasks starts.
+        end_s: When it ends.
+    """
+
+    program: Program
+    start_s: Seconds
+    end_s: Seconds
+
+    @property
+    def makespan_s(self) -> float:
+        """When the last task ends."""
+        return float(self.end_s.max(initial=0.0))
+
+    def busy_s(self, kind: RankKind) -> float:
+        """Time in which ranks of a kind run tasks."""
+        own = self.program.tasks_of(kind)
+        return float((self.end_s[own] - self.start_s[own]).sum())
+
+    def bubble_s(self, kind: RankKind) -> float:
+        """Time in which ranks of a kind wait."""
+        return self.makespan_s - self.busy_s(kind)
+
+    def spans(self, kind: RankKind) -> Iterator[Span]:
+        """Yields the tasks of ranks of a kind in their order."""
+        for index in self.program.tasks_of(kind):
+            yield Span(
+                self.program.task(index), float(self.start_s[index]), float(self.end_s[index])
+            )
+
+
+def simulate(
+    program: Program,
+    *,
+    tasks_s: Mapping[Stage, PassTimes],
+    transfers_s: Mapping[Edge, float] | None = None,
+) -> Timeline:
+    """Runs a program.
+
+    A task starts when all ranks that run it are free and its inputs have arrived. A transfer
+    occupies no rank; those of one task go one microbatch after the other, and do not wait for
+    those of the task before.
+
+    Args:
+        program: Tasks and what they wait for.
+        tasks_s: Of a stage's longest task; a shorter one, with fewer microbatches, takes time in
+            proportion.
+        transfers_s: Of one microbatch over an edge, either way; 0 where there is none.
+    """
+    duration_s = _durations(program, tasks_s)
+    over = transfers_s or {}
+    edge_s = np.array([*(over.get(edge, 0.0) for edge in program.edges), 0.0])
+    ends = _ends(program, edge_s, duration_s)
+    return Timeline(program=program, start_s=ends - duration_s, end_s=ends)
+
+
+def _durations(program: Program, tasks_s: Mapping[Stage, PassTimes]) -> Seconds:
+    stage, backward, _, count = program.tasks
+    table = np.array([tasks_s[stage] for stage in program.stages])
+    longest = np.ones(len(program.stages), dtype=np.int64)
+    np.maximum.at(longest, stage, count)
+    return table[stage, backward] * (count / longest[stage])
+
+
+def _ends(program: Program, edge_s: Seconds, duration_s: Seconds) -> Seconds:
+    """Ends of all tasks: one pass in their order, as each comes after those it waits for."""
+    data, others = program.data, program.others
+    more: list[list[tuple[int, float]]] = [_NOTHING] * len(duration_s)
+    lags_s = edge_s[others.edge] * others.passed
+    for task, before, lag_s in zip(*map(np.ndarray.tolist, (*others[:2], lags_s)), strict=True):
+        more[task] = [*more[task], (before + 1, lag_s)]
+    # The first entry is the beginning of the step, the one before the first task.
+    ends = [0.0]
+    columns = program.rank.before + 1, data.before + 1, edge_s[data.edge] * data.passed, duration_s
+    for on_rank, source, lag_s, length_s, waits in zip(
+        *map(np.ndarray.tolist, columns), more, strict=True
+    ):
+        start_s = ends[on_rank]
+        arrival_s = ends[source] + lag_s
+        if arrival_s > start_s:
+            start_s = arrival_s
+        for before, lag_s in waits:
+            start_s = max(start_s, ends[before] + lag_s)
+        ends.append(start_s + length_s)
+    return np.array(ends[1:])
