@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from megatron_mosaic.commands import check, show
-from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.commands import check, profile, show
+from megatron_mosaic.errors import HostError, LayoutError, PlanError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "check": (check, "check a plan and print its layout"),
     "show": (show, "print the schedule of every rank"),
+    "profile": (profile, "measure devices and links, and write a cluster file"),
 }
 
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (PlanError, LayoutError) as error:
+    except (PlanError, LayoutError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

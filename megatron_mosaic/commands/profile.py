@@ -1,0 +1,98 @@
+"""Measures this machine's devices and links, and writes them as a cluster file.
+
+    megatron-mosaic profile my_cluster.yaml --base h100      # on the GPUs of this machine
+    torchrun ... -m megatron_mosaic.cli profile my_cluster.yaml --base h100    # on many nodes
+    megatron-mosaic profile cpu.yaml --quick                 # on a CPU, to try it
+
+The file says where each number is from. `megatron-mosaic plan MODEL my_cluster.yaml` uses it; what
+was not measured is the base's.
+"""
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mosaic.errors import PlanError
+
+if TYPE_CHECKING:
+    from megatron_mosaic.profile.result import Fitted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("output", type=Path, help="cluster file to write, YAML")
+    parser.add_argument(
+        "--base", help="cluster whose data sheet and unmeasured numbers to keep: a name or a file"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if there is one")
+    parser.add_argument(
+        "--nproc", type=int, help="ranks to start: by default one for each GPU, or two on a CPU"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few small sizes, to try it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints a table and writes the file.
+
+    Raises:
+        PlanError: An argument cannot work.
+        LayoutError: A measured rate exceeds the base's data sheet.
+        HostError: There is no such device, or a rank failed.
+    """
+    _check(args)
+    from megatron_mosaic.cluster.cluster_file import write_cluster
+    from megatron_mosaic.cluster.library import load_cluster
+    from megatron_mosaic.profile.ranks import (
+        ProfileSettings,
+        measure_as_rank,
+        measure_on_own_ranks,
+        started_by_torchrun,
+    )
+    from megatron_mosaic.profile.result import Fitted, measured_cluster
+
+    base = None if args.base is None else load_cluster(args.base)
+    settings = ProfileSettings(device=args.device, quick=args.quick)
+    if started_by_torchrun():
+        measured = measure_as_rank(settings)
+        if measured is None:
+            return
+    else:
+        measured = measure_on_own_ranks(settings, nproc=args.nproc)
+    fitted = Fitted.of(measured, date=datetime.now(UTC).date().isoformat())
+    cluster = measured_cluster(fitted, base)
+    args.output.write_text(write_cluster(cluster), encoding="utf-8")
+    _print_table(fitted)
+    print(f"wrote {args.output}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.nproc is not None and args.nproc < 1:
+        raise PlanError(f"profile: nproc={args.nproc} must be >= 1; give the number of ranks")
+    if args.nproc == 1 and args.base is None:
+        raise PlanError(
+            "profile: nproc=1 must be > 1 without --base, for one rank alone has no links to "
+            "measure; name a cluster or start more ranks"
+        )
+    if args.output.suffix not in (".yaml", ".yml"):
+        raise PlanError(f"profile: output={args.output} must end with .yaml; rename it")
+    if not args.output.parent.is_dir():
+        raise PlanError(
+            f"profile: output={args.output} must lie in a folder that exists; make "
+            f"{args.output.parent} first"
+        )
+
+
+def _print_table(fitted: "Fitted") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_mosaic.profile.result import table_rows
+
+    table = Table(title=fitted.measurements.device.describe())
+    table.add_column("operation")
+    for name in ("sizes", "fastest", "fitted limit", "mean error"):
+        table.add_column(name, justify="right")
+    for row in table_rows(fitted):
+        table.add_row(*row)
+    Console(width=110).print(table)
