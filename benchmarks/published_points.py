@@ -145,11 +145,13 @@ def read_points(path: Path = POINTS) -> list[Point]:
 
 def cases_of(points: Iterable[Point]) -> tuple[list[Case], list[Skipped]]:
     """Makes a case of every row that can be estimated, and says why the others cannot."""
+    points = list(points)
+    known = _stated_chunks([*read_points(), *points])
     cases: list[Case] = []
     skipped: list[Skipped] = []
     for point in points:
         try:
-            cases.append(_case(point))
+            cases.append(_case(point, known))
         except _SkipError as reason:
             skipped.append(Skipped(point=point, reason=str(reason)))
     return cases, skipped
@@ -175,7 +177,21 @@ def _rank(case: Case) -> tuple[tuple[int, ...], int]:
     return case.release, order.get(case.metric, 0)
 
 
-def _case(point: Point) -> Case:
+def _stated_chunks(points: Iterable[Point]) -> Mapping[tuple[str, str, str], int]:
+    # An empty cell is not a 1: the same model on the same GPU with as many stages says more.
+    return {
+        _chunks_key(point): chunks
+        for point in points
+        if (chunks := point.whole("vpp")) is not None and chunks > 1
+    }
+
+
+def _chunks_key(point: Point) -> tuple[str, str, str]:
+    name = re.sub(r"[^a-z0-9]", "", point.fields["model"].lower().split("(")[0])
+    return name, point.fields["gpu"], point.fields["pp"]
+
+
+def _case(point: Point, known_chunks: Mapping[tuple[str, str, str], int]) -> Case:
     cells, name = point.fields, point.fields["model"].lower()
     metric, value = cells["metric"], _number(cells["value"])
     if metric not in (*_TIMES, *_TFLOPS, "tokens_per_sec_per_gpu", *_MEMORY):
@@ -184,7 +200,9 @@ def _case(point: Point) -> Case:
     model = _model(point, name)
     num_gpus = _need(point, "num_gpus")
     mbs, gbs = _batch(point, source)
-    sizes = _sizes(point, model, source, num_gpus)
+    sizes = _sizes(point, source, num_gpus)
+    if sizes.pp > 1 and not point.fields["vpp"].strip():
+        sizes = replace(sizes, chunks=known_chunks.get(_chunks_key(point), 1))
     if gbs % (mbs * sizes.dp):
         raise _SkipError(f"gbs={gbs} is not a multiple of mbs*dp={mbs}*{sizes.dp}")
     case = Case(
@@ -219,7 +237,7 @@ def _source(point: Point, name: str) -> Source:
     if "Automodel" in text:
         return "automodel"
     if "model_verification_cards" in text:
-        if "vlm" in name:
+        if "vlm" in name and ("_performance" in name or point.fields["metric"] in _MEMORY):
             return "vlm"
         if "_performance" not in name and point.fields["metric"] not in _MEMORY:
             raise _SkipError("a sanity run of a verification card, untuned by its own words")
@@ -280,7 +298,7 @@ def _batch(point: Point, source: Source) -> tuple[int, int]:
     return mbs, _need(point, "gbs")
 
 
-def _sizes(point: Point, model: ModelSpec, source: Source, num_gpus: int) -> ParallelSizes:
+def _sizes(point: Point, source: Source, num_gpus: int) -> ParallelSizes:
     tp, pp, cp = (point.whole(column, 1) or 1 for column in ("tp", "pp", "cp"))
     if not (point.fields["tp"].strip() or point.fields["pp"].strip()):
         raise _SkipError("the layout is not stated")
@@ -323,8 +341,28 @@ def _settings(
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
-        moe_dispatcher="flex",
+        moe_dispatcher="flex", cuda_graph=_cuda_graph(point, model),
     )  # fmt: skip
+
+
+def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "full"]:
+    # Megatron-Bridge's perf_recipes (067f987): whole iterations for MXFP8 on NVL72 and, with
+    # DeepSeek, on B300, since release 26.06 but not for hybrid models; attention, router and
+    # preprocessing on NVL72 otherwise and for Qwen3-30B on H100 in fp8.
+    gpu, release = point.fields["gpu"], _release(point.fields["source"])
+    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("DeepSeek")
+    hybrid = model.name.startswith("Nemotron")
+    text = point.fields["source"].lower()
+    if "automodel" in text:
+        return "none"
+    recent = not release or release >= (26, 6)
+    if "moe_recipes" in text:
+        return "full" if "full cg" in text else "partial" if "cg" in text else "none"
+    if model.precision == "mxfp8" and recent and not hybrid and (nvl72 or deepseek):
+        return "full"
+    if nvl72 or (model.name.startswith("Qwen3-30B") and gpu == "H100" and recent):
+        return "partial"
+    return "none"
 
 
 def _release(source: str) -> tuple[int, ...]:

@@ -106,10 +106,18 @@ def _read_gpu(field: str, value: object) -> Gpu:
         "memory_bytes_per_s": _rate,
         "num_sms": positive,
         "curves": _curves,
+        "host_operation_s": number,
+        "host_wait_s": _waits,
         _SOURCES: _texts,
     }
-    keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=tuple(known))
+    required = tuple(key for key in known if not key.startswith("host_"))
+    keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=required)
     return Gpu(**keys)
+
+
+def _waits(field: str, value: object) -> Mapping[str, float]:
+    known: Mapping[str, Parse] = {"none": number, "partial": number}
+    return read_keys(f"{field}: ", mapping(field, value), known=known, required=())
 
 
 def _texts(field: str, value: object) -> Mapping[str, str]:
@@ -143,12 +151,15 @@ def _curves(field: str, value: object) -> Mapping[str, Curve]:
 
 
 def _curve(field: str, value: object) -> Curve:
-    known: Mapping[str, Parse] = {"peak_share": _share, "half_size": number, "source": text}
+    known: Mapping[str, Parse] = {
+        "peak_share": _share,
+        "half_size": number,
+        "half_dim": number,
+        "source": text,
+    }
     required = ("peak_share", "source")
     keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=required)
-    return Curve(
-        peak_share=keys["peak_share"], half_size=keys.get("half_size", 0.0), source=keys["source"]
-    )
+    return Curve(**keys)
 
 
 def _tiers(field: str, value: object) -> tuple[LinkTier, ...]:
@@ -207,6 +218,8 @@ def _written_gpu(gpu: Gpu) -> dict[str, Any]:
         "memory_bytes_per_s": gpu.memory_bytes_per_s,
         "num_sms": gpu.num_sms,
         "curves": {name: _written_curve(curve) for name, curve in gpu.curves.items()},
+        **({"host_operation_s": gpu.host_operation_s} if gpu.host_operation_s else {}),
+        **({"host_wait_s": dict(gpu.host_wait_s)} if gpu.host_wait_s else {}),
         _SOURCES: dict(gpu.sources),
     }
 
@@ -215,6 +228,7 @@ def _written_curve(curve: Curve) -> dict[str, Any]:
     return {
         "peak_share": curve.peak_share,
         "half_size": curve.half_size,
+        **({"half_dim": curve.half_dim} if curve.half_dim else {}),
         "source": curve.source,
     }
 

@@ -11,21 +11,32 @@ class Curve:
     """Share of a peak rate that operations reach, by their size.
 
     ``share = peak_share * size / (size + half_size)``: small operations are dominated by what
-    every one costs, large ones come close to ``peak_share``.
+    every one costs, large ones come close to ``peak_share``. A multiplication with one small size
+    does not fill its tiles, nor amortise its operands: another factor of the same form.
 
     Args:
         peak_share: Limit for large operations, of the rate that the GPU's data sheet states.
         half_size: FLOPs or bytes of an operation that reaches half of it.
+        half_dim: Smallest size of a multiplication that reaches half of it.
         source: Where the two numbers are from.
     """
 
     peak_share: float
     half_size: float = 0.0
+    half_dim: float = 0.0
     source: str = ""
 
-    def share(self, size: float) -> float:
-        """Share for an operation of a size; 0 for none."""
-        return self.peak_share * size / (size + self.half_size) if size else 0.0
+    def share(self, size: float, *, smallest: float = 0.0) -> float:
+        """Share for an operation of a size; 0 for none.
+
+        Args:
+            size: FLOPs or bytes.
+            smallest: Smallest size of a multiplication; 0 is large enough.
+        """
+        if not size:
+            return 0.0
+        narrow = smallest / (smallest + self.half_dim) if smallest else 1.0
+        return self.peak_share * narrow * size / (size + self.half_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +51,11 @@ class Gpu:
         num_sms: Streaming multiprocessors.
         curves: Reached shares by operation, such as ``matmul.bf16``, ``attention.forward`` or
             ``elementwise``.
+        host_operation_s: Time in which the host launches one multiplication or attention and what
+            goes with it, in each pass, where no CUDA graph does.
+        host_wait_s: Time that a layer of experts waits for the host in each pass, by how much of
+            it is a CUDA graph (``none``, ``partial``): kernels are launched one by one, and
+            sizes are copied to the host. ``full`` waits for nothing.
         sources: Where the other numbers are from, by field; ``all`` is every one.
     """
 
@@ -49,6 +65,8 @@ class Gpu:
     memory_bytes_per_s: float
     num_sms: int
     curves: Mapping[str, Curve]
+    host_operation_s: float = 0.0
+    host_wait_s: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak_flops_per_s(self, precision: Precision) -> float:

@@ -76,6 +76,8 @@ class TrainingSettings:
             compute, or by an all-to-all that swaps sequence for heads before and after.
         moe_dispatcher: ``alltoall`` sends a copy of a token for each of its experts, ``flex``
             (DeepEP, HybridEP) one for each rank that has some of them.
+        cuda_graph: How much of a layer of experts is launched as a graph: nothing, all but the
+            experts, or the whole iteration, which also needs no sizes on the host.
     """
 
     distributed_optimizer: bool = True
@@ -89,3 +91,4 @@ class TrainingSettings:
     cross_entropy_fusion: bool = True
     cp_comm: Literal["p2p", "a2a"] = "p2p"
     moe_dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    cuda_graph: Literal["none", "partial", "full"] = "none"

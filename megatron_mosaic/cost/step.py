@@ -32,7 +32,8 @@ def step_breakdown(
         path = [*longest.stages, *path]
     slowest = max(path, key=_busy_s)
     work_s = num_microbatches * _busy_s(slowest)
-    bubble_s = sum(map(_busy_s, path)) - _busy_s(slowest) + 2 * sum(s.hop_s for s in path)
+    bubble_s = (sum(map(_busy_s, path)) - _busy_s(slowest)) / language.chunks
+    bubble_s += 2 * sum(s.hop_s for s in path)
     shared = [stage for module in encoders if module.shared for stage in module.stages]
     work_s += sum(map(_busy_s, shared)) * num_microbatches / group
     communication_s = num_microbatches * slowest.communication_s

@@ -268,10 +268,12 @@ def write_layer(layer: Layer) -> dict[str, Any]:
     for part in (layer.mixer, layer.mlp):
         if part is not None:
             table = {**_MIXERS, **_MLPS}[type(part)]
-            values = {key: getattr(part, field) for key, field in table.items()}
             defaults = {it.name: it.default for it in fields(part)}
+            values = {key: getattr(part, field) for key, field in table.items()}
             written |= {
-                key: value for key, value in values.items() if value != defaults[table[key]]
+                key: value
+                for key, value in values.items()
+                if value not in (None, defaults[table[key]])
             }
     if isinstance(layer.mlp, Mlp | Experts):
         written |= {"gated_linear_unit": layer.mlp.gated, "mlp_bias": layer.mlp.bias}

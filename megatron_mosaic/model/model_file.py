@@ -25,6 +25,7 @@ from megatron_mosaic.fields import (
     text,
 )
 from megatron_mosaic.model.distribution_file import read_distribution, write_distribution
+from megatron_mosaic.model.end_file import END_KEYS, check_ends, write_end
 from megatron_mosaic.model.layer_file import (
     LAYER_KEYS,
     check_all_used,
@@ -36,14 +37,11 @@ from megatron_mosaic.model.layer_file import (
 )
 from megatron_mosaic.model.layers import Layer
 from megatron_mosaic.model.spec import (
-    LanguageHead,
     LayerRun,
     ModelSpec,
     ModuleSpec,
-    Patches,
     Precision,
     Projector,
-    TokenEmbedding,
 )
 from megatron_mosaic.model.tokens import Distribution
 
@@ -131,10 +129,7 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         **LAYER_KEYS,
         "layer_kinds": mapping,
         "layers": lambda field, value: value,
-        "embedding": _embedding,
-        "patches": _patches,
-        "head": _head,
-        "projector": _projector,
+        **END_KEYS,
         "seq_length": positive,
         "items_per_sample": distribution,
         "tokens_per_item": distribution,
@@ -142,8 +137,7 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         "lora_rank": count,
     }
     keys = read_keys(f"{where}: ", mapping(where, written), known=known, required=("hidden_size",))
-    _check_one(where, keys, "embedding", "patches")
-    _check_one(where, keys, "head", "projector")
+    check_ends(where, keys)
     return ModuleSpec(
         name=name,
         hidden_size=keys["hidden_size"],
@@ -151,7 +145,7 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         norm=_NORMS[keys.get("normalization", "RMSNorm")],  # type: ignore[arg-type]
         causal=keys.get("causal", name == "language"),
         input=keys.get("embedding", keys.get("patches")),
-        output=_fitting_output(where, keys),
+        output=keys.get("head", keys.get("projector")),
         items_per_sample=keys.get("items_per_sample", Distribution.constant(1)),
         tokens_per_item=_read_tokens(where, keys),
         trainable=keys.get("trainable"),
@@ -192,8 +186,12 @@ def _read_layers(where: str, keys: Mapping[str, Any]) -> tuple[LayerRun, ...]:
 
 
 def _read_tokens(where: str, keys: Mapping[str, Any]) -> Distribution:
-    _check_one(where, keys, "seq_length", "tokens_per_item")
     if "seq_length" in keys:
+        if "tokens_per_item" in keys:
+            raise PlanError(
+                f"{where}: seq_length={keys['seq_length']} must not stand beside tokens_per_item; "
+                f"remove one of the two"
+            )
         return Distribution.constant(keys["seq_length"])
     if "tokens_per_item" not in keys:
         raise PlanError(
@@ -201,65 +199,6 @@ def _read_tokens(where: str, keys: Mapping[str, Any]) -> Distribution:
             f"seq_length for a language model"
         )
     return keys["tokens_per_item"]
-
-
-def _embedding(field: str, value: object) -> TokenEmbedding:
-    known: Mapping[str, Parse] = {"vocab_size": positive, "learned_positions": count}
-    keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=("vocab_size",))
-    return TokenEmbedding(
-        vocab_size=keys["vocab_size"], num_positions=keys.get("learned_positions", 0)
-    )
-
-
-def _patches(field: str, value: object) -> Patches:
-    known: Mapping[str, Parse] = {
-        "values": positive,
-        "learned_positions": count,
-        "extra_tokens": count,
-        "add_bias_linear": boolean,
-        "normed": boolean,
-    }
-    keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=("values",))
-    return Patches(
-        values=keys["values"],
-        num_positions=keys.get("learned_positions", 0),
-        extra_tokens=keys.get("extra_tokens", 0),
-        bias=keys.get("add_bias_linear", False),
-        normed=keys.get("normed", False),
-    )
-
-
-def _head(field: str, value: object) -> LanguageHead:
-    tied = "share_embeddings_and_output_weights"
-    known: Mapping[str, Parse] = {"vocab_size": positive, tied: boolean, "mtp_num_layers": count}
-    keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=("vocab_size",))
-    return LanguageHead(
-        vocab_size=keys["vocab_size"],
-        tied=keys.get(tied, False),
-        mtp_layers=keys.get("mtp_num_layers", 0),
-    )
-
-
-def _projector(field: str, value: object) -> Projector:
-    known: Mapping[str, Parse] = {
-        "sizes": _sizes,
-        "merged_tokens": positive,
-        "add_bias_linear": boolean,
-    }
-    keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=("sizes",))
-    return Projector(
-        sizes=keys["sizes"],
-        merged_tokens=keys.get("merged_tokens", 1),
-        bias=keys.get("add_bias_linear", True),
-    )
-
-
-def _sizes(field: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) < 2:
-        raise PlanError(
-            f"{field}={show(value)} must be a list of at least two sizes; write [1024, 4096]"
-        )
-    return tuple(positive(f"{field}[{index}]", size) for index, size in enumerate(value))
 
 
 def _trainable(field: str, value: object) -> tuple[str, ...]:
@@ -270,29 +209,6 @@ def _trainable(field: str, value: object) -> tuple[str, ...]:
                 f"{nearest(part, PARTS, otherwise='write one of them')}"
             )
     return names(field, value)
-
-
-def _fitting_output(where: str, keys: Mapping[str, Any]) -> LanguageHead | Projector | None:
-    projector, head = keys.get("projector"), keys.get("head")
-    if projector is not None:
-        size = keys["hidden_size"] * projector.merged_tokens
-        if projector.sizes[0] != size:
-            raise LayoutError(
-                f"{where}.projector: sizes[0]={projector.sizes[0]} must be hidden_size * "
-                f"merged_tokens={size}; write sizes: [{size}, ...]"
-            )
-        return projector
-    if head is not None and head.tied and "embedding" not in keys:
-        raise PlanError(
-            f"{where}.head: share_embeddings_and_output_weights=true must stand beside an "
-            f"embedding; add one, or remove the key"
-        )
-    return head
-
-
-def _check_one(where: str, keys: Mapping[str, Any], first: str, second: str) -> None:
-    if first in keys and second in keys:
-        raise PlanError(f"{where}: {first} must not stand beside {second}; remove one of the two")
 
 
 def _check_edges(modules: Mapping[str, ModuleSpec], edges: tuple[tuple[str, str], ...]) -> None:
@@ -336,16 +252,21 @@ def write_model(model: ModelSpec) -> str:
 
 def _written_module(module: ModuleSpec) -> dict[str, Any]:
     norms = {norm: name for name, norm in _NORMS.items()}
-    written: dict[str, Any] = {
-        "hidden_size": module.hidden_size,
-        "normalization": norms[module.norm],
-        "causal": module.causal,
-        "final_layernorm": module.final_norm,
+    written: dict[str, Any] = {"hidden_size": module.hidden_size}
+    if module.norm != "rms":
+        written["normalization"] = norms[module.norm]
+    if module.causal != (module.name == "language"):
+        written["causal"] = module.causal
+    if not module.final_norm:
+        written["final_layernorm"] = False
+    written |= {
         **_written_layers(module.layers),
-        **_written_ends(module),
-        "items_per_sample": write_distribution(module.items_per_sample),
-        "tokens_per_item": write_distribution(module.tokens_per_item),
+        **write_end(module.input),
+        **write_end(module.output),
     }
+    if module.items_per_sample != Distribution.constant(1):
+        written["items_per_sample"] = write_distribution(module.items_per_sample)
+    written["tokens_per_item"] = write_distribution(module.tokens_per_item)
     if module.trainable is not None:
         written["trainable"] = list(module.trainable)
     if module.lora_rank:
@@ -366,35 +287,3 @@ def _written_layers(runs: tuple[LayerRun, ...]) -> dict[str, Any]:
         "layer_kinds": {name: write_layer(layer) for layer, name in kinds.items()},
         "layers": write_runs(runs, kinds),
     }
-
-
-def _written_ends(module: ModuleSpec) -> dict[str, Any]:
-    written: dict[str, Any] = {}
-    match module.input:
-        case TokenEmbedding() as table:
-            written["embedding"] = {
-                "vocab_size": table.vocab_size,
-                "learned_positions": table.num_positions,
-            }
-        case Patches() as patches:
-            written["patches"] = {
-                "values": patches.values,
-                "learned_positions": patches.num_positions,
-                "extra_tokens": patches.extra_tokens,
-                "add_bias_linear": patches.bias,
-                "normed": patches.normed,
-            }
-    match module.output:
-        case LanguageHead() as head:
-            written["head"] = {
-                "vocab_size": head.vocab_size,
-                "share_embeddings_and_output_weights": head.tied,
-                "mtp_num_layers": head.mtp_layers,
-            }
-        case Projector() as projector:
-            written["projector"] = {
-                "sizes": list(projector.sizes),
-                "merged_tokens": projector.merged_tokens,
-                "add_bias_linear": projector.bias,
-            }
-    return written

@@ -76,12 +76,15 @@ class Projector:
     Args:
         sizes: Size of its input, of what is between its multiplications, and of its output.
         merged_tokens: Tokens that are joined into one before it; ``sizes[0]`` counts all of them.
+        pooled: Whether they are joined by a mean, or by one that stands for all such as a class
+            token; then ``sizes[0]`` counts one.
         bias: Whether it adds biases.
     """
 
     sizes: tuple[int, ...]
     merged_tokens: int = 1
     bias: bool = True
+    pooled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,180 @@
+"""The cost model of one model on one cluster: what plans cost, with the costs of modules kept."""
+
+from collections.abc import Mapping, Sequence
+
+from megatron_mosaic.cluster.spec import Cluster
+from megatron_mosaic.cost.collectives import Group, send_s
+from megatron_mosaic.cost.costs import (
+    HostedStage,
+    ModuleCosts,
+    ModuleInStep,
+    StageCosts,
+    StepEstimate,
+)
+from megatron_mosaic.cost.parts import module_costs
+from megatron_mosaic.cost.operations import model_flops_per_token
+from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
+from megatron_mosaic.cost.stages import stage_costs, stage_works
+from megatron_mosaic.cost.step import step_breakdown
+from megatron_mosaic.layout.plan import Plan, ScheduleChoice
+from megatron_mosaic.model.spec import ModelSpec
+
+
+class CostModel:
+    """Estimates plans for one model on one cluster.
+
+    Args:
+        model: What is trained.
+        cluster: On what.
+        settings: What the run does the same for all modules.
+    """
+
+    def __init__(
+        self, model: ModelSpec, cluster: Cluster, settings: TrainingSettings | None = None
+    ) -> None:
+        self.model = model
+        self.cluster = cluster
+        self.settings = settings or TrainingSettings()
+        self._modules: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
+        self._stages: dict[tuple[object, ...], tuple[StageCosts, ...]] = {}
+
+    def module(self, name: str, sizes: ParallelSizes, *, samples_per_task: float) -> ModuleCosts:
+        """Costs of a module's parts under some sizes, for a task of some samples."""
+        key = (name, sizes, samples_per_task)
+        if (known := self._modules.get(key)) is None:
+            known = self._modules[key] = module_costs(
+                self.model.modules[name],
+                sizes=sizes,
+                samples=samples_per_task,
+                cluster=self.cluster,
+                settings=self.settings,
+                precision=self.model.precision,
+            )
+        return known
+
+    def stages(
+        self,
+        name: str,
+        sizes: ParallelSizes,
+        *,
+        samples_per_task: float,
+        layers_per_stage: Sequence[int] | None = None,
+    ) -> tuple[StageCosts, ...]:
+        """Costs of a module's pipeline stages; an even split where none is given."""
+        split = tuple(layers_per_stage or even_split(self.model.modules[name].num_layers, sizes.pp))
+        key = (name, sizes, samples_per_task, split)
+        if (known := self._stages.get(key)) is None:
+            module = self.module(name, sizes, samples_per_task=samples_per_task)
+            works = stage_works(
+                module, layers_per_stage=split, upstream=self.trains_before(name)
+            )
+            known = self._stages[key] = tuple(
+                stage_costs(
+                    work, module=module, cluster=self.cluster, settings=self.settings
+                )
+                for work in works
+            )
+        return known
+
+    def trains_before(self, name: str) -> bool:
+        """Whether anything upstream of a module trains."""
+        sources = [source for source, target in self.model.edges if target == name]
+        return any(
+            self.model.modules[source].trainable != () or self.trains_before(source)
+            for source in sources
+        )
+
+    def estimate(self, plan: Plan) -> StepEstimate:
+        """Estimates a step of a plan in closed form."""
+        sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
+        ranks = {name: placement.ranks for name, placement in plan.modules.items()}
+        language_ranks = set(ranks["language"])
+        return self.estimate_sizes(
+            sizes,
+            micro_batch_size=plan.micro_batch_size,
+            global_batch_size=plan.global_batch_size,
+            schedule=plan.schedule,
+            num_gpus=plan.world_size,
+            layers_per_stage={
+                name: placement.layers_per_stage
+                for name, placement in plan.modules.items()
+                if placement.layers_per_stage
+            },
+            shared={name: bool(language_ranks & set(mine)) for name, mine in ranks.items()},
+        )
+
+    def estimate_sizes(
+        self,
+        sizes: Mapping[str, ParallelSizes],
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        schedule: ScheduleChoice,
+        num_gpus: int,
+        layers_per_stage: Mapping[str, Sequence[int]] | None = None,
+        shared: Mapping[str, bool] | None = None,
+    ) -> StepEstimate:
+        """Estimates a step from parallel sizes, which need not make a whole plan.
+
+        Args:
+            sizes: Of every module.
+            micro_batch_size: Samples of a microbatch of one replica of the language model.
+            global_batch_size: Samples of the step.
+            schedule: Order of work.
+            num_gpus: GPUs of the run, idle ones too.
+            layers_per_stage: Where a split is not even.
+            shared: Whether a module's ranks also host the language model; no if absent.
+        """
+        num_microbatches = global_batch_size // (micro_batch_size * sizes["language"].dp)
+        group = schedule.encoder_group or num_microbatches
+        per_task = group if schedule.kind == "colocated" else 1
+        modules, flops = {}, 0.0
+        for name, its in sizes.items():
+            samples = global_batch_size / num_microbatches / its.dp
+            samples *= per_task if name != "language" else 1
+            stages = self.stages(
+                name,
+                its,
+                samples_per_task=samples,
+                layers_per_stage=(layers_per_stage or {}).get(name),
+            )
+            modules[name] = ModuleInStep(
+                name=name,
+                stages=stages,
+                chunks=its.chunks,
+                shared=(shared or {}).get(name, False) and name != "language",
+                entry_s=self.entry_s(name, samples),
+            )
+            spec = self.model.modules[name]
+            flops += (
+                model_flops_per_token(spec) * spec.tokens_per_sample * global_batch_size
+            )
+        breakdown = step_breakdown(
+            modules,
+            edges=self.model.edges,
+            kind=schedule.kind,
+            num_microbatches=num_microbatches,
+            encoder_group=schedule.encoder_group,
+        )
+        memory = {
+            (HostedStage(name, stage),): {"weights": costs.memory.weights}
+            for name, module in modules.items()
+            for stage, costs in enumerate(module.stages)
+        }
+        return StepEstimate(breakdown=breakdown, memory=memory, flops=flops, num_gpus=num_gpus)
+
+    def entry_s(self, name: str, samples: float) -> float:
+        """Time in which the rows that a module takes from others arrive, for one task."""
+        rows_bytes = sum(
+            2 * self.model.modules[source].rows_per_sample * samples
+            for source, target in self.model.edges
+            if target == name
+        )
+        far = Group.of(self.cluster, size=2, stride=max(1, self.cluster.gpus_per_node)).far
+        return send_s(far, message_bytes=rows_bytes * self.model.modules[name].hidden_size)
+
+
+def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, as equal as they can be; the first stages have more."""
+    each, more = divmod(num_layers, num_stages)
+    return tuple(each + (stage < more) for stage in range(num_stages))

@@ -1,0 +1,93 @@
+"""Seconds that operations take on a GPU, from its efficiency curves."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megatron_mosaic.cluster.spec import Curve, Gpu
+from megatron_mosaic.cost.operations import Operation
+from megatron_mosaic.errors import PlanError
+
+# Where a curve of a precision is not known, that of the next one stands in.
+_NEXT = {"nvfp4": "mxfp8", "mxfp8": "fp8", "fp8": "bf16", "fp16": "bf16", "fp32": "bf16"}
+
+
+class PassTimes(NamedTuple):
+    """Seconds of operations in the passes of a step."""
+
+    forward_s: float
+    input_gradient_s: float
+    weight_gradient_s: float
+    core_s: float
+
+
+def find_curve(gpu: Gpu, name: str, precision: str) -> Curve:
+    """Finds the curve of a kind of operation.
+
+    Raises:
+        PlanError: The GPU has none for it, nor for a precision that could stand in.
+    """
+    if (curve := gpu.curves.get(name)) is not None:
+        return curve
+    while True:
+        if (curve := gpu.curves.get(f"{name}.{precision}")) is not None:
+            return curve
+        if precision not in _NEXT:
+            raise PlanError(
+                f"gpu {gpu.name}: curves={', '.join(sorted(gpu.curves))} must have one for "
+                f"{name}; add it, or measure it with megatron-mosaic profile"
+            )
+        precision = _NEXT[precision]
+
+
+def pass_times(gpu: Gpu, operations: Iterable[Operation], *, gradient_bytes: int) -> PassTimes:
+    """Adds up what operations take in each pass.
+
+    The gradient of weights reads and writes the accumulated gradient, besides its operands.
+    """
+    forward = inputs = weights = core = 0.0
+    for it in operations:
+        seconds = forward_s(gpu, it)
+        forward += seconds
+        core += seconds if it.core else 0.0
+        inputs += input_gradient_s(gpu, it)
+        if it.weights:
+            weights += weight_gradient_s(gpu, it, gradient_bytes=gradient_bytes)
+    return PassTimes(forward, inputs, weights, core)
+
+
+def forward_s(gpu: Gpu, it: Operation) -> float:
+    """Seconds of an operation's forward pass."""
+    name = f"{it.curve}.forward" if it.curve.endswith("attention") else it.curve
+    return _roof_s(gpu, name, it, it.flops, it.forward_bytes)
+
+
+def input_gradient_s(gpu: Gpu, it: Operation) -> float:
+    """Seconds of the gradient of an operation's input."""
+    name = f"{it.curve}.backward" if it.curve.endswith("attention") else it.curve
+    return _roof_s(gpu, name, it, it.backward_flops, it.backward_bytes)
+
+
+def weight_gradient_s(gpu: Gpu, it: Operation, *, gradient_bytes: int) -> float:
+    """Seconds of the gradient of an operation's weights, added to what is there."""
+    operands = it.forward_bytes - 2 * it.weights
+    moved = operands + 2 * gradient_bytes * it.weights
+    own = f"weight_gradient.{it.curve}"
+    name = own if f"{own}.{it.precision}" in gpu.curves else it.curve
+    return _roof_s(gpu, name, it, it.flops, moved)
+
+
+def _roof_s(gpu: Gpu, name: str, it: Operation, flops: float, moved_bytes: float) -> float:
+    seconds = memory_s(gpu, moved_bytes, curve="permute" if it.curve == "permute" else "elementwise")
+    if flops:
+        curve = find_curve(gpu, name, it.precision)
+        share = curve.share(flops, smallest=it.smallest)
+        peak = gpu.peak_flops_per_s(it.precision)
+        seconds = max(seconds, flops / (peak * share))
+    return seconds
+
+
+def memory_s(gpu: Gpu, moved_bytes: float, *, curve: str = "elementwise") -> float:
+    """Seconds in which memory reads and writes some bytes."""
+    if moved_bytes <= 0:
+        return 0.0
+    return moved_bytes / (gpu.memory_bytes_per_s * find_curve(gpu, curve, "bf16").share(moved_bytes))
