@@ -90,9 +90,9 @@ def _print_table(fitted: "Fitted") -> None:
     from megatron_mosaic.profile.result import table_rows
 
     table = Table(title=fitted.measurements.device.describe())
-    table.add_column("operation")
-    for name in ("sizes", "fastest", "fitted limit", "mean error"):
-        table.add_column(name, justify="right")
+    table.add_column("operation", no_wrap=True)
+    for name in ("sizes", "fastest", "fitted limit", "and", "mean error"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows(fitted):
         table.add_row(*row)
-    Console(width=110).print(table)
+    Console(width=120).print(table)

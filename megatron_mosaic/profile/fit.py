@@ -1,26 +1,40 @@
 """Fits the cost model's few constants to measured times."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 
 from megatron_mosaic.profile.measurements import TimedMessage, TimedOperation
 
+_NOISE = 0.1  # of a time, relative: what repeats of one measurement differ by on a busy machine
+_EXACT = 1e-12  # of the solver
+_NOTHING = 1e-4  # of the smallest operation: no cost of its own
+# A limit beyond what was measured is believed up to this factor: sizes that do not show it cannot
+# tell it from none.
+_BEYOND = 2.0
+
 
 class FittedRate(NamedTuple):
-    """Rate of an operation by its size: ``limit * size / (size + half_size)``.
+    """Rate of an operation: ``limit * size / (size + half_size) * dim / (dim + half_dim)``.
 
     Args:
         limit_per_s: FLOPs or bytes per second of large operations.
         half_size: Size that reaches half of it.
+        half_dim: Smallest size of a multiplication that reaches half of it.
         error: Mean relative distance between measured and fitted seconds.
     """
 
     limit_per_s: float
     half_size: float
+    half_dim: float
     error: float
+
+    def seconds(self, it: TimedOperation) -> float:
+        """Time of an operation as fitted."""
+        narrow = 1 + self.half_dim / it.smallest if it.smallest else 1.0
+        return (it.size + self.half_size) / self.limit_per_s * narrow
 
 
 class FittedLink(NamedTuple):
@@ -36,19 +50,37 @@ class FittedLink(NamedTuple):
     bandwidth_bytes_per_s: float
     error: float
 
+    def seconds(self, it: TimedMessage) -> float:
+        """Time of a message as fitted."""
+        return it.steps * self.latency_s + it.moved_bytes / self.bandwidth_bytes_per_s
+
 
 def fit_rate(timed: Sequence[TimedOperation]) -> FittedRate:
     """Fits a curve to the times of one operation at several sizes.
 
-    A rate ``limit * size / (size + half)`` is the time ``half / limit + size / limit``: a line
-    over the size, whose two numbers are fitted to the relative error.
+    The rate means the time ``(size + half_size) / limit * (1 + half_dim / dim)``. Where all
+    multiplications are of one shape, or none is timed, ``half_dim`` cannot be told and is 0.
 
     Args:
         timed: At least one.
     """
-    columns = [[1.0, it.size] for it in timed]
-    (fixed_s, s_per_size), error = _fit(columns, [it.seconds for it in timed])
-    return FittedRate(rounded(1 / s_per_size), rounded(fixed_s / s_per_size), error)
+    sizes, smallest, seconds = _columns([[it.size, it.smallest, it.seconds] for it in timed])
+    limit = float((sizes / seconds).max())
+    if _is_narrow(timed):
+        scales = [1 / limit, float(sizes.min()), float(smallest.min())]
+        s_per_size, half_size, half_dim = _fit(
+            lambda found: found[0] * (sizes + found[1]) * (1 + found[2] / smallest),
+            seconds,
+            scales,
+            limit=0,
+        )
+    else:
+        scales, half_dim = [1 / limit, float(sizes.min())], 0.0
+        s_per_size, half_size = _fit(
+            lambda found: found[0] * (sizes + found[1]), seconds, scales, limit=0
+        )
+    fitted = FittedRate(rounded(1 / s_per_size), rounded(half_size), rounded(half_dim), 0.0)
+    return fitted._replace(error=_mean_error([fitted.seconds(it) for it in timed], seconds))
 
 
 def fit_link(timed: Sequence[TimedMessage]) -> FittedLink:
@@ -57,35 +89,67 @@ def fit_link(timed: Sequence[TimedMessage]) -> FittedLink:
     Args:
         timed: At least one.
     """
-    columns = [[it.steps, it.moved_bytes] for it in timed]
-    (latency_s, s_per_byte), error = _fit(columns, [it.seconds for it in timed])
-    return FittedLink(rounded(latency_s), rounded(1 / s_per_byte), error)
+    steps, moved, seconds = _columns([[it.steps, it.moved_bytes, it.seconds] for it in timed])
+    scales = [float((seconds / steps).min()), float((seconds / moved).min())]
+    latency_s, s_per_byte = _fit(
+        lambda found: found[0] * steps + found[1] * moved, seconds, scales, limit=1
+    )
+    fitted = FittedLink(rounded(latency_s), rounded(1 / s_per_byte), 0.0)
+    return fitted._replace(error=link_error(fitted, timed))
 
 
 def link_error(link: FittedLink, timed: Sequence[TimedMessage]) -> float:
     """Mean relative distance between fitted and measured seconds of some messages."""
-    errors = [
-        (it.steps * link.latency_s + it.moved_bytes / link.bandwidth_bytes_per_s) / it.seconds - 1
-        for it in timed
-    ]
-    return sum(map(abs, errors)) / len(errors)
-
-
-def _fit(
-    columns: Sequence[Sequence[float]], seconds: Sequence[float]
-) -> tuple[tuple[float, float], float]:
-    """Fits ``seconds`` as a sum of columns with weights >= 0, each row by its relative error."""
-    relative = np.array(columns) / np.array(seconds)[:, None]
-    # Columns differ by ten orders of magnitude: scaled, the solver's tolerances fit both.
-    scale = relative.max(axis=0)
-    weights = nnls(relative / scale, np.ones(len(seconds)))[0] / scale
-    if not weights[1]:
-        # Times that do not grow with the size: all of them are spent on it, as a bound.
-        weights = np.array([0.0, float(np.median(1 / relative[:, 1]))])
-    error = float(np.abs(relative @ weights - 1).mean())
-    return (float(weights[0]), float(weights[1])), error
+    seconds = np.array([it.seconds for it in timed])
+    return _mean_error([link.seconds(it) for it in timed], seconds)
 
 
 def rounded(number: float) -> float:
     """Keeps as many digits as a measurement has."""
     return float(f"{number:.4g}")
+
+
+def _is_narrow(timed: Sequence[TimedOperation]) -> bool:
+    """Whether multiplications are of unlike shapes, which tells their size from a side's."""
+    return len({round(it.smallest**3 / it.size, 9) for it in timed}) > 1
+
+
+def _columns(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array(rows, dtype=float).T
+
+
+def _fit(
+    seconds_of: Callable[[np.ndarray], np.ndarray],
+    seconds: np.ndarray,
+    scales: Sequence[float],
+    *,
+    limit: int,
+) -> list[float]:
+    """Fits constants >= 0 to times, by the ratio of each to what is measured.
+
+    What lies far off counts less (soft L1 beyond ``_NOISE``): now and then others use the machine.
+
+    Args:
+        seconds_of: Times that some constants mean.
+        seconds: Measured ones.
+        scales: Sizes that the constants may have.
+        limit: Which constant is the time for a FLOP or byte; its scale is the least measured.
+    """
+    least = np.zeros(len(scales))
+    least[limit] = 1 / _BEYOND
+    found = least_squares(
+        lambda constants: np.log(seconds_of(constants * scales) / seconds),
+        np.ones(len(scales)),
+        bounds=(least, np.inf),
+        loss="soft_l1",
+        f_scale=_NOISE,
+        ftol=_EXACT,
+        xtol=_EXACT,
+        gtol=_EXACT,
+    )
+    constants = np.where(found.x < _NOTHING, 0, found.x) * scales
+    return [float(constant) for constant in constants]
+
+
+def _mean_error(fitted_s: Sequence[float], seconds: np.ndarray) -> float:
+    return float(np.abs(np.array(fitted_s) / seconds - 1).mean())

@@ -16,11 +16,13 @@ class TimedOperation(NamedTuple):
         curve: Name of its efficiency curve, such as ``matmul.bf16`` or ``elementwise``.
         size: FLOPs, or bytes moved where memory bounds it.
         seconds: Median of several runs.
+        smallest: Smallest size of a multiplication; 0 if it is none.
     """
 
     curve: str
     size: float
     seconds: float
+    smallest: float = 0.0
 
 
 class TimedMessage(NamedTuple):

@@ -4,6 +4,8 @@ import os
 import pickle
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -121,31 +123,18 @@ def _run_rank(rank: int, settings: ProfileSettings, nproc: int, folder: str) -> 
 def _measure(
     settings: ProfileSettings, place: _Place, *, init_method: str | None
 ) -> Measurements | None:
+    """Measures as one of some ranks. Returns the measurements on rank 0."""
     device = find_device(settings.device, local_rank=place.local_rank)
     facts = describe_device(device, ranks_per_node=place.ranks_per_node)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(facts.num_sms)
     stopwatch = Stopwatch(device=device, budget_s=settings.budget_s)
     key = (device.type, settings.quick)
-    peers: list[Peers] = []
-    if init_method is not None:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=_TIMEOUT,
-        )
-        peers = make_peers(ranks_per_node=place.ranks_per_node)
-    try:
-        with _progress(place) as progress:
-            timed = _time_operations(stopwatch, SIZES[key], progress)
-            messages = _time_links(peers, MESSAGE_BYTES[key], stopwatch, progress)
-    finally:
-        if init_method is not None:
-            dist.destroy_process_group()
+    with (
+        _using(device, num_threads=facts.num_sms),
+        _joined(device, place, init_method=init_method) as peers,
+        _progress(place) as progress,
+    ):
+        timed = _time_operations(stopwatch, SIZES[key], progress)
+        messages = _time_links(peers, MESSAGE_BYTES[key], stopwatch, progress)
     if place.rank != 0:
         return None
     return Measurements(
@@ -155,6 +144,42 @@ def _measure(
         ranks_per_node=place.ranks_per_node,
         num_nodes=place.world_size // place.ranks_per_node,
     )
+
+
+@contextmanager
+def _using(device: torch.device, *, num_threads: int) -> Iterator[None]:
+    """Makes a GPU the current one, or gives a CPU's rank its share of the cores."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _joined(
+    device: torch.device, place: _Place, *, init_method: str | None
+) -> Iterator[list[Peers]]:
+    """Meets the other ranks, if there are any. Gives the groups whose links are measured."""
+    if init_method is None:
+        yield []
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=_TIMEOUT,
+    )
+    try:
+        yield make_peers(ranks_per_node=place.ranks_per_node)
+    finally:
+        dist.destroy_process_group()
 
 
 def _progress(place: _Place) -> Progress:
@@ -172,7 +197,7 @@ def _time_operations(
     for operation in operations(device, sizes):
         progress.update(bar, description=f"operations: {operation.curve}")
         seconds = stopwatch.median_s(operation.prepare())
-        timed.append(TimedOperation(operation.curve, operation.size, seconds))
+        timed.append(TimedOperation(operation.curve, operation.size, seconds, operation.smallest))
         progress.advance(bar)
     return tuple(timed)
 

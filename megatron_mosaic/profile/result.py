@@ -1,12 +1,15 @@
 """Turns measurements into the description of a cluster."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from typing import get_args
 
 from megatron_mosaic.cluster.spec import Cluster, Curve, Gpu, LinkTier
 from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.model.spec import Precision
 from megatron_mosaic.profile.fit import (
     FittedLink,
     FittedRate,
@@ -18,7 +21,7 @@ from megatron_mosaic.profile.fit import (
 from megatron_mosaic.profile.measurements import Measurements, Reach, TimedMessage
 
 # Curves of what memory bounds: their sizes are bytes, not FLOPs.
-MEMORY_CURVES = ("elementwise", "optimizer")
+MEMORY_CURVES = ("elementwise", "permute", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,15 @@ class Fitted:
             source=f"megatron-mosaic profile, {date}: {measurements.device.describe()}",
         )
 
+    def fastest_operation(self, curve: str) -> float:
+        """Highest measured rate of an operation, in FLOPs or bytes per second."""
+        return max(it.size / it.seconds for it in self.measurements.operations if it.curve == curve)
+
+    def fastest_message(self, reach: Reach) -> float:
+        """Highest measured rate over some links, in bytes per second."""
+        messages = [it for it in self.measurements.messages if it.reach == reach]
+        return max(it.moved_bytes / it.seconds for it in messages)
+
 
 def measured_cluster(fitted: Fitted, base: Cluster | None) -> Cluster:
     """Describes the cluster on which something was measured.
@@ -75,56 +87,64 @@ def measured_cluster(fitted: Fitted, base: Cluster | None) -> Cluster:
     """
     if base is None:
         return _new_cluster(fitted)
-    gpu = replace(base.gpu, curves=_overridden(base.gpu, _curves(fitted, base.gpu)))
+    gpu = replace(base.gpu, curves={**base.gpu.curves, **_curves(fitted, base.gpu)})
     return replace(base, gpu=gpu, tiers=_overridden_tiers(fitted, base))
 
 
 def _new_cluster(fitted: Fitted) -> Cluster:
-    measured, source = fitted.measurements, fitted.source
+    measured = fitted.measurements
     if not fitted.links:
         raise PlanError(
             "profile: ranks=1 must be > 1 without --base, for one rank alone has no links to "
             "measure; name a cluster or start more ranks"
         )
-    peaks: dict[str, float] = {}
-    for curve, rate in fitted.rates.items():
-        if curve not in MEMORY_CURVES:
-            precision = curve.rpartition(".")[2]
-            peaks[precision] = max(peaks.get(precision, 0.0), rate.limit_per_s)
     gpu = Gpu(
         name=measured.device.name,
         memory_bytes=measured.device.memory_bytes,
-        matmul_flops_per_s=peaks,
-        memory_bytes_per_s=max(
-            rate.limit_per_s for name, rate in fitted.rates.items() if name in MEMORY_CURVES
-        ),
+        matmul_flops_per_s=_peaks(fitted),
+        memory_bytes_per_s=max(map(partial(_peak, fitted), MEMORY_CURVES)),
         num_sms=measured.device.num_sms,
         curves={},
-        sources={"all": f"{source}; peaks are the limits of the fastest operation"},
+        sources={"all": f"{fitted.source}; peaks are those of the fastest operation"},
     )
-    backend = "gloo" if measured.device.kind == "cpu" else "NCCL"
-    near = LinkTier(
-        name=f"{backend} in a node",
-        span=measured.ranks_per_node if "far" in fitted.links else None,
-        bandwidth_bytes_per_s=0.0,
-        latency_s=0.0,
-        curve=Curve(peak_share=1.0),
-    )
-    blank = {"near": near, "far": replace(near, name=f"{backend} between nodes", span=None)}
     return Cluster(
         name=measured.device.name,
         gpu=replace(gpu, curves=_curves(fitted, gpu)),
         gpus_per_node=measured.ranks_per_node,
         num_nodes=measured.num_nodes,
-        tiers=tuple(
-            _measured_tier(
-                replace(blank[reach], bandwidth_bytes_per_s=link.bandwidth_bytes_per_s),
-                link,
-                source=source,
-            )
-            for reach, link in sorted(fitted.links.items(), reverse=True)
-        ),
+        tiers=tuple(_new_tier(fitted, reach) for reach in ("near", "far") if reach in fitted.links),
     )
+
+
+def _peaks(fitted: Fitted) -> dict[str, float]:
+    """Fastest multiplication or attention in each precision."""
+    peaks: dict[str, float] = {}
+    for curve in fitted.rates:
+        if curve not in MEMORY_CURVES:
+            precision = _precision(curve)
+            peaks[precision] = max(peaks.get(precision, 0.0), _peak(fitted, curve))
+    return peaks
+
+
+def _peak(fitted: Fitted, curve: str) -> float:
+    """Fitted limit of an operation, or what was measured if that is more."""
+    if curve not in fitted.rates:
+        return 0.0
+    return max(fitted.rates[curve].limit_per_s, fitted.fastest_operation(curve))
+
+
+def _new_tier(fitted: Fitted, reach: Reach) -> LinkTier:
+    measured = fitted.measurements
+    backend = "gloo" if measured.device.kind == "cpu" else "NCCL"
+    fastest = max(fitted.links[reach].bandwidth_bytes_per_s, fitted.fastest_message(reach))
+    tier = LinkTier(
+        name=f"{backend} {'in a node' if reach == 'near' else 'between nodes'}",
+        span=measured.ranks_per_node if reach == "near" and measured.num_nodes > 1 else None,
+        bandwidth_bytes_per_s=fastest,
+        latency_s=0.0,
+        curve=Curve(peak_share=1.0),
+    )
+    return _measured_tier(tier, fitted, reach)
 
 
 def _curves(fitted: Fitted, gpu: Gpu) -> dict[str, Curve]:
@@ -134,55 +154,60 @@ def _curves(fitted: Fitted, gpu: Gpu) -> dict[str, Curve]:
         if name in MEMORY_CURVES:
             field, peak = "memory_bytes_per_s", gpu.memory_bytes_per_s
         else:
-            precision = name.rpartition(".")[2]
+            precision = _precision(name)
             field = f"matmul_flops_per_s.{precision}"
             peak = gpu.matmul_flops_per_s.get(precision, gpu.matmul_flops_per_s["bf16"])
         curves[name] = Curve(
-            peak_share=_share(rate.limit_per_s, peak, f"gpu {gpu.name}: {field}", what=name),
+            peak_share=_share(
+                rate.limit_per_s,
+                peak,
+                fastest=fitted.fastest_operation(name),
+                where=f"gpu {gpu.name}: {field}",
+                what=name,
+            ),
             half_size=rate.half_size,
+            half_dim=rate.half_dim,
             source=f"{fitted.source}; mean error {rate.error:.1%}",
         )
     return curves
 
 
-def _share(rate: float, peak: float, where: str, *, what: str) -> float:
-    if rate > peak * (1 + 1e-9):
+def _precision(curve: str) -> str:
+    """Precision of a curve's operation: the end of its name, but for attention."""
+    last = curve.rpartition(".")[2]
+    return last if last in get_args(Precision) else "bf16"
+
+
+def _share(limit: float, peak: float, *, fastest: float, where: str, what: str) -> float:
+    """Share of a peak. A fit may go beyond the peak, what was measured may not."""
+    if fastest > peak:
         raise LayoutError(
-            f"{where}={peak:.4g} must be >= the measured {what}={rate:.4g}; name the cluster of "
+            f"{where}={peak:.4g} must be >= the measured {what}={fastest:.4g}; name the cluster of "
             f"this device with --base, or measure without it"
         )
-    return min(rounded(rate / peak), 1.0)
-
-
-def _overridden(gpu: Gpu, measured: Mapping[str, Curve]) -> dict[str, Curve]:
-    """A measured ``attention.forward.bf16`` also takes the place of an ``attention.forward``."""
-    hidden = {name.rpartition(".")[0] for name in measured if name not in MEMORY_CURVES}
-    kept = {name: curve for name, curve in gpu.curves.items() if name not in hidden}
-    return {**kept, **measured}
+    return min(rounded(limit / peak), 1.0)
 
 
 def _overridden_tiers(fitted: Fitted, base: Cluster) -> tuple[LinkTier, ...]:
+    """A base's links, with those that were measured: in a node, and those of the whole."""
     tiers = list(base.tiers)
-    for reach, index in _places(fitted.links, base).items():
-        tiers[index] = _measured_tier(tiers[index], fitted.links[reach], source=fitted.source)
+    spans: Mapping[Reach, int] = {"near": base.gpus_per_node, "far": base.num_gpus}
+    for reach, span in spans.items():
+        if reach in fitted.links:
+            index = base.tiers.index(base.tier(span))
+            # Where both are the same links, those that reach further are the last word.
+            tiers[index] = _measured_tier(base.tiers[index], fitted, reach)
     return tuple(tiers)
 
 
-def _places(reaches: Iterable[Reach], base: Cluster) -> dict[Reach, int]:
-    """Which of a cluster's tiers were measured: those in a node, and those of the whole."""
-    places: dict[Reach, int] = {}
-    for reach in reaches:
-        span = base.gpus_per_node if reach == "near" else base.num_gpus
-        places[reach] = base.tiers.index(base.tier(span))
-    return places
-
-
-def _measured_tier(tier: LinkTier, link: FittedLink, *, source: str) -> LinkTier:
-    source = f"{source}; mean error {link.error:.1%}"
+def _measured_tier(tier: LinkTier, fitted: Fitted, reach: Reach) -> LinkTier:
+    link = fitted.links[reach]
+    source = f"{fitted.source}; mean error {link.error:.1%}"
     share = _share(
         link.bandwidth_bytes_per_s,
         tier.bandwidth_bytes_per_s,
-        f"tiers: bandwidth_bytes_per_s of {tier.name}",
+        fastest=fitted.fastest_message(reach),
+        where=f"tiers: bandwidth_bytes_per_s of {tier.name}",
         what="bandwidth",
     )
     kept = f"bandwidth: {tier.source} ; latency: " if tier.source else ""
@@ -195,29 +220,30 @@ def _measured_tier(tier: LinkTier, link: FittedLink, *, source: str) -> LinkTier
 
 
 def table_rows(fitted: Fitted) -> Iterator[tuple[str, ...]]:
-    """Yields rows of a table for people: what, sizes, fastest as measured, fit, and its error."""
+    """Yields rows of a table for people: what, sizes, fastest as measured, the fit, its error."""
     for name, rate in fitted.rates.items():
         timed = [it for it in fitted.measurements.operations if it.curve == name]
         unit, scale = ("GB/s", 1e9) if name in MEMORY_CURVES else ("TFLOP/s", 1e12)
-        fastest = max(it.size / it.seconds for it in timed)
+        side = f", side {rate.half_dim:.2g}" if rate.half_dim else ""
         yield (
             name,
             str(len(timed)),
-            f"{fastest / scale:.3g} {unit}",
-            f"{rate.limit_per_s / scale:.3g} {unit}, half at {rate.half_size:.2g}",
+            f"{fitted.fastest_operation(name) / scale:.3g} {unit}",
+            f"{rate.limit_per_s / scale:.3g} {unit}",
+            f"half at {rate.half_size:.2g}{side}",
             f"{rate.error:.1%}",
         )
-    for reach, link in fitted.links.items():
-        messages = [it for it in fitted.measurements.messages if it.reach == reach]
-        by_kind: dict[str, list[TimedMessage]] = {}
-        for message in messages:
-            by_kind.setdefault(message.collective, []).append(message)
-        for kind, timed in by_kind.items():
-            fastest = max(it.moved_bytes / it.seconds for it in timed)
-            yield (
-                f"{kind}, {reach}",
-                str(len(timed)),
-                f"{fastest / 1e9:.3g} GB/s",
-                f"{link.bandwidth_bytes_per_s / 1e9:.3g} GB/s, {link.latency_s * 1e6:.3g} us",
-                f"{link_error(link, timed):.1%}",
-            )
+    by_kind: dict[tuple[Reach, str], list[TimedMessage]] = {}
+    for message in fitted.measurements.messages:
+        by_kind.setdefault((message.reach, message.collective), []).append(message)
+    for (reach, kind), messages in by_kind.items():
+        link = fitted.links[reach]
+        fastest = max(it.moved_bytes / it.seconds for it in messages)
+        yield (
+            f"{kind}, {reach}",
+            str(len(messages)),
+            f"{fastest / 1e9:.3g} GB/s",
+            f"{link.bandwidth_bytes_per_s / 1e9:.3g} GB/s",
+            f"latency {link.latency_s * 1e6:.3g} us",
+            f"{link_error(link, messages):.1%}",
+        )

@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_mosaic.cluster.spec import Curve
 from megatron_mosaic.profile.fit import fit_link, fit_rate, link_error
 from megatron_mosaic.profile.measurements import TimedMessage, TimedOperation
 
@@ -46,6 +47,41 @@ def test_rate_is_recovered_within_the_noise():
     assert 0 < found.error < 0.05
 
 
+def _narrow(limit_per_s, half_size, half_dim, noise=(1.0,)):
+    shapes = [(n, n) for n in (256, 1024, 4096)] + [(m, 4096) for m in (16, 64, 512)]
+    times = []
+    for i, (rows, wide) in enumerate(shapes):
+        size = 2 * rows * wide**2
+        seconds = (size + half_size) / limit_per_s * (rows + half_dim) / rows
+        times.append(TimedOperation("matmul.bf16", size, seconds * noise[i % len(noise)], rows))
+    return times
+
+
+def test_rate_of_narrow_multiplications_is_recovered_from_exact_times():
+    found = fit_rate(_narrow(700e12, 2e9, 120.0))
+
+    assert found[:3] == pytest.approx((700e12, 2e9, 120.0), rel=1e-3)
+
+
+def test_rate_of_narrow_multiplications_is_recovered_within_the_noise():
+    timed = _narrow(700e12, 2e9, 120.0, noise=(1.03, 0.98, 1.0, 0.97))
+
+    found = fit_rate(timed)
+
+    assert found[:3] == pytest.approx((700e12, 2e9, 120.0), rel=0.15)
+    assert 0 < found.error < 0.05
+
+
+def test_fitted_rate_is_the_share_that_a_curve_of_it_tells():
+    timed = _narrow(700e12, 2e9, 120.0)
+    found = fit_rate(timed)
+    curve = Curve(peak_share=0.7, half_size=found.half_size, half_dim=found.half_dim)
+
+    for it in timed:
+        share = curve.share(it.size, smallest=it.smallest)
+        assert it.size / (1000e12 * share) == pytest.approx(it.seconds, rel=2e-3)
+
+
 def test_rate_without_a_fixed_cost_has_no_half_size():
     found = fit_rate(_operations(3e12, 0.0, [1e6, 1e8]))
 
@@ -53,11 +89,21 @@ def test_rate_without_a_fixed_cost_has_no_half_size():
     assert found.half_size == pytest.approx(0, abs=1e-3)
 
 
-def test_rate_of_times_that_do_not_grow_is_that_of_the_median():
+def test_limit_that_the_sizes_do_not_show_is_twice_the_fastest():
     found = fit_rate([TimedOperation("elementwise", size, 1e-3) for size in (1e3, 2e3, 4e3)])
 
-    # 1e3, 2e3 and 4e3 bytes in a millisecond each.
-    assert found.limit_per_s == pytest.approx(2e6)
+    # The times do not grow; the fastest are 4e3 bytes in a millisecond.
+    assert found.limit_per_s == pytest.approx(8e6)
+
+
+def test_rate_that_one_measurement_contradicts_is_that_of_the_others():
+    timed = _operations(700e12, 2e9, [10**power for power in range(7, 14)])
+    timed[3] = timed[3]._replace(seconds=3 * timed[3].seconds)
+
+    found = fit_rate(timed)
+
+    assert found.limit_per_s == pytest.approx(700e12, rel=0.05)
+    assert found.half_size == pytest.approx(2e9, rel=0.15)
 
 
 def test_link_is_recovered_from_exact_times_of_unlike_collectives():

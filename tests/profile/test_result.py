@@ -38,7 +38,7 @@ MEASURED = Measurements(
     device=DEVICE,
     operations=(
         *_rate("matmul.bf16", 692.58e12, 4e9),  # 70 % of 989.4
-        *_rate("attention.forward.bf16", 494.7e12),  # half
+        *_rate("attention.forward", 494.7e12),  # half
         *_rate("elementwise", 2.68e12),  # 80 % of 3.35
     ),
     messages=(*_link("near", 6e-6, 360e9), *_link("far", 2e-5, 40e9)),
@@ -67,14 +67,6 @@ def test_operation_that_was_not_measured_stays_that_of_the_base():
 
     assert gpu.curves["matmul.fp8"] == base.curves["matmul.fp8"]
     assert gpu.curves["attention.backward"] == base.curves["attention.backward"]
-
-
-def test_curve_of_a_precision_takes_the_place_of_one_for_all():
-    curves = measured_cluster(_fitted(), load_cluster("h100")).gpu.curves
-
-    assert curves["attention.forward.bf16"].peak_share == pytest.approx(0.5, rel=1e-3)
-    # It would be found first.
-    assert "attention.forward" not in curves
 
 
 def test_measured_links_override_those_of_the_base():
@@ -110,7 +102,7 @@ def test_rate_beyond_the_data_sheet_of_the_base_is_refused():
     with pytest.raises(
         LayoutError,
         match=r"gpu A100-80G: matmul_flops_per_s.bf16=3.12e\+14 must be >= the measured "
-        r"attention.forward.bf16=4.947e\+14; name the cluster of this device with --base",
+        r"attention.forward=4.947e\+14; name the cluster of this device with --base",
     ):
         measured_cluster(_fitted(), load_cluster("a100-80g"))
 
@@ -119,7 +111,7 @@ def test_cluster_without_a_base_has_the_measured_limits_as_peaks():
     cluster = measured_cluster(_fitted(), None)
 
     assert cluster.gpu.matmul_flops_per_s == {"bf16": pytest.approx(692.58e12, rel=1e-3)}
-    assert cluster.gpu.curves["attention.forward.bf16"].peak_share == pytest.approx(
+    assert cluster.gpu.curves["attention.forward"].peak_share == pytest.approx(
         494.7 / 692.58, rel=1e-3
     )
     assert cluster.gpu.memory_bytes_per_s == pytest.approx(2.68e12, rel=1e-3)
@@ -147,11 +139,13 @@ def test_table_has_a_row_for_every_curve_and_collective():
     rows = list(table_rows(_fitted()))
 
     assert [row[0] for row in rows] == [
-        "attention.forward.bf16",
+        "attention.forward",
         "elementwise",
         "matmul.bf16",
-        "send, far",
         "send, near",
+        "send, far",
     ]
     # 1e11 FLOPs in (1e11 + 4e9) / 692.58e12 s are 666 TFLOP/s.
-    assert rows[2][1:] == ("3", "666 TFLOP/s", "693 TFLOP/s, half at 4e+09", "0.0%")
+    assert rows[2][1:] == ("3", "666 TFLOP/s", "693 TFLOP/s", "half at 4e+09", "0.0%")
+    # 1 GB in 20 us + 25 ms.
+    assert rows[4][1:] == ("3", "40 GB/s", "40 GB/s", "latency 20 us", "0.0%")
