@@ -193,4 +193,5 @@ class _Groups:
         own += self.trained_experts / (self.experts.size if split else 1)
         held = (self.trained_dense + self.trained_experts) if not settings.fsdp else own
         moved = own * (2 * gradient + 24 + 6) + held * gradient
-        return memory_s(self.cluster.gpu, moved)
+        measured = "optimizer" in self.cluster.gpu.curves
+        return memory_s(self.cluster.gpu, moved, curve="optimizer" if measured else "elementwise")

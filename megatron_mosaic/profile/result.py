@@ -109,11 +109,21 @@ def _new_cluster(fitted: Fitted) -> Cluster:
     )
     return Cluster(
         name=measured.device.name,
-        gpu=replace(gpu, curves=_curves(fitted, gpu)),
+        gpu=replace(gpu, curves=_with_stand_ins(_curves(fitted, gpu))),
         gpus_per_node=measured.ranks_per_node,
         num_nodes=measured.num_nodes,
         tiers=tuple(_new_tier(fitted, reach) for reach in ("near", "far") if reach in fitted.links),
     )
+
+
+def _with_stand_ins(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Adds what torch alone has no fast kernel for, with the curve of what is next to it."""
+    latent = {
+        f"latent_{name}": replace(curve, source=f"stands in: {name}, {curve.source}")
+        for name, curve in curves.items()
+        if name.startswith("attention.")
+    }
+    return {**curves, **latent}
 
 
 def _peaks(fitted: Fitted) -> dict[str, float]:

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_profile_of_a_cpu_is_a_cluster_of_its_ranks(measured):
     assert cluster.tiers[0].latency_s > 0
     assert set(cluster.gpu.matmul_flops_per_s) == {"fp32", "bf16"}
     for curve in cluster.gpu.curves.values():
-        assert re.match(
+        assert re.search(
             r"megatron-mosaic profile, \d{4}-\d\d-\d\d: .*, torch \d.*error", curve.source
         )
 
@@ -48,6 +49,20 @@ def test_profile_drives_a_cost_estimate(measured):
     # The fastest that the measured limit allows: all FLOPs on two ranks.
     limit_flops_per_s = cluster.gpu.matmul_flops_per_s["bf16"]
     assert estimate.step_s > estimate.flops / 2 / limit_flops_per_s
+
+
+def test_measured_optimizer_step_is_what_the_estimate_takes(measured):
+    cluster, plan = read_cluster(measured), Plan.loads(PLAN, "plan")
+    curve = cluster.gpu.curves["optimizer"]
+    slower = replace(curve, peak_share=curve.peak_share / 2)
+    slower_gpu = replace(cluster.gpu, curves={**cluster.gpu.curves, "optimizer": slower})
+
+    times_s = [
+        CostModel(load_model("llama-3-8b"), each).estimate(plan).breakdown.optimizer_s
+        for each in (cluster, replace(cluster, gpu=slower_gpu))
+    ]
+
+    assert times_s[1] == pytest.approx(2 * times_s[0])
 
 
 def test_profile_of_one_rank_keeps_the_links_of_the_base(measured, tmp_path, capsys):

@@ -123,6 +123,13 @@ def test_cluster_without_a_base_has_the_measured_limits_as_peaks():
     assert cluster.tiers[0].bandwidth_bytes_per_s == pytest.approx(360e9, rel=1e-3)
 
 
+def test_cluster_without_a_base_takes_latent_attention_for_attention():
+    curves = measured_cluster(_fitted(), None).gpu.curves
+
+    assert curves["latent_attention.forward"].peak_share == curves["attention.forward"].peak_share
+    assert curves["latent_attention.forward"].source.startswith("stands in: attention.forward, ")
+
+
 @pytest.mark.parametrize("base", ["h100", None])
 def test_written_cluster_is_read_back(base):
     cluster = measured_cluster(_fitted(), base and load_cluster(base))
