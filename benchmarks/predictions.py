@@ -43,7 +43,7 @@ def predict(case: Case, cluster: Cluster | None = None) -> StepBreakdown:
         if name != "language":
             sizes = replace(case.sizes, pp=1, chunks=1, ep=1)
             (encoder,) = model.stages(name, sizes, samples_per_task=case.micro_batch_size)
-            stages = (_joined(stages[0], encoder), *stages[1:])
+            stages = (joined(stages[0], encoder), *stages[1:])
     step = ModuleInStep(name="language", stages=stages, chunks=case.sizes.chunks)
     return step_breakdown(
         {"language": step},
@@ -53,7 +53,8 @@ def predict(case: Case, cluster: Cluster | None = None) -> StepBreakdown:
     )
 
 
-def _joined(first: StageCosts, second: StageCosts) -> StageCosts:
+def joined(first: StageCosts, second: StageCosts) -> StageCosts:
+    """A stage that does what two do, one after the other."""
     return replace(
         first,
         forward_s=first.forward_s + second.forward_s,

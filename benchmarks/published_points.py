@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,28 +10,12 @@ from typing import Literal
 from benchmarks.published_models import published_models, with_sequence
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.model.spec import ModelSpec, Precision
+from megatron_mosaic.model.spec import LanguageHead, ModelSpec, Precision
 
 POINTS = Path(__file__).resolve().parent / "data" / "published_points.csv"
-COLUMNS = [
-    "model",
-    "params",
-    "gpu",
-    "num_gpus",
-    "tp",
-    "cp",
-    "pp",
-    "vpp",
-    "dp",
-    "ep",
-    "seq_len",
-    "mbs",
-    "gbs",
-    "precision",
-    "metric",
-    "value",
-    "source",
-]
+COLUMNS = (
+    "model params gpu num_gpus tp cp pp vpp dp ep seq_len mbs gbs precision metric value source"
+).split()
 
 Source = Literal[
     "simumax", "a100-2205.05198", "bridge-dense", "bridge-moe", "bridge-lora", "vlm", "recipes",
@@ -105,7 +89,7 @@ class Case:
     def layout(self) -> tuple[object, ...]:
         """What tells configurations apart, whatever software or unit they were measured with."""
         return (
-            self.source, self.model.name, self.model.sequence_length, self.model.precision,
+            self.source, self.model.name, self.model.language.num_layers, self.model.sequence_length, self.model.precision,
             self.gpu, self.num_gpus, self.sizes, self.micro_batch_size, self.global_batch_size,
             self.settings.fsdp, self.model.language.trainable,
         )  # fmt: skip
@@ -145,7 +129,8 @@ def read_points(path: Path = POINTS) -> list[Point]:
 
 def cases_of(points: Iterable[Point]) -> tuple[list[Case], list[Skipped]]:
     """Makes a case of every row that can be estimated, and says why the others cannot."""
-    points = list(points)
+    given = list(points)
+    points = [_with_agreeing_length(point, given) for point in given]
     known = _stated_chunks([*read_points(), *points])
     cases: list[Case] = []
     skipped: list[Skipped] = []
@@ -177,6 +162,28 @@ def _rank(case: Case) -> tuple[tuple[int, ...], int]:
     return case.release, order.get(case.metric, 0)
 
 
+def _with_agreeing_length(point: Point, points: Sequence[Point]) -> Point:
+    # A sequence length that was inferred must agree with the TFLOPS of the same run: some are half.
+    if "seq_len inferred" not in point.fields["source"] or "VLM" in point.fields["model"]:
+        return point
+    same = {
+        other.fields["metric"]: float(other.fields["value"])
+        for other in points
+        if all(other.fields[key] == point.fields[key] for key in COLUMNS[:14])
+    }
+    if not {"step_time_ms", "model_tflops_per_gpu"} <= set(same):
+        return point
+    try:
+        case = _case(point, {})
+    except _SkipError:
+        return point
+    flops = same["step_time_ms"] / 1e3 * same["model_tflops_per_gpu"] * 1e12 * case.num_gpus
+    length = case.model.sequence_length
+    ratio = flops / (source_flops_per_token(case) * case.global_batch_size * length)
+    scale = next((s for s in (2, 4) if abs(ratio / s - 1) < 0.1), 1)
+    return replace(point, fields={**point.fields, "seq_len": str(length * scale)})
+
+
 def _stated_chunks(points: Iterable[Point]) -> Mapping[tuple[str, str, str], int]:
     # An empty cell is not a 1: the same model on the same GPU with as many stages says more.
     return {
@@ -188,6 +195,8 @@ def _stated_chunks(points: Iterable[Point]) -> Mapping[tuple[str, str, str], int
 
 def _chunks_key(point: Point) -> tuple[str, str, str]:
     name = re.sub(r"[^a-z0-9]", "", point.fields["model"].lower().split("(")[0])
+    if name.startswith("gpt") and "2205.05198" in point.fields["source"]:
+        name = f"gpt{point.fields['params']}"  # its models differ in size alone
     return name, point.fields["gpu"], point.fields["pp"]
 
 
@@ -304,6 +313,8 @@ def _sizes(point: Point, source: Source, num_gpus: int) -> ParallelSizes:
         raise _SkipError("the layout is not stated")
     if num_gpus % (tp * pp * cp):
         raise _SkipError(f"num_gpus={num_gpus} is not a multiple of tp*cp*pp={tp * pp * cp}")
+    if not point.fields["ep"].strip() and source in ("automodel", "bridge-moe", "recipes"):
+        raise _SkipError("ep of a mixture of experts is not stated")
     ep = point.whole("ep", 1) or 1
     dp = num_gpus // (tp * pp * cp)
     if (tp * cp * dp) % ep:
@@ -333,16 +344,41 @@ def _settings(
         return TrainingSettings(
             distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
             flash_attention=False, dropout=True, cross_entropy_fusion=False,
+            # Software of 2022: interleaved stages waited for messages, which tensor ranks shared.
+            overlap_p2p=False, split_hops=True,
         )  # fmt: skip
+    graph = _cuda_graph(point, model)
     fsdp = "FSDP=" in text or "FSDP2=" in text or (
         # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
-        model.name == "Llama-3-70B" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
+        model.name == "llama-3-70b" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
     )  # fmt: skip
     return TrainingSettings(
         # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
         gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
-        moe_dispatcher="flex", cuda_graph=_cuda_graph(point, model),
+        moe_dispatcher="flex", cuda_graph=graph, moe_overlap=_moe_overlap(point, model, graph),
+        fp8_attention=_fp8_attention(point, model, graph),
+        fp8_output=graph == "full" and model.name.startswith(("deepseek", "gpt-oss")),
     )  # fmt: skip
+
+
+def _fp8_attention(point: Point, model: ModelSpec, graph: str) -> bool:
+    # The same recipes: with whole-iteration graphs but for DeepSeek on GB200, and hybrid models.
+    nvl72 = point.fields["gpu"] in ("GB200", "GB300")
+    if model.name.startswith("nemotron"):
+        return model.precision == "mxfp8" and nvl72
+    on_gb200 = model.name.startswith("deepseek") and point.fields["gpu"] == "GB200"
+    return graph == "full" and not on_gb200
+
+
+def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:
+    # The same recipes: with whole-iteration graphs, and without them where tokens leave a node.
+    text = point.fields["source"].lower()
+    if "automodel" in text:
+        return False
+    if "moe_recipes" in text:
+        return "ep overlap" in text
+    far = model.name in ("deepseek-v3", "qwen3-235b-a22b", "kimi-k2")
+    return graph == "full" or (far and point.fields["gpu"] in ("H100", "B200"))
 
 
 def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "full"]:
@@ -350,8 +386,8 @@ def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "f
     # DeepSeek, on B300, since release 26.06 but not for hybrid models; attention, router and
     # preprocessing on NVL72 otherwise and for Qwen3-30B on H100 in fp8.
     gpu, release = point.fields["gpu"], _release(point.fields["source"])
-    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("DeepSeek")
-    hybrid = model.name.startswith("Nemotron")
+    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("deepseek")
+    hybrid = model.name.startswith("nemotron")
     text = point.fields["source"].lower()
     if "automodel" in text:
         return "none"
@@ -360,7 +396,7 @@ def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "f
         return "full" if "full cg" in text else "partial" if "cg" in text else "none"
     if model.precision == "mxfp8" and recent and not hybrid and (nvl72 or deepseek):
         return "full"
-    if nvl72 or (model.name.startswith("Qwen3-30B") and gpu == "H100" and recent):
+    if nvl72 or (model.name.startswith("qwen3-30b") and gpu == "H100" and recent):
         return "partial"
     return "none"
 
@@ -396,7 +432,7 @@ def source_flops_per_token(case: Case) -> float:
         num_floating_point_operations in Megatron-LM's training.py and Megatron-Bridge's
         flop_utils.py (067f987); NeMo's flops_formulas.py before it knew causal attention.
     """
-    from megatron_mosaic.cost.operations import model_flops_per_token
+    from megatron_mosaic.cost.model_flops import model_flops_per_token
 
     language = case.model.language
     return model_flops_per_token(language, full_attention=case.source == "nemo-cp")

@@ -107,16 +107,17 @@ def _read_gpu(field: str, value: object) -> Gpu:
         "num_sms": positive,
         "curves": _curves,
         "host_operation_s": number,
-        "host_wait_s": _waits,
+        "host_expert_s": _waits,
+        "overlap_cost": number,
         _SOURCES: _texts,
     }
-    required = tuple(key for key in known if not key.startswith("host_"))
+    required = tuple(key for key in known if not key.startswith(("host_", "overlap_")))
     keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=required)
     return Gpu(**keys)
 
 
 def _waits(field: str, value: object) -> Mapping[str, float]:
-    known: Mapping[str, Parse] = {"none": number, "partial": number}
+    known: Mapping[str, Parse] = {"bf16": number, "fp8": number}
     return read_keys(f"{field}: ", mapping(field, value), known=known, required=())
 
 
@@ -219,7 +220,8 @@ def _written_gpu(gpu: Gpu) -> dict[str, Any]:
         "num_sms": gpu.num_sms,
         "curves": {name: _written_curve(curve) for name, curve in gpu.curves.items()},
         **({"host_operation_s": gpu.host_operation_s} if gpu.host_operation_s else {}),
-        **({"host_wait_s": dict(gpu.host_wait_s)} if gpu.host_wait_s else {}),
+        **({"host_expert_s": dict(gpu.host_expert_s)} if gpu.host_expert_s else {}),
+        **({"overlap_cost": gpu.overlap_cost} if gpu.overlap_cost else {}),
         _SOURCES: dict(gpu.sources),
     }
 

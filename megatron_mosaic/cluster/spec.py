@@ -53,9 +53,10 @@ class Gpu:
             ``elementwise``.
         host_operation_s: Time in which the host launches one multiplication or attention and what
             goes with it, in each pass, where no CUDA graph does.
-        host_wait_s: Time that a layer of experts waits for the host in each pass, by how much of
-            it is a CUDA graph (``none``, ``partial``): kernels are launched one by one, and
-            sizes are copied to the host. ``full`` waits for nothing.
+        host_expert_s: Time that a layer waits in each pass for the host to launch the kernels
+            of one expert once it knows the sizes, by precision (``bf16``, ``fp8``).
+        overlap_cost: Time that computation loses for each second of communication it hides: both
+            share multiprocessors and memory.
         sources: Where the other numbers are from, by field; ``all`` is every one.
     """
 
@@ -66,7 +67,8 @@ class Gpu:
     num_sms: int
     curves: Mapping[str, Curve]
     host_operation_s: float = 0.0
-    host_wait_s: Mapping[str, float] = field(default_factory=dict)
+    host_expert_s: Mapping[str, float] = field(default_factory=dict)
+    overlap_cost: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak_flops_per_s(self, precision: Precision) -> float:

@@ -1,10 +1,8 @@
 """What layers keep from the forward to the backward pass, tensor by tensor."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
 
-from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.cost.kept import Kept, TaskOnRank, input_of, mask_bytes, norm_keeps
 from megatron_mosaic.layout.placement import Recompute
 from megatron_mosaic.model.layers import (
     Experts,
@@ -16,136 +14,8 @@ from megatron_mosaic.model.layers import (
     SelfAttention,
     StateSpace,
 )
-from megatron_mosaic.model.spec import ModuleSpec, Patches, Precision, TokenEmbedding
 
-Kernels = Literal["flash", "unfused", "local"]
-"""Who computes: Transformer Engine with flash attention, Megatron's own fused softmax on a GPU
-(which keeps the scores), or Megatron's local layers in plain torch, as on a CPU."""
-
-# Bytes of a number that a matrix multiplication keeps of its input for the weights' gradient.
-# Block scales included: one byte per 32 numbers (MXFP8), one per 16 (NVFP4). Source: OCP
-# Microscaling Formats v1.0, section 5.2; NVIDIA Transformer Engine, "Using FP8 and FP4".
-KEPT_INPUT_BYTES: dict[Precision, float] = {
-    "fp32": 4,
-    "fp16": 2,
-    "bf16": 2,
-    "fp8": 1,
-    "mxfp8": 1 + 1 / 32,
-    "nvfp4": 1 / 2 + 1 / 16,
-}
-
-
-class Kept(NamedTuple):
-    """A tensor that stays until the backward pass.
-
-    Args:
-        name: What it is.
-        bytes: On one rank, for one task.
-        weights_only: Whether nothing but the gradient of weights needs it.
-    """
-
-    name: str
-    bytes: float
-    weights_only: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskOnRank:
-    """One task of a module on one of its ranks, as far as what it keeps depends on it.
-
-    Args:
-        tokens: Tokens that the rank shares with its tensor-parallel peers alone.
-        pairs: Query and key positions of one head, whether the mask hides them or not.
-        longest: Tokens of the longest item.
-        hidden_size: Size of a token.
-        norm: What layers normalise with.
-        causal: Whether a mask of positions exists.
-        rotary: Whether queries and keys are rotated.
-        sizes: How the module is split.
-        precision: Of matrix multiplications.
-        kernels: Who computes.
-        dropout: Whether layers and scores drop out.
-    """
-
-    tokens: float
-    pairs: float
-    longest: float
-    hidden_size: int
-    norm: Literal["rms", "layer"] = "rms"
-    causal: bool = True
-    rotary: bool = True
-    sizes: ParallelSizes
-    precision: Precision = "bf16"
-    kernels: Kernels = "flash"
-    dropout: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        module: ModuleSpec,
-        *,
-        sizes: ParallelSizes,
-        samples: float,
-        precision: Precision = "bf16",
-        kernels: Kernels = "flash",
-        dropout: bool = False,
-    ) -> "TaskOnRank":
-        """Returns the task of a module on a number of samples.
-
-        Args:
-            module: The module.
-            sizes: How it is split.
-            samples: Samples of the task on one replica.
-            precision: Of matrix multiplications.
-            kernels: Who computes.
-            dropout: Whether layers and scores drop out.
-        """
-        source = module.input
-        learned = source.num_positions if isinstance(source, TokenEmbedding | Patches) else 0
-        items = samples * module.items_per_sample.mean
-        return cls(
-            tokens=items * module.tokens_per_item.mean / sizes.cp,
-            pairs=items * module.tokens_per_item.mean_square / sizes.cp,
-            longest=module.tokens_per_item.largest,
-            hidden_size=module.hidden_size,
-            norm=module.norm,
-            causal=module.causal,
-            rotary=not learned,
-            sizes=sizes,
-            precision=precision,
-            kernels=kernels,
-            dropout=dropout,
-        )
-
-    @property
-    def number_bytes(self) -> int:
-        """Bytes of a number between operations."""
-        return 4 if self.precision == "fp32" else 2
-
-    @property
-    def input_bytes(self) -> float:
-        """Bytes of a number that a multiplication keeps; CPUs have no narrow formats."""
-        return self.number_bytes if self.kernels == "local" else KEPT_INPUT_BYTES[self.precision]
-
-    @property
-    def outer_tokens(self) -> float:
-        """Tokens outside the tensor-parallel regions."""
-        return self.tokens / (self.sizes.tp if self.sizes.sequence_parallel else 1)
-
-
-def total_bytes(
-    kept: Iterable[Kept], *, trains: bool = True, gradient_passes: bool = True
-) -> float:
-    """Adds up what a part keeps.
-
-    Args:
-        kept: Its tensors.
-        trains: Whether weights of the part train.
-        gradient_passes: Whether something trains upstream of it.
-    """
-    if not trains and not gradient_passes:
-        return 0.0
-    return sum(tensor.bytes for tensor in kept if trains or not tensor.weights_only)
+_DELTA_CHUNK = 64  # tokens that flash-linear-attention's gated delta rule treats at once
 
 
 def layer_keeps(
@@ -180,33 +50,10 @@ def layer_keeps(
     return tuple(parts)
 
 
-def norm_keeps(task: TaskOnRank, *, width: float, tokens: float) -> Iterator[Kept]:
-    """Yields what a norm over ``width`` numbers keeps."""
-    if task.kernels == "local" and task.norm == "rms":
-        # Torch computes it from parts, in fp32: the input, and the quotient for the weight.
-        yield Kept("input of a norm", 4 * tokens * width)
-        yield Kept("statistics of a norm", 4 * tokens)
-        yield Kept("normalised input", 4 * tokens * width, weights_only=True)
-        return
-    yield Kept("input of a norm", task.number_bytes * tokens * width)
-    statistics = 1 if task.norm == "rms" else 2
-    size = task.number_bytes if task.kernels == "local" else 4
-    yield Kept("statistics of a norm", statistics * size * tokens)
-
-
 def _dropout_keeps(task: TaskOnRank) -> Iterator[Kept]:
     if task.dropout:
-        size = _mask_bytes(task) * task.outer_tokens * task.hidden_size
+        size = mask_bytes(task) * task.outer_tokens * task.hidden_size
         yield Kept("mask of dropout", size)
-
-
-def _mask_bytes(task: TaskOnRank) -> int:
-    # On a CPU torch multiplies with noise; its CUDA kernel keeps a bool.
-    return task.number_bytes if task.kernels == "local" else 1
-
-
-def _input_of(name: str, task: TaskOnRank, *, tokens: float, width: float) -> Kept:
-    return Kept(f"input of {name}", task.input_bytes * tokens * width, weights_only=True)
 
 
 def _mixer_keeps(mixer: Mixer, task: TaskOnRank, *, selective: bool) -> Iterator[Kept]:
@@ -227,7 +74,7 @@ def _attention_keeps(mixer: SelfAttention, task: TaskOnRank, *, selective: bool)
     # With fewer groups than ranks, ranks share a group and each has all of it.
     keys = max(mixer.num_query_groups / tp, 1) * mixer.head_dim
     row_bytes = task.number_bytes * task.tokens
-    yield _input_of("the joint projection", task, tokens=task.outer_tokens, width=task.hidden_size)
+    yield input_of("the joint projection", task, tokens=task.outer_tokens, width=task.hidden_size)
     if mixer.qk_norm:
         for width in (queries, keys):
             heads = width / mixer.head_dim
@@ -273,24 +120,31 @@ def _core_attention_keeps(
     output = task.number_bytes * task.tokens * width
     if task.kernels == "flash":
         yield Kept("output of attention", output, weights_only=selective)
+        if task.swaps_heads:
+            yield Kept("output of attention before the swap", output)
         if task.precision in ("fp8", "mxfp8", "nvfp4"):
-            yield _input_of("the output projection", task, tokens=task.tokens, width=width)
+            yield input_of("the output projection", task, tokens=task.tokens, width=width)
         if not selective:
             yield Kept("sums of exponentials", 4 * task.tokens * heads)
         return
     yield Kept("output of attention", output, weights_only=True)
-    if selective:
-        return
-    scores = task.pairs * heads
-    if task.kernels == "local" and (task.causal or window is not None):
+    if not selective:
+        masked = task.causal or window is not None
+        yield from _scores_keep(task, scores=task.pairs * heads, masked=masked)
+
+
+def _scores_keep(task: TaskOnRank, *, scores: float, masked: bool) -> Iterator[Kept]:
+    """Yields what attention keeps that writes its scores to memory."""
+    local = task.kernels == "local"
+    if local and masked:
         yield Kept("mask of positions", task.longest**2)
-    if task.kernels == "local" and task.number_bytes == 2:
+    if local and task.number_bytes == 2:
         yield Kept("softmax in fp32", 4 * scores)
-    elif task.kernels == "unfused" or task.dropout:
+    elif not local or task.dropout:
         yield Kept("softmax", task.number_bytes * scores)
     if task.dropout:
-        yield Kept("mask of the scores' dropout", _mask_bytes(task) * scores)
-    if task.kernels == "local" or task.dropout:
+        yield Kept("mask of the scores' dropout", mask_bytes(task) * scores)
+    if local or task.dropout:
         yield Kept("probabilities", task.number_bytes * scores)
 
 
@@ -299,12 +153,12 @@ def _latent_attention_keeps(
 ) -> Iterator[Kept]:
     heads = mixer.num_heads / task.sizes.tp
     size, rank, outer = task.number_bytes, mixer.key_value_rank, task.outer_tokens
-    yield _input_of("the maps into latents", task, tokens=outer, width=task.hidden_size)
+    yield input_of("the maps into latents", task, tokens=outer, width=task.hidden_size)
     if mixer.query_rank is not None:
         yield from norm_keeps(task, width=mixer.query_rank, tokens=outer)
-        yield _input_of("the queries' map", task, tokens=outer, width=mixer.query_rank)
+        yield input_of("the queries' map", task, tokens=outer, width=mixer.query_rank)
     yield from norm_keeps(task, width=rank, tokens=outer)
-    yield _input_of("the keys' and values' map", task, tokens=outer, width=rank)
+    yield input_of("the keys' and values' map", task, tokens=outer, width=rank)
     query_width = heads * (mixer.head_dim + mixer.rotary_head_dim)
     value_width = heads * mixer.value_head_dim
     operands = 2 * query_width + value_width
@@ -313,16 +167,27 @@ def _latent_attention_keeps(
 
 
 def _linear_attention_keeps(mixer: LinearAttention, task: TaskOnRank) -> Iterator[Kept]:
-    keys = mixer.num_key_heads * mixer.key_head_dim / task.sizes.tp
-    values = mixer.num_value_heads * mixer.value_head_dim / task.sizes.tp
-    heads = mixer.num_value_heads / task.sizes.tp
+    """Yields what the gated delta rule keeps.
+
+    Source:
+        Megatron-Core 0.19, ssm/gated_delta_net, and what its kernels of flash-linear-attention
+        save; not measured here, where they do not run.
+    """
+    tp = task.sizes.tp
+    keys = mixer.num_key_heads * mixer.key_head_dim / tp
+    values = mixer.num_value_heads * mixer.value_head_dim / tp
+    heads = mixer.num_value_heads / tp
     row_bytes = task.number_bytes * task.tokens
-    yield _input_of("the joint projection", task, tokens=task.outer_tokens, width=task.hidden_size)
+    yield input_of("the joint projection", task, tokens=task.outer_tokens, width=task.hidden_size)
     yield Kept("joint projection", row_bytes * (2 * keys + 2 * values + 2 * heads))
-    yield Kept("queries, keys and values", row_bytes * (2 * keys + values))
-    yield Kept("decays", 4 * task.tokens * heads)
-    yield Kept("output of attention", row_bytes * values)
-    yield _input_of("the output projection", task, tokens=task.tokens, width=values)
+    yield Kept("normed queries and keys", row_bytes * 2 * keys)
+    if mixer.num_value_heads > mixer.num_key_heads:
+        yield Kept("repeated queries and keys", row_bytes * 2 * heads * mixer.key_head_dim)
+    yield Kept("values and gate", row_bytes * 2 * values)
+    yield Kept("decays and strengths", (4 + task.number_bytes) * task.tokens * heads)
+    yield Kept("pairs inside chunks", row_bytes * heads * _DELTA_CHUNK)
+    yield Kept("output of attention, and normed", row_bytes * 2 * values)
+    yield input_of("the output projection", task, tokens=task.tokens, width=values)
 
 
 def _state_space_keeps(mixer: StateSpace, task: TaskOnRank) -> Iterator[Kept]:
@@ -330,29 +195,25 @@ def _state_space_keeps(mixer: StateSpace, task: TaskOnRank) -> Iterator[Kept]:
     inner = mixer.num_heads * mixer.head_dim / tp
     maps = 2 * mixer.num_groups * mixer.state_size / tp
     row_bytes = task.number_bytes * task.tokens
-    yield _input_of("the joint projection", task, tokens=task.outer_tokens, width=task.hidden_size)
+    yield input_of("the joint projection", task, tokens=task.outer_tokens, width=task.hidden_size)
     yield Kept("joint projection", row_bytes * (2 * inner + maps + mixer.num_heads / tp))
     yield Kept("output of the scan", row_bytes * inner)
-    yield _input_of("the output projection", task, tokens=task.tokens, width=inner)
+    yield input_of("the output projection", task, tokens=task.tokens, width=inner)
 
 
 def _mlp_keeps(mlp: Mlp, task: TaskOnRank) -> Iterator[Kept]:
-    yield _input_of("the MLP", task, tokens=task.outer_tokens, width=task.hidden_size)
+    yield input_of("the MLP", task, tokens=task.outer_tokens, width=task.hidden_size)
     yield from _inner_mlp_keeps(mlp, task, tokens=task.tokens, tp=task.sizes.tp)
 
 
 def _inner_mlp_keeps(mlp: Mlp, task: TaskOnRank, *, tokens: float, tp: int) -> Iterator[Kept]:
     made = mlp.ffn_hidden_size * (2 if mlp.gated else 1) / tp
     yield Kept("input of the activation function", task.number_bytes * tokens * made)
-    yield _input_of("the second map", task, tokens=tokens, width=mlp.ffn_hidden_size / tp)
+    yield input_of("the second map", task, tokens=tokens, width=mlp.ffn_hidden_size / tp)
 
 
 def _experts_keep(mlp: Experts, task: TaskOnRank) -> Iterator[Kept]:
-    """Yields what experts keep if every expert gets as many tokens.
-
-    Tokens that the ranks of an expert's group send each other balance out, so a rank's experts
-    work on as many tokens as the rank has, times the experts of each.
-    """
+    """Yields what experts keep if every expert gets as many tokens."""
     outer, hidden = task.outer_tokens, task.hidden_size
     yield Kept("input of the router", task.number_bytes * outer * hidden, weights_only=True)
     yield from _routing_keeps(mlp, task)
@@ -360,11 +221,8 @@ def _experts_keep(mlp: Experts, task: TaskOnRank) -> Iterator[Kept]:
         shared = Mlp(ffn_hidden_size=mlp.shared_ffn_hidden_size, gated=mlp.gated)
         yield from _inner_mlp_keeps(shared, task, tokens=task.tokens, tp=task.sizes.tp)
     size = mlp.latent_size or hidden
-    # Ranks that split an expert gather each other's tokens.
-    sent = task.tokens / task.sizes.tp * task.sizes.etp * mlp.experts_per_token
-    if not task.sizes.sequence_parallel:
-        sent = task.tokens * mlp.experts_per_token
-    yield _input_of("the experts", task, tokens=sent, width=size)
+    sent = task.sent_tokens(mlp)
+    yield input_of("the experts", task, tokens=sent, width=size)
     expert = Mlp(ffn_hidden_size=mlp.ffn_hidden_size, gated=mlp.gated)
     yield Kept("weights of the sent tokens", task.number_bytes * sent)
     yield from _inner_mlp_keeps(expert, task, tokens=sent, tp=task.sizes.etp)

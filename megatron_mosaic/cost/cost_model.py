@@ -1,6 +1,7 @@
 """The cost model of one model on one cluster: what plans cost, with the costs of modules kept."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, send_s
@@ -11,8 +12,15 @@ from megatron_mosaic.cost.costs import (
     StageCosts,
     StepEstimate,
 )
+from megatron_mosaic.cost.memory import ModuleParts, module_parts, stages_memory, with_memory
+from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.parts import module_costs
-from megatron_mosaic.cost.operations import model_flops_per_token
+from megatron_mosaic.cost.plan_memory import (
+    live_in_step,
+    memory_terms,
+    ranks_memory,
+    samples_per_task,
+)
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.stages import stage_costs, stage_works
 from megatron_mosaic.cost.step import step_breakdown
@@ -42,14 +50,24 @@ class CostModel:
         """Costs of a module's parts under some sizes, for a task of some samples."""
         key = (name, sizes, samples_per_task)
         if (known := self._modules.get(key)) is None:
-            known = self._modules[key] = module_costs(
-                self.model.modules[name],
+            module, precision = self.model.modules[name], self.model.precision
+            costs = module_costs(
+                module,
                 sizes=sizes,
                 samples=samples_per_task,
                 cluster=self.cluster,
                 settings=self.settings,
-                precision=self.model.precision,
+                precision=precision,
             )
+            held = module_parts(
+                module,
+                sizes=sizes,
+                settings=self.settings,
+                samples=samples_per_task,
+                precision=precision,
+                gradient_arrives=self.trains_before(name),
+            )
+            known = self._modules[key] = with_memory(costs, held)
         return known
 
     def stages(
@@ -68,11 +86,23 @@ class CostModel:
             works = stage_works(
                 module, layers_per_stage=split, upstream=self.trains_before(name)
             )
+            held = stages_memory(
+                ModuleParts(module.input, module.layers, module.output),
+                sizes=sizes,
+                settings=self.settings,
+                precision=self.model.precision,
+                layers_per_stage=split,
+            )
             known = self._stages[key] = tuple(
                 stage_costs(
-                    work, module=module, cluster=self.cluster, settings=self.settings
+                    work,
+                    module=module,
+                    cluster=self.cluster,
+                    settings=self.settings,
+                    precision=self.model.precision,
+                    memory=memory,
                 )
-                for work in works
+                for work, memory in zip(works, held, strict=True)
             )
         return known
 
@@ -89,7 +119,7 @@ class CostModel:
         sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
         ranks = {name: placement.ranks for name, placement in plan.modules.items()}
         language_ranks = set(ranks["language"])
-        return self.estimate_sizes(
+        estimate = self.estimate_sizes(
             sizes,
             micro_batch_size=plan.micro_batch_size,
             global_batch_size=plan.global_batch_size,
@@ -102,6 +132,19 @@ class CostModel:
             },
             shared={name: bool(language_ranks & set(mine)) for name, mine in ranks.items()},
         )
+        held = {
+            name: [
+                stage.memory
+                for stage in self.stages(
+                    name,
+                    sizes[name],
+                    samples_per_task=samples_per_task(plan, name),
+                    layers_per_stage=plan.modules[name].layers_per_stage,
+                )
+            ]
+            for name in plan.modules
+        }
+        return replace(estimate, memory=ranks_memory(plan, held))
 
     def estimate_sizes(
         self,
@@ -124,6 +167,9 @@ class CostModel:
             num_gpus: GPUs of the run, idle ones too.
             layers_per_stage: Where a split is not even.
             shared: Whether a module's ranks also host the language model; no if absent.
+
+        Note:
+            Memory is that of each stage alone: what shares a rank is known to plans only.
         """
         num_microbatches = global_batch_size // (micro_batch_size * sizes["language"].dp)
         group = schedule.encoder_group or num_microbatches
@@ -157,7 +203,17 @@ class CostModel:
             encoder_group=schedule.encoder_group,
         )
         memory = {
-            (HostedStage(name, stage),): {"weights": costs.memory.weights}
+            (HostedStage(name, stage),): memory_terms(
+                costs.memory,
+                live_tasks=live_in_step(
+                    name,
+                    stage,
+                    sizes=sizes,
+                    schedule=schedule,
+                    num_microbatches=num_microbatches,
+                    shared=module.shared,
+                ),
+            )
             for name, module in modules.items()
             for stage, costs in enumerate(module.stages)
         }

@@ -26,6 +26,10 @@ class PartCosts:
         trainable: Share of the weights that train; 0 is a frozen part.
         activation_bytes: Held from the forward to the backward pass.
         working_bytes: Held for a moment only, by the pass that is under way.
+        closing_bytes: Held for a moment at the end of its backward pass, when nothing else of the
+            task is held any more.
+        weight_shapes: Rows and columns of the weights for which a placeholder of a gradient
+            stays in memory, one for each shape.
     """
 
     forward_s: float = 0.0
@@ -40,6 +44,8 @@ class PartCosts:
     trainable: float = 1.0
     activation_bytes: float = 0.0
     working_bytes: float = 0.0
+    closing_bytes: float = 0.0
+    weight_shapes: frozenset[tuple[int, int]] = frozenset()
 
 
 class PartRun(NamedTuple):
@@ -118,6 +124,7 @@ class StageMemory:
         optimizer: The optimizer's state.
         activations_per_task: Held from the forward to the backward pass of one task.
         working: Held for a moment, such as logits.
+        buffers: Held all the time by libraries.
     """
 
     weights: float = 0.0
@@ -125,10 +132,12 @@ class StageMemory:
     optimizer: float = 0.0
     activations_per_task: float = 0.0
     working: float = 0.0
+    buffers: float = 0.0
 
     def total(self, *, live_tasks: float) -> float:
         """Peak with a number of tasks between their passes."""
         fixed = self.weights + self.gradients + self.optimizer + self.working
+        fixed += self.buffers
         return fixed + live_tasks * self.activations_per_task
 
 
@@ -141,7 +150,10 @@ class ModuleInStep:
         stages: Its pipeline stages.
         chunks: Virtual stages of each rank.
         shared: Whether ranks that host it also host the language model.
-        entry_s: Time of the boundary transfer that brings its input; 0 if it has none.
+        entry_s: Time of the boundary transfer that brings its input to its task; 0 if it has
+            none, or if ``hop_s`` of the last stage before says it.
+        task_microbatches: Microbatches of one of its tasks; None is the step's encoder group on
+            shared ranks, and 1 on its own.
     """
 
     name: str
@@ -149,6 +161,7 @@ class ModuleInStep:
     chunks: int = 1
     shared: bool = False
     entry_s: float = 0.0
+    task_microbatches: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,14 +26,14 @@ from megatron_mosaic.model.spec import (
 # Bytes that a value of 2 bytes costs when it is quantised for a multiplication: read to find its
 # scale where that is one for the whole tensor, read, written, and written transposed.
 # Source: recipes of TransformerEngine 2: current scaling, MXFP8 and NVFP4 (values of half a byte).
-_CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0.5}
+CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0.5}
 
 # FLOPs of a flash attention's backward pass over its forward's: five multiplications for two.
 # Source: Dao, arXiv 2307.08691, section 3.1.
 FLASH_BACKWARD = 2.5
 
 # Tokens that a scan of Mamba-2 or of a gated delta rule handles at once.
-# Source: chunk sizes of Megatron-LM core_v0.19.0, MambaMixer (128) and the delta rule's kernel (64).
+# Source: chunk sizes in Megatron-LM core_v0.19.0: MambaMixer's, and the delta rule's kernel's.
 _MAMBA_CHUNK = 128
 _DELTA_CHUNK = 64
 
@@ -147,7 +147,7 @@ class Workplace:
             weights=weights,
             smallest=min(rows / max(experts, 1), size_in, size_out),
         )
-        if cast := _CAST_BYTES.get(precision):
+        if cast := CAST_BYTES.get(precision):
             yield pointwise(rows * size_in * cast, rows * size_out * cast)
 
 
@@ -217,6 +217,10 @@ def _self_attention(mixer: SelfAttention, place: Workplace) -> Iterator[Operatio
         value_dim=mixer.head_dim,
         bytes_per_token=2 * (2 * queries + 2 * keys),
     )
+    if place.sizes.cp > 1 and place.settings.cp_comm == "p2p":
+        # Each step of the ring but the first rescales what came out so far, in fp32, and adds.
+        steps = place.sizes.cp - 1
+        yield pointwise(10 * steps * tokens * queries, 10 * steps * tokens * (queries + 2 * keys))
     if gate:
         yield pointwise(6 * tokens * gate, 10 * tokens * gate)
     yield from place.matmul(queries, hidden)
@@ -237,10 +241,12 @@ def _attention(
         moved = place.task.tokens * bytes_per_token
         yield Operation(
             curve,
+            precision="fp8" if place.settings.fp8_attention else "bf16",
             flops=flops,
             backward_flops=FLASH_BACKWARD * flops,
             forward_bytes=moved,
             backward_bytes=2 * moved,
+            smallest=min(key_dim, value_dim),
             core=True,
         )
         return
@@ -367,6 +373,11 @@ def _experts(mlp: Experts, place: Workplace) -> Iterator[Operation]:
     yield from place.matmul(size, ffn * (2 if mlp.gated else 1), rows=rows, experts=local)
     yield _activation(rows, ffn, gated=mlp.gated)
     yield from place.matmul(ffn, size, rows=rows, experts=local)
+    if mlp.bias:
+        # Whole-iteration graphs come with kernels that add it. TEGroupedMLP._apply_bias multiplies
+        # it with probabilities in fp32, adds, joins the experts' parts, and goes back to 2 bytes.
+        fused = place.settings.cuda_graph == "full"
+        yield pointwise((4 if fused else 28) * rows * size, (2 if fused else 24) * rows * size)
     if mlp.shared_ffn_hidden_size:
         shared = Mlp(ffn_hidden_size=mlp.shared_ffn_hidden_size, gated=mlp.gated)
         yield from _mlp(shared, place)
@@ -405,8 +416,9 @@ def _head(head: LanguageHead, module: ModuleSpec, place: Workplace) -> Iterator[
     # fp32, with maximum, exponential and sum, each a pass of its own.
     loss = (4, 4) if place.settings.cross_entropy_fusion else (26, 10)
     for _ in range(1 + head.mtp_layers):
-        # Megatron's fp8 recipes leave the logits in bf16.
-        yield from place.matmul(place.hidden_size, vocab, precision="bf16")
+        # Megatron leaves the logits in bf16 unless told otherwise.
+        precision = place.precision if place.settings.fp8_output else "bf16"
+        yield from place.matmul(place.hidden_size, vocab, precision=precision)
         yield pointwise(loss[0] * values, loss[1] * values)
     if head.mtp_layers:
         *_, last = module.each_layer()
@@ -424,37 +436,3 @@ def _projector(projector: Projector, place: Workplace) -> Iterator[Operation]:
         split = (before, after / tp) if index % 2 == 0 else (before / tp, after)
         yield from place.matmul(*split, rows=rows)
         yield pointwise(4 * rows * after / tp, 6 * rows * after / tp)
-
-
-def module_flops_per_token(module: ModuleSpec, *, pairs_per_token: float | None = None) -> float:
-    """FLOPs of a forward pass by token of the module, with no regard to how it is split.
-
-    Args:
-        module: The module.
-        pairs_per_token: Pairs that attention computes by token; the mask's own if absent.
-    """
-    tokens = module.tokens_per_sample
-    pairs = module.pairs_per_sample if pairs_per_token is None else pairs_per_token * tokens
-    place = Workplace(
-        hidden_size=module.hidden_size,
-        task=TaskTokens(tokens=tokens, pairs=pairs, all_pairs=pairs),
-        sizes=ParallelSizes(),
-        settings=TrainingSettings(),
-        precision="bf16",
-    )
-    total = sum(it.flops for it in input_operations(module, place))
-    total += sum(it.flops for it in output_operations(module, place))
-    for count, layer in module.layers:
-        total += count * sum(it.flops for it in layer_operations(layer, place))
-    return total / tokens
-
-
-def model_flops_per_token(module: ModuleSpec, *, full_attention: bool = False) -> float:
-    """FLOPs of a training step by token, as throughputs are published: three forward passes.
-
-    Attention's backward pass counts twice its forward, though flash attention computes more, and
-    a causal mask halves it.
-    """
-    length = module.tokens_per_item.mean_square / module.tokens_per_item.mean
-    pairs = length if full_attention or not module.causal else length / 2
-    return 3 * module_flops_per_token(module, pairs_per_token=pairs)

@@ -32,6 +32,13 @@ from megatron_mosaic.model.parameters import (
 )
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precision
 
+# Kernels of an operation, in launches of a multiplication with all around it. Chunked scans are
+# a chain of kernels: sums in chunks, products of keys, a triangular inverse, states, outputs.
+_LAUNCHES = {"elementwise": 0, "recurrence": 4}
+
+# What launching a cast costs of what launching a multiplication with all around it does.
+_CAST_LAUNCH = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Exposed:
@@ -42,6 +49,18 @@ class Exposed:
 
     def __add__(self, other: "Exposed") -> "Exposed":
         return Exposed(self.forward_s + other.forward_s, self.backward_s + other.backward_s)
+
+
+def waited_s(communication_s: float, *, behind_s: float, cost: float) -> float:
+    """What communication costs that runs beside a computation.
+
+    Args:
+        communication_s: Its time.
+        behind_s: Time of the computation.
+        cost: Time that the computation loses for each second of it.
+    """
+    hidden = min(communication_s, behind_s)
+    return communication_s - hidden + cost * hidden
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +138,8 @@ def module_costs(
             known[layer] = layer_costs(layer, site, module)
         runs.append(PartRun(count, known[layer]))
     hop_bytes = 2 * site.place.own_tokens * module.hidden_size
+    if settings.split_hops and not sizes.sequence_parallel:
+        hop_bytes /= sizes.tp
     stage = Group.of(cluster, size=2, stride=sizes.tp * sizes.cp * sizes.dp)
     return ModuleCosts(
         name=module.name,
@@ -168,7 +189,11 @@ def _launched(
     # A GPU that is faster than its host waits for it; backward launches two passes' gradients.
     if site.place.settings.cuda_graph != "none":
         return times
-    host_s = site.cluster.gpu.host_operation_s * sum(it.curve != "elementwise" for it in operations)
+    launches = sum(_LAUNCHES.get(it.curve, 1) for it in operations)
+    if site.place.precision in ("fp8", "mxfp8", "nvfp4"):
+        # Inputs and gradients are quantised by kernels of their own.
+        launches += _CAST_LAUNCH * sum(it.weights > 0 for it in operations)
+    host_s = site.cluster.gpu.host_operation_s * launches
     forward_s = max(times.forward_s, host_s - exposed.forward_s)
     backward = times.input_gradient_s + times.weight_gradient_s + exposed.backward_s
     behind = max(0.0, 1.5 * host_s - backward)
@@ -293,21 +318,22 @@ def tensor_exposed(site: Site, times: PassTimes, *, pairs: float = 1) -> Exposed
         pairs: Pairs of a collective before and one after.
 
     Source:
-        Korthikanti et al., arXiv 2205.05198, section 4.2.2; megatron/core/tensor_parallel/layers.py.
+        Korthikanti et al., arXiv 2205.05198, section 4.2.2; Megatron-LM's tensor_parallel/layers.py.
     """
     sizes, settings = site.place.sizes, site.place.settings
+    cost = site.cluster.gpu.overlap_cost
     if sizes.tp == 1:
         return Exposed()
     total = 2 * site.place.task.tokens * site.place.hidden_size
     if not sizes.sequence_parallel:
         summed = pairs * all_reduce_s(site.tensor, total_bytes=total)
-        return Exposed(summed, max(0.0, summed - times.weight_gradient_s))
+        behind = waited_s(summed, behind_s=times.weight_gradient_s, cost=cost)
+        return Exposed(summed, behind)
     gathered = pairs * all_gather_s(site.tensor, total_bytes=total)
     # User buffers send a part while the next one is multiplied: only the first is waited for.
-    once = gathered / sizes.tp if settings.tp_comm_overlap else gathered
-    behind = max(0.0, gathered - times.input_gradient_s) + max(
-        0.0, gathered - times.weight_gradient_s
-    )
+    once = gathered * (1 / sizes.tp + cost) if settings.tp_comm_overlap else gathered
+    behind = waited_s(gathered, behind_s=times.input_gradient_s, cost=cost)
+    behind += waited_s(gathered, behind_s=times.weight_gradient_s, cost=cost)
     return Exposed(2 * once, once + behind)
 
 
@@ -338,10 +364,10 @@ def context_exposed(layer: Layer, site: Site, operations: Sequence[Operation]) -
         return Exposed(moved, moved)
     hop = send_s(site.context.far, message_bytes=2 * task.tokens * 2 * keys)
     core = site.times([it for it in operations if it.core])
-    steps, step = sizes.cp - 1, 1 / sizes.cp
+    steps, step, cost = sizes.cp - 1, 1 / sizes.cp, site.cluster.gpu.overlap_cost
     return Exposed(
-        steps * max(0.0, hop - core.forward_s * step),
-        steps * max(0.0, 2 * hop - core.input_gradient_s * step),
+        steps * waited_s(hop, behind_s=core.forward_s * step, cost=cost),
+        steps * waited_s(2 * hop, behind_s=core.input_gradient_s * step, cost=cost),
     )
 
 
@@ -351,17 +377,30 @@ def mlp_exposed(layer: Layer, site: Site, times: PassTimes) -> Exposed:
         return tensor_exposed(site, times)
     place, mlp = site.place, layer.mlp
     exposed = tensor_exposed(site, times) if mlp.shared_ffn_hidden_size else Exposed()
-    waited_s = site.cluster.gpu.host_wait_s.get(place.settings.cuda_graph, 0.0)
-    exposed += Exposed(waited_s, waited_s)
+    if place.settings.cuda_graph != "full":
+        launched_s = _launch_experts_s(mlp, site)
+        exposed += Exposed(launched_s, launched_s)
     if place.sizes.ep > 1:
-        sent_s = dispatch_s(mlp, site)
-        exposed += Exposed(2 * sent_s, 2 * sent_s)
+        sent_s = 2 * dispatch_s(mlp, site)
+        if place.settings.moe_overlap:
+            gpu = site.cluster.gpu
+            computed = (times.forward_s + times.input_gradient_s + times.weight_gradient_s) / 2
+            sent_s = waited_s(sent_s, behind_s=computed, cost=gpu.overlap_cost)
+        exposed += Exposed(sent_s, sent_s)
     if place.sizes.etp > 1:
         etp = Group.of(site.cluster, size=place.sizes.etp, stride=1)
         rows = place.own_tokens * mlp.experts_per_token * place.sizes.etp
         gathered = all_gather_s(etp, total_bytes=2 * rows * (mlp.latent_size or place.hidden_size))
         exposed += Exposed(2 * gathered, 2 * gathered)
     return exposed
+
+
+def _launch_experts_s(mlp: Experts, site: Site) -> float:
+    # The host learns how many tokens came, and launches kernels for each expert after that.
+    waits, precision = site.cluster.gpu.host_expert_s, site.place.precision
+    each = waits.get("bf16" if precision in ("bf16", "fp16", "fp32") else "fp8", 0.0)
+    kernels = 2 if mlp.bias else 1
+    return kernels * each * mlp.num_experts / site.place.sizes.ep
 
 
 def dispatch_s(mlp: Experts, site: Site) -> float:

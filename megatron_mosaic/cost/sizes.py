@@ -70,12 +70,18 @@ class TrainingSettings:
         fsdp: Splits weights and gradients over replicas, too (Megatron-FSDP, ZeRO-3).
         gradient_bytes: Bytes of an accumulated gradient.
         flash_attention: Attention never writes its scores to memory.
+        fp8_attention: Attention multiplies in fp8 where layers do.
+        fp8_output: So do the logits.
         dropout: Dropout after attention and MLP, and on attention scores that are written.
         cross_entropy_fusion: One kernel for the loss instead of a pass for each of its steps.
         cp_comm: How context-parallel ranks meet each other's keys: around a ring while they
             compute, or by an all-to-all that swaps sequence for heads before and after.
         moe_dispatcher: ``alltoall`` sends a copy of a token for each of its experts, ``flex``
             (DeepEP, HybridEP) one for each rank that has some of them.
+        moe_overlap: Tokens travel to experts while another microbatch computes.
+        overlap_p2p: Interleaved pipelines send while they compute.
+        split_hops: Tensor-parallel ranks without sequence parallelism send a part of the tokens
+            each to the next stage (arXiv 2104.04473, section 4.1).
         cuda_graph: How much of a layer of experts is launched as a graph: nothing, all but the
             experts, or the whole iteration, which also needs no sizes on the host.
     """
@@ -87,8 +93,13 @@ class TrainingSettings:
     fsdp: bool = False
     gradient_bytes: int = 4
     flash_attention: bool = True
+    fp8_attention: bool = False
+    fp8_output: bool = False
     dropout: bool = False
     cross_entropy_fusion: bool = True
     cp_comm: Literal["p2p", "a2a"] = "p2p"
     moe_dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    moe_overlap: bool = False
+    overlap_p2p: bool = True
+    split_hops: bool = False
     cuda_graph: Literal["none", "partial", "full"] = "none"

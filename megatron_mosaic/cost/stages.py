@@ -7,7 +7,10 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, all_gather_s, all_reduce_s
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, StageCosts, StageMemory
 from megatron_mosaic.cost.efficiency import memory_s
+from megatron_mosaic.cost.operations import CAST_BYTES
+from megatron_mosaic.cost.parts import waited_s
 from megatron_mosaic.cost.sizes import TrainingSettings
+from megatron_mosaic.model.spec import Precision
 
 # Parameters of a bucket of gradients that is reduced on its own.
 # Source: megatron/core/distributed/distributed_data_parallel.py, core_v0.19.0: the larger of 40
@@ -75,6 +78,7 @@ def stage_costs(
     module: ModuleCosts,
     cluster: Cluster,
     settings: TrainingSettings,
+    precision: Precision = "bf16",
     memory: StageMemory | None = None,
 ) -> StageCosts:
     """Estimates one stage: a task's passes, and what happens once in a step."""
@@ -91,18 +95,19 @@ def stage_costs(
         waits = groups.sharded_waits(settings, forward_s=forward, backward_s=backward)
         forward, backward = forward + waits[0], backward + waits[1]
         communication += sum(waits)
-    if module.sizes.pp > 1 and module.sizes.chunks == 1:
-        # Plain 1F1B waits for each message; interleaved schedules send while they compute.
-        forward += module.hop_s
-        backward += module.hop_s if backward else 0.0
-        communication += module.hop_s * (2 if backward else 1)
+    if module.sizes.chunks > 1 and not settings.overlap_p2p:
+        # Each chunk waits for its message; what plain 1F1B waits for, the step counts.
+        hops_s = module.hop_s * module.sizes.chunks
+        forward += hops_s
+        backward += hops_s if backward else 0.0
+        communication += hops_s * (2 if backward else 1)
     return StageCosts(
         forward_s=forward,
         backward_s=backward,
         communication_s=communication,
         hop_s=module.hop_s,
         sync_s=groups.sync_s(settings, forward_s=forward, backward_s=backward),
-        optimizer_s=groups.optimizer_s(settings),
+        optimizer_s=groups.optimizer_s(settings, precision),
         flops=sum(part.flops for part in work.parts),
         memory=memory or StageMemory(),
     )
@@ -149,9 +154,10 @@ class _Groups:
         """What a microbatch waits for weights and gradients that all replicas share."""
         gathered = self.gathers_s(2, trained=False)
         reduced = self.gathers_s(settings.gradient_bytes, trained=True)
+        cost = self.cluster.gpu.overlap_cost
         return (
-            max(0.0, gathered - forward_s),
-            max(0.0, gathered + reduced - backward_s) if backward_s else 0.0,
+            waited_s(gathered, behind_s=forward_s, cost=cost),
+            waited_s(gathered + reduced, behind_s=backward_s, cost=cost) if backward_s else 0.0,
         )
 
     def sync_s(
@@ -173,14 +179,17 @@ class _Groups:
         reduced = self.gathers_s(settings.gradient_bytes, trained=True)
         gathered = self.gathers_s(2, trained=True)
         bucket = max(_BUCKET, _BUCKET_PER_REPLICA * self.dense.size)
+        cost = self.cluster.gpu.overlap_cost
         last = min(1.0, bucket / (self.trained_dense + self.trained_experts))
         if settings.overlap_grad_reduce:
-            reduced = max(reduced - backward_s, last * reduced)
+            hidden = waited_s((1 - last) * reduced, behind_s=backward_s, cost=cost)
+            reduced = last * reduced + hidden
         if settings.overlap_param_gather:
-            gathered = max(gathered - forward_s, last * gathered)
+            hidden = waited_s((1 - last) * gathered, behind_s=forward_s, cost=cost)
+            gathered = last * gathered + hidden
         return reduced + gathered
 
-    def optimizer_s(self, settings: TrainingSettings) -> float:
+    def optimizer_s(self, settings: TrainingSettings, precision: Precision) -> float:
         """Time of the optimizer's step, which memory bounds.
 
         Adam reads gradient, weight and two moments, and writes all but the gradient, in fp32; the
@@ -193,5 +202,8 @@ class _Groups:
         own += self.trained_experts / (self.experts.size if split else 1)
         held = (self.trained_dense + self.trained_experts) if not settings.fsdp else own
         moved = own * (2 * gradient + 24 + 6) + held * gradient
+        if precision in CAST_BYTES:
+            # Weights are quantised once in a step, before the first microbatch.
+            moved += held * CAST_BYTES[precision]
         measured = "optimizer" in self.cluster.gpu.curves
         return memory_s(self.cluster.gpu, moved, curve="optimizer" if measured else "elementwise")

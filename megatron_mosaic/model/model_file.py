@@ -1,6 +1,7 @@
 """The model file: YAML with Megatron's names to a ``ModelSpec`` and back."""
 
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -97,6 +98,7 @@ def model_from_document(document: object, *, folder: Path = Path()) -> ModelSpec
     modules = {name: _read_module(name, it, folder) for name, it in keys["modules"].items()}
     edges = keys.get("edges", ())
     _check_edges(modules, edges)
+    _check_inputs(modules, edges)
     return ModelSpec(
         name=keys["name"],
         modules=modules,
@@ -236,6 +238,23 @@ def _check_edges(modules: Mapping[str, ModuleSpec], edges: tuple[tuple[str, str]
         raise PlanError(
             f"edges: module={show(name)} must be connected; add the edge [{name}, language]"
         )
+    if len(set(edges)) < len(edges):
+        twice = next(edge for edge in edges if edges.count(edge) > 1)
+        raise PlanError(f"edges: edge={show(list(twice))} must stand once; remove one of the two")
+    try:
+        TopologicalSorter({name: [a for a, b in edges if b == name] for name in modules}).prepare()
+    except CycleError as error:
+        ring = " -> ".join(reversed(error.args[1]))
+        raise PlanError(f"edges={ring} must not form a circle; remove one of them") from None
+
+
+def _check_inputs(modules: Mapping[str, ModuleSpec], edges: tuple[tuple[str, str], ...]) -> None:
+    for name in modules.keys() - {destination for _, destination in edges}:
+        if modules[name].input is None:
+            raise PlanError(
+                f"modules.{name}: embedding or patches must be given where no edge leads to the "
+                f"module; add one of them, or an edge"
+            )
 
 
 def write_model(model: ModelSpec) -> str:

@@ -242,6 +242,37 @@ def output_parameters(
             return norms
 
 
+def mtp_parameters(
+    module: ModuleSpec,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    multiple: int = VOCAB_MULTIPLE,
+) -> Parameters:
+    """Counts the weights on one rank of what predicts further tokens.
+
+    Each level has a layer like the last one, three norms, and a map of two tokens to one. Where
+    the embedding is on another stage, the last one has a copy.
+
+    Source:
+        Megatron-Core 0.19, transformer/multi_token_prediction.py.
+    """
+    head = module.output
+    if not isinstance(head, LanguageHead) or not head.mtp_layers:
+        return Parameters()
+    hidden = module.hidden_size
+    *_, last = (run.layer for run in module.layers)
+    level = layer_parameters(
+        last, hidden_size=hidden, norm=module.norm, tp=tp, ep=ep, etp=etp
+    ) + Parameters(dense=3 * norm_parameters(hidden, norm=module.norm) + 2 * hidden**2 // tp)
+    copied = 0
+    if pp > 1 and not head.tied:
+        copied = padded_vocab_size(head.vocab_size, tp=tp, multiple=multiple) // tp * hidden
+    return level * head.mtp_layers + Parameters(dense=copied)
+
+
 def projector_parameters(projector: Projector, *, tp: int = 1) -> int:
     """Counts the weights of a projector on one rank: its maps are split by columns, then rows."""
     total = 0
@@ -265,6 +296,7 @@ def module_parameters(module: ModuleSpec, *, multiple: int = VOCAB_MULTIPLE) -> 
         dense=input_parameters(module, multiple=multiple)
         + output_parameters(module, multiple=multiple)
     )
+    total += mtp_parameters(module, multiple=multiple)
     for count, layer in module.layers:
         total += layer_parameters(layer, hidden_size=module.hidden_size, norm=module.norm) * count
     return total

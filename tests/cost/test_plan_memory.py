@@ -1,0 +1,145 @@
+import pytest
+
+from megatron_mosaic.cost.costs import HostedStage
+from megatron_mosaic.cost.memory import module_parts, stages_memory
+from megatron_mosaic.cost.plan_memory import (
+    TERMS,
+    live_in_step,
+    plan_memory,
+    samples_per_task,
+)
+from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
+from megatron_mosaic.model.layers import Layer, Mlp, SelfAttention
+from megatron_mosaic.model.spec import (
+    LanguageHead,
+    LayerRun,
+    ModelSpec,
+    ModuleSpec,
+    Patches,
+    Projector,
+    TokenEmbedding,
+)
+from megatron_mosaic.model.tokens import Distribution
+from megatron_mosaic.schedule.build import max_live
+from megatron_mosaic.schedule.graph import Stage
+from tests.schedule.plans import place, plan_of
+
+LAYER = Layer(
+    mixer=SelfAttention(num_heads=8, num_query_groups=8, head_dim=64),
+    mlp=Mlp(ffn_hidden_size=1024),
+)
+ONE = Distribution.constant(1)
+VISION = ModuleSpec(
+    name="vision",
+    hidden_size=512,
+    layers=(LayerRun(2, LAYER),),
+    input=Patches(values=588),
+    output=Projector(sizes=(512, 512, 512)),
+    items_per_sample=ONE,
+    tokens_per_item=Distribution.constant(256),
+)
+LANGUAGE = ModuleSpec(
+    name="language",
+    hidden_size=512,
+    layers=(LayerRun(4, LAYER),),
+    causal=True,
+    input=TokenEmbedding(vocab_size=1024),
+    output=LanguageHead(vocab_size=1024),
+    items_per_sample=ONE,
+    tokens_per_item=Distribution.constant(512),
+)
+MODEL = ModelSpec(
+    name="both",
+    modules={"vision": VISION, "language": LANGUAGE},
+    edges=(("vision", "language"),),
+)
+
+
+def one_stage(module, *, samples, pp=1, stage=0, **options):
+    common = {"sizes": ParallelSizes(pp=pp), "settings": TrainingSettings()}
+    parts = module_parts(module, samples=samples, **common, **options)
+    return stages_memory(parts, **common)[stage]
+
+
+def test_plan_memory_adds_up_what_shares_a_rank():
+    plan = plan_of(
+        "colocated", place("vision", 0), place("language", 0), num_microbatches=4, group=2
+    )
+
+    (hosted, terms), *others = plan_memory(plan, model=MODEL).items()
+
+    vision = one_stage(VISION, samples=2)
+    language = one_stage(LANGUAGE, samples=1, gradient_arrives=True)
+    assert not others
+    assert hosted == (HostedStage("language", 0), HostedStage("vision", 0))
+    assert tuple(terms) == TERMS
+    assert terms["weights"] == vision.weights + language.weights
+    assert terms["working"] == max(vision.working, language.working)
+    # One group of the encoder and one microbatch of the language model are live.
+    assert terms["activations"] == vision.activations_per_task + language.activations_per_task
+
+
+def test_plan_memory_holds_what_the_schedule_keeps_alive():
+    plan = plan_of(
+        "1f1b",
+        place("vision", 0),
+        place("language", 1, 2, pp=2),
+        num_microbatches=8,
+    )
+
+    memory = plan_memory(plan, model=MODEL)
+
+    vision = one_stage(VISION, samples=1)
+    first = one_stage(LANGUAGE, samples=1, pp=2, gradient_arrives=True)
+    # Three stages in all: the encoder holds three microbatches, the next one two.
+    assert memory[(HostedStage("vision", 0),)]["activations"] == 3 * vision.activations_per_task
+    assert memory[(HostedStage("language", 0),)]["activations"] == 2 * first.activations_per_task
+
+
+def test_plan_memory_of_idle_ranks_is_not_listed():
+    plan = plan_of("1f1b", place("language", 0), num_microbatches=2, world_size=2)
+    model = ModelSpec(name="alone", modules={"language": LANGUAGE})
+
+    assert list(plan_memory(plan, model=model)) == [(HostedStage("language", 0),)]
+
+
+@pytest.mark.parametrize(("group", "expected"), [(None, 8), (2, 2)])
+def test_samples_of_an_encoder_task_are_those_of_its_group_of_microbatches(group, expected):
+    # Eight microbatches of a sample for each of two replicas, on two encoders.
+    plan = plan_of(
+        "colocated",
+        place("vision", 0, 1, dp=2),
+        place("language", 0, 1, dp=2),
+        num_microbatches=8,
+        group=group,
+    )
+
+    assert samples_per_task(plan, "vision") == expected
+    assert samples_per_task(plan, "language") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "placements", "group", "shared"),
+    [
+        ("no_pipelining", (place("vision", 0), place("language", 0)), None, True),
+        ("1f1b", (place("vision", 0, 1, pp=2), place("language", 2, 3, 4, pp=3)), None, False),
+        ("colocated", (place("vision", 0), place("language", 0, 1, pp=2)), 2, True),
+        ("colocated", (place("vision", 2), place("language", 0, 1, pp=2)), 4, False),
+        ("colocated", (place("vision", 0), place("language", 0)), None, True),
+    ],
+)
+def test_live_tasks_from_sizes_alone_are_those_of_the_schedule(kind, placements, group, shared):
+    plan = plan_of(kind, *placements, num_microbatches=8, group=group)
+    sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
+
+    for name, its in sizes.items():
+        for stage in range(its.pp):
+            live = live_in_step(
+                name,
+                stage,
+                sizes=sizes,
+                schedule=plan.schedule,
+                num_microbatches=8,
+                shared=shared and name != "language",
+            )
+            assert live == max_live(plan, Stage(name, stage), num_microbatches=8)
