@@ -60,10 +60,9 @@ def huggingface_document(
     kind = config.get("model_type")
     vision = _VISION_KINDS.get(kind) if isinstance(kind, str) else None
     if vision is None and kind not in LANGUAGE_KINDS:
-        known = sorted([*LANGUAGE_KINDS, *_VISION_KINDS])
         raise PlanError(
-            f"model_type={show(kind)} must be one of {', '.join(known)}; "
-            f"{nearest(kind, known, otherwise='write a model file by hand')}"
+            f"model_type={show(kind)} must be one of {', '.join(SUPPORTED)}; "
+            f"{nearest(kind, SUPPORTED, otherwise='write a model file by hand')}"
         )
     text_config = _text_config(config)
     modules = {"language": {**language_module(text_config), "seq_length": seq_length}}
@@ -237,3 +236,6 @@ _VISION_KINDS: Mapping[str, Callable[[Config, int], Module]] = {
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl,
 }
+
+SUPPORTED = tuple(sorted([*LANGUAGE_KINDS, *_VISION_KINDS]))
+"""Values of ``model_type`` that can be read."""

@@ -107,5 +107,5 @@ def test_network_of_the_h100_gives_measured_times(size_bytes, measured_us):
     share = tier.curve.share(size_bytes)
     time_s = 2 * tier.latency_s + size_bytes / (tier.bandwidth_bytes_per_s * share)
 
-    # https://github.com/NVIDIA/nccl-tests/issues/232: all_reduce_perf on two nodes, in place.
+    # https://github.com/NVIDIA/nccl-tests/issues/232: all_reduce_perf on two nodes, out of place.
     assert time_s * 1e6 == pytest.approx(measured_us, rel=0.11)

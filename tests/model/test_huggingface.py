@@ -351,3 +351,12 @@ def test_file_that_is_no_json_is_refused(tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(PlanError, match=r"config\.json: file must be readable"):
         read_huggingface(tmp_path / "config.json")
+
+
+def test_config_is_loaded_by_its_path(tmp_path):
+    read(tmp_path, LLAMA)
+
+    by_folder = load_model(str(tmp_path / "model"))
+
+    assert by_folder == load_model(str(tmp_path / "model" / "config.json"))
+    assert by_folder.name == "model"
