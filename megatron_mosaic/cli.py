@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from megatron_mosaic.commands import args as args_command
 from megatron_mosaic.commands import check, profile, show
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 
@@ -13,6 +14,7 @@ _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "check": (check, "check a plan and print its layout"),
     "show": (show, "print the schedule of every rank"),
     "profile": (profile, "measure devices and links, and write a cluster file"),
+    "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
 }
 
 
