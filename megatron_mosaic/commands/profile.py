@@ -40,25 +40,21 @@ def run(args: argparse.Namespace) -> None:
         LayoutError: A measured rate exceeds the base's data sheet.
         HostError: There is no such device, or a rank failed.
     """
-    _check(args)
     from megatron_mosaic.cluster.cluster_file import write_cluster
     from megatron_mosaic.cluster.library import load_cluster
-    from megatron_mosaic.profile.ranks import (
-        ProfileSettings,
-        measure_as_rank,
-        measure_on_own_ranks,
-        started_by_torchrun,
-    )
+    from megatron_mosaic.profile.ranks import ProfileSettings, launched_rank, measure
     from megatron_mosaic.profile.result import Fitted, measured_cluster
 
-    base = None if args.base is None else load_cluster(args.base)
     settings = ProfileSettings(device=args.device, quick=args.quick)
-    if started_by_torchrun():
-        measured = measure_as_rank(settings)
-        if measured is None:
-            return
-    else:
-        measured = measure_on_own_ranks(settings, nproc=args.nproc)
+    rank = launched_rank()
+    if rank:
+        # Files are rank 0's matter: another node may not have them.
+        measure(settings, nproc=None)
+        return
+    _check(args, launched=rank is not None)
+    base = None if args.base is None else load_cluster(args.base)
+    measured = measure(settings, nproc=args.nproc)
+    assert measured is not None
     fitted = Fitted.of(measured, date=datetime.now(UTC).date().isoformat())
     cluster = measured_cluster(fitted, base)
     args.output.write_text(write_cluster(cluster), encoding="utf-8")
@@ -66,7 +62,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, *, launched: bool) -> None:
+    if launched and args.nproc is not None:
+        raise PlanError(
+            f"profile: nproc={args.nproc} must not be given under torchrun, which has started the "
+            f"ranks; remove it"
+        )
     if args.nproc is not None and args.nproc < 1:
         raise PlanError(f"profile: nproc={args.nproc} must be >= 1; give the number of ranks")
     if args.nproc == 1 and args.base is None:

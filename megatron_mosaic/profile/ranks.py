@@ -55,52 +55,48 @@ class _Place:
     ranks_per_node: int
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several ranks already."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+def launched_rank() -> int | None:
+    """Rank of this process if torchrun started it."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
-def measure_as_rank(settings: ProfileSettings) -> Measurements | None:
-    """Measures as one of the ranks that torchrun started.
+def measure(settings: ProfileSettings, *, nproc: int | None) -> Measurements | None:
+    """Measures on the ranks that torchrun started, or on ranks of its own on this machine.
+
+    Args:
+        settings: What to measure.
+        nproc: Own ranks; None is one for each GPU, or two on a CPU.
 
     Returns:
-        The measurements on rank 0, None on the others.
+        The measurements; None on launched ranks but the first.
 
     Raises:
-        HostError: There is no device for this rank.
+        HostError: There are fewer GPUs than ranks, or a rank failed.
 
     Note:
-        Collective over the world.
+        Collective over the world where torchrun started it.
     """
+    rank = launched_rank()
+    if rank is None:
+        return _measure_on_own_ranks(settings, nproc=nproc)
     world_size = int(os.environ["WORLD_SIZE"])
     place = _Place(
-        rank=int(os.environ["RANK"]),
+        rank=rank,
         world_size=world_size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
     )
     return _measure(settings, place, init_method="env://")
 
 
-def measure_on_own_ranks(settings: ProfileSettings, *, nproc: int | None) -> Measurements:
-    """Starts ranks on this machine and measures on them.
-
-    Args:
-        settings: What to measure.
-        nproc: Ranks; None is one for each GPU, or two on a CPU.
-
-    Raises:
-        HostError: There are fewer GPUs than ranks, or a rank failed.
-    """
+def _measure_on_own_ranks(settings: ProfileSettings, *, nproc: int | None) -> Measurements | None:
     device = find_device(settings.device, local_rank=0)
     if nproc is None:
         nproc = torch.cuda.device_count() if device.type == "cuda" else 2
     find_device(settings.device, local_rank=nproc - 1)
     if nproc == 1:
         alone = _Place(rank=0, world_size=1, local_rank=0, ranks_per_node=1)
-        measured = _measure(settings, alone, init_method=None)
-        assert measured is not None
-        return measured
+        return _measure(settings, alone, init_method=None)
     with tempfile.TemporaryDirectory(prefix="mosaic-profile-") as folder:
         try:
             spawn(_run_rank, args=(settings, nproc, folder), nprocs=nproc)

@@ -1,5 +1,8 @@
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,8 @@ from megatron_mosaic.cluster.cluster_file import read_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.library import load_model
+
+ROOT = Path(__file__).parents[2]
 
 PLAN = """\
 format: 1
@@ -108,6 +113,14 @@ def test_wrong_input_is_one_line(arguments, message, capsys, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_number_of_ranks_is_refused_under_a_launcher(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+
+    assert main(["profile", "cpu.yaml", "--nproc", "2"]) == 2
+
+    assert "nproc=2 must not be given under torchrun" in capsys.readouterr().err
+
+
 def test_ranks_of_a_launcher_measure_together(tmp_path):
     from tests.ranks import run_ranks
 
@@ -120,3 +133,15 @@ def test_ranks_of_a_launcher_measure_together(tmp_path):
 
 def _profile_as_rank(rank, path):
     return main(["profile", path, "--quick", "--device", "cpu"])
+
+
+def test_error_of_the_first_launched_rank_is_said_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_mosaic.cli", "profile", str(tmp_path / "no" / "cpu.yaml")]
+
+    process = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert process.returncode != 0
+    assert process.stderr.count("must lie in a folder that exists") == 1
