@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_mosaic.errors import PlanError
 
 if TYPE_CHECKING:
+    from megatron_mosaic.cluster.spec import Cluster
     from megatron_mosaic.profile.result import Fitted
 
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     cluster = measured_cluster(fitted, base)
     args.output.write_text(write_cluster(cluster), encoding="utf-8")
     _print_table(fitted)
+    print(_check_of_layer(fitted, cluster))
     print(f"wrote {args.output}")
 
 
@@ -82,6 +84,19 @@ def _check(args: argparse.Namespace, *, launched: bool) -> None:
             f"profile: output={args.output} must lie in a folder that exists; make "
             f"{args.output.parent} first"
         )
+
+
+def _check_of_layer(fitted: "Fitted", cluster: "Cluster") -> str:
+    """Says how far the file's numbers are from a whole layer, of which none was fitted."""
+    from megatron_mosaic.profile.layer import LAYER_SIZES, estimate_layer
+
+    measured = fitted.measurements
+    estimated = estimate_layer(LAYER_SIZES[measured.device.kind, measured.quick], cluster)
+    passes = zip(("forward", "backward"), measured.layer, estimated, strict=True)
+    return "a whole layer in bf16: " + "; ".join(
+        f"{name} measured {own_s * 1e3:.3g} ms, estimated {it_s * 1e3:.3g} ms ({it_s / own_s:.0%})"
+        for name, own_s, it_s in passes
+    )
 
 
 def _print_table(fitted: "Fitted") -> None:

@@ -43,6 +43,13 @@ class TimedMessage(NamedTuple):
     seconds: float
 
 
+class TimedPasses(NamedTuple):
+    """Seconds of the two passes of a layer."""
+
+    forward_s: float
+    backward_s: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """The device of one rank.
@@ -76,6 +83,8 @@ class Measurements:
         messages: Between the ranks; none if there is one.
         ranks_per_node: Ranks of a node.
         num_nodes: Nodes.
+        quick: Whether a few small sizes were measured.
+        layer: A whole layer, which the fitted operations should add up to.
     """
 
     device: Device
@@ -83,3 +92,5 @@ class Measurements:
     messages: tuple[TimedMessage, ...]
     ranks_per_node: int
     num_nodes: int
+    quick: bool
+    layer: TimedPasses

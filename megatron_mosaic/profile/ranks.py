@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.profile.device import describe_device, find_device
+from megatron_mosaic.profile.layer import LAYER_SIZES, time_layer
 from megatron_mosaic.profile.links import MESSAGE_BYTES, Peers, make_peers, time_messages
 from megatron_mosaic.profile.measurements import Measurements, TimedMessage, TimedOperation
 from megatron_mosaic.profile.operations import SIZES, Sizes, num_operations, operations
@@ -130,6 +131,8 @@ def _measure(
         _progress(place) as progress,
     ):
         timed = _time_operations(stopwatch, SIZES[key], progress)
+        progress.add_task("a whole layer", total=None)
+        layer = time_layer(LAYER_SIZES[key], stopwatch)
         messages = _time_links(peers, MESSAGE_BYTES[key], stopwatch, progress)
     if place.rank != 0:
         return None
@@ -139,6 +142,8 @@ def _measure(
         messages=messages,
         ranks_per_node=place.ranks_per_node,
         num_nodes=place.world_size // place.ranks_per_node,
+        quick=settings.quick,
+        layer=layer,
     )
 
 

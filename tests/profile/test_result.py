@@ -10,6 +10,7 @@ from megatron_mosaic.profile.measurements import (
     Measurements,
     TimedMessage,
     TimedOperation,
+    TimedPasses,
 )
 from megatron_mosaic.profile.result import Fitted, measured_cluster, table_rows
 
@@ -44,6 +45,8 @@ MEASURED = Measurements(
     messages=(*_link("near", 6e-6, 360e9), *_link("far", 2e-5, 40e9)),
     ranks_per_node=8,
     num_nodes=2,
+    quick=False,
+    layer=TimedPasses(1e-3, 2e-3),
 )
 
 
