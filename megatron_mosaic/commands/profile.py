@@ -92,7 +92,7 @@ def _check_of_layer(fitted: "Fitted", cluster: "Cluster") -> str:
 
     measured = fitted.measurements
     estimated = estimate_layer(LAYER_SIZES[measured.device.kind, measured.quick], cluster)
-    passes = zip(("forward", "backward"), measured.layer, estimated, strict=True)
+    passes = zip(("forward", "both passes"), measured.layer, estimated, strict=True)
     return "a whole layer in bf16: " + "; ".join(
         f"{name} measured {own_s * 1e3:.3g} ms, estimated {it_s * 1e3:.3g} ms ({it_s / own_s:.0%})"
         for name, own_s, it_s in passes

@@ -44,10 +44,10 @@ class TimedMessage(NamedTuple):
 
 
 class TimedPasses(NamedTuple):
-    """Seconds of the two passes of a layer."""
+    """Seconds of a layer: of its forward pass, and of both together."""
 
     forward_s: float
-    backward_s: float
+    both_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

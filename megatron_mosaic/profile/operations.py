@@ -207,6 +207,11 @@ def _random(*shape: int, precision: str = "bf16", device: torch.device) -> torch
     return torch.randn(*shape, device=device).to(DTYPES[precision])
 
 
+def _filled(*shape: int, device: torch.device) -> torch.Tensor:
+    """Memory that is really there: an operating system shares pages of zeros."""
+    return torch.ones(*shape, device=device, dtype=torch.bfloat16)
+
+
 def _matmul(rows: int, wide: int, precision: str, device: torch.device) -> Run:
     tokens = _random(rows, wide, precision=precision, device=device)
     weights = _random(wide, wide, precision=precision, device=device)
@@ -251,18 +256,18 @@ def _attention_backward(shape: Sequence[int], device: torch.device) -> Run:
 
 
 def _add(values: int, device: torch.device) -> Run:
-    left, right = (_random(values, device=device) for _ in range(2))
+    left, right = (_filled(values, device=device) for _ in range(2))
     return partial(torch.add, left, right, out=torch.empty_like(left))
 
 
 def _permute(values: int, device: torch.device) -> Run:
     width = min(values, _ROW)
-    rows = _random(values // width, width, device=device)
+    rows = _filled(values // width, width, device=device)
     order = torch.randperm(len(rows), device=device)
     return partial(torch.index_select, rows, 0, order, out=torch.empty_like(rows))
 
 
 def _adam(values: int, device: torch.device) -> Run:
-    weight = torch.nn.Parameter(torch.randn(values, device=device))
-    weight.grad = torch.randn_like(weight)
+    weight = torch.nn.Parameter(torch.ones(values, device=device))
+    weight.grad = torch.ones_like(weight)
     return torch.optim.AdamW([weight], fused=True).step

@@ -34,7 +34,10 @@ def test_layer_has_the_weights_of_its_geometry():
 def test_both_passes_of_a_layer_are_timed():
     stopwatch = Stopwatch(device=torch.device("cpu"), budget_s=0.01)
 
-    assert time_layer(TINY, stopwatch).forward_s > 0
+    timed = time_layer(TINY, stopwatch)
+
+    assert timed.forward_s > 0
+    assert timed.both_s > 0
 
 
 def test_estimate_of_a_layer_takes_the_curves_of_the_cluster():
@@ -42,4 +45,5 @@ def test_estimate_of_a_layer_takes_the_curves_of_the_cluster():
 
     # 2 * 8192 tokens * 4096 * (4 * 4096 + 3 * 14336) FLOPs, without attention, at 989.4 TFLOP/s.
     assert estimated.forward_s > 2 * 8192 * 4096 * 59392 / 989.4e12
-    assert estimated.backward_s == pytest.approx(2 * estimated.forward_s, rel=0.5)
+    # The gradients of input and weights are as much work each.
+    assert estimated.both_s == pytest.approx(3 * estimated.forward_s, rel=0.25)

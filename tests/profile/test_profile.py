@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def test_measured_optimizer_step_is_what_the_estimate_takes(measured):
     assert times_s[1] == pytest.approx(2 * times_s[0])
 
 
-def test_profile_of_one_rank_keeps_the_links_of_the_base(measured, tmp_path, capsys):
+def test_profile_of_one_rank_keeps_the_links_of_the_base(tmp_path, capsys, monkeypatch):
+    # One thread: two would wait for each other where others use the machine.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     path = tmp_path / "again.yaml"
 
     status = main(
@@ -78,7 +81,10 @@ def test_profile_of_one_rank_keeps_the_links_of_the_base(measured, tmp_path, cap
     )
 
     assert status == 0
-    assert "wrote" in capsys.readouterr().out
+    assert re.search(
+        r"a whole layer in bf16: forward measured .* ms, estimated .* ms \(\d+%\); both passes",
+        capsys.readouterr().out,
+    )
     cluster = read_cluster(path)
     assert [tier.name for tier in cluster.tiers] == ["NVLink 4", "InfiniBand NDR"]
     # A hundred times slower than the base's data sheet, at least.

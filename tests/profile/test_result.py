@@ -46,7 +46,7 @@ MEASURED = Measurements(
     ranks_per_node=8,
     num_nodes=2,
     quick=False,
-    layer=TimedPasses(1e-3, 2e-3),
+    layer=TimedPasses(1e-3, 3e-3),
 )
 
 
