@@ -7,13 +7,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from megatron_mosaic.commands import args as args_command
-from megatron_mosaic.commands import check, plan, show
-from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.commands import check, plan, profile, show
+from megatron_mosaic.errors import HostError, LayoutError, PlanError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "plan": (plan, "find the best plan for a model on a cluster"),
     "check": (check, "check a plan and print its layout"),
     "show": (show, "print or draw the schedule and what is predicted"),
+    "profile": (profile, "measure devices and links, and write a cluster file"),
     "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
 }
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (PlanError, LayoutError) as error:
+    except (PlanError, LayoutError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -9,7 +9,7 @@ import torch
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.pending import Pending
 from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch, Samples
-from megatron_mosaic.comm.route import Route
+from megatron_mosaic.comm.route import NodeOf, Route
 from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
@@ -61,10 +61,16 @@ class BoundaryRoutes:
         source: The module that makes the rows, in tasks over groups of microbatches.
         destination: The module that keeps them, one microbatch at a time.
         shape: What the rows are made of.
+        node_of: Node of every rank; None where there is one.
     """
 
     def __init__(
-        self, source: ModulePlacement, destination: ModulePlacement, *, shape: BoundaryShape
+        self,
+        source: ModulePlacement,
+        destination: ModulePlacement,
+        *,
+        shape: BoundaryShape,
+        node_of: NodeOf | None = None,
     ) -> None:
         self._sides = BoundarySides(
             source=source,
@@ -73,6 +79,7 @@ class BoundaryRoutes:
             sharding=shape.sharding,
             item_rows=shape.item.rows,
             item_shards=shape.item.shards,
+            node_of=node_of,
         )
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}

@@ -1,5 +1,6 @@
 """Creates the process groups of a run."""
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,20 @@ class GroupFactory:
             if group is not None:
                 dist.destroy_process_group(group)
         self._groups.clear()
+
+
+def nodes_of_ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Returns the node of every rank, by the first rank of the node.
+
+    Args:
+        group: Group of the world for objects of the host.
+
+    Note:
+        Collective over the world.
+    """
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return tuple(names.index(name) for name in names)
 
 
 def wire_of(group: dist.ProcessGroup, *, device: torch.device) -> torch.device:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Literal
 
-from megatron_mosaic.comm.route import Route, gradient_route, route
+from megatron_mosaic.comm.route import NodeOf, Route, gradient_route, route
 from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
@@ -62,6 +62,8 @@ class BoundarySides:
         item_rows: Rows of one item, such as an image, of the source.
         item_shards: Rows of every item that each context-parallel rank of the source makes; None
             where that size is 1.
+        node_of: Node of every rank, where there are several: rows come from the same one if they
+            can.
     """
 
     source: ModulePlacement
@@ -70,6 +72,7 @@ class BoundarySides:
     sharding: SequenceSharding | None = None
     item_rows: int = 1
     item_shards: tuple[Interval, ...] | None = None
+    node_of: NodeOf | None = None
 
     def route(self, direction: Direction, microbatch: Microbatch, *, rank: int) -> Route:
         """Derives a rank's part of the route of a microbatch, or of its gradient's.
@@ -140,15 +143,14 @@ class BoundarySides:
         return find(
             self.produced(microbatch, selection=of_source),
             self.kept(microbatch, selection=of_destination),
+            node_of=self.node_of,
         )
 
     def _arrivals(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
         samples = self._samples_kept(own)
-        if not self._source_has_replicas:
+        if not (self._source_has_replicas and self._destination_has_replicas):
             return derive(Selection(samples=samples), Selection(samples=samples, position=own))
-        samples = self._whole_shares(samples, microbatch)
-        if self._destination_has_replicas:
-            samples = self._whole_replicas(samples)
+        samples = self._whole_replicas(self._whole_shares(samples, microbatch))
         return derive(Selection(samples=samples), Selection(samples=samples))
 
     def _departures(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
@@ -161,11 +163,9 @@ class BoundarySides:
         self, own: Coordinates, microbatch: Microbatch, derive: "_Derive"
     ) -> Route:
         samples = Rows.of([self.samples_made(microbatch, dp=own.dp)])
-        if not self._destination_has_replicas:
+        if not (self._source_has_replicas and self._destination_has_replicas):
             return derive(Selection(samples=samples, position=own), Selection(samples=samples))
-        samples = self._whole_replicas(samples)
-        if self._source_has_replicas:
-            samples = self._whole_shares(samples, microbatch)
+        samples = self._whole_shares(self._whole_replicas(samples), microbatch)
         return derive(Selection(samples=samples), Selection(samples=samples))
 
     def _gradient_departures(

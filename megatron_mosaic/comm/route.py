@@ -210,8 +210,14 @@ class _RouteBuilder:
         if len(holders) == 1:
             self._add(holders[0], rank, rows)
             return
-        by_load = sorted(holders, key=lambda holder: (self.load.get(holder, 0), holder))
-        sources = by_load[: -(-len(holders) // num_sharing)]
+        if num_sharing == 1:
+            # All take part. What cannot be split evenly goes round with the rows: nobody's turn
+            # depends on other legs, so a rank's part is derived without them.
+            turn = rows.start % len(holders)
+            sources = [*holders[turn:], *holders[:turn]]
+        else:
+            by_load = sorted(holders, key=lambda holder: (self.load.get(holder, 0), holder))
+            sources = by_load[: -(-len(holders) // num_sharing)]
         for source, part in zip(sources, split_evenly(rows.size, len(sources)), strict=True):
             self._add(source, rank, part.shift(rows.start))
 

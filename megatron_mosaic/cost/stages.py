@@ -201,4 +201,5 @@ class _Groups:
         if precision in CAST_BYTES:
             # Weights are quantised once in a step, before the first microbatch.
             moved += held * CAST_BYTES[precision]
-        return memory_s(self.cluster.gpu, moved)
+        measured = "optimizer" in self.cluster.gpu.curves
+        return memory_s(self.cluster.gpu, moved, curve="optimizer" if measured else "elementwise")

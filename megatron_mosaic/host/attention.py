@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mosaic.errors import HostError
+from megatron_mosaic.host.agreement import RankError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +93,19 @@ class GatheredKeyValues:
             attn_mask_type: Ignored: the layer's own is used.
             others: What the attention's class takes.
 
+        Raises:
+            RankError: The script gives a mask; on every rank of the group.
+
         Note:
             Collective over the group, forward and backward.
         """
-        assert attention_mask is None, "a mask of whole sequences cannot be split here"
+        if attention_mask is not None:
+            raise RankError(
+                f"script: attention_mask={list(attention_mask.shape)} must be None with context "
+                f"parallelism in a local layer spec, where every rank masks what its own tokens "
+                f"may not see; return no mask from get_batch",
+                speaker=dist.get_rank(),
+            )
         order, mask = self._tables(query.device)
         return super().forward(  # type: ignore[misc]
             query, self._whole(key, order), self._whole(value, order), mask, **others

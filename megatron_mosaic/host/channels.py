@@ -78,14 +78,18 @@ class ChannelSet:
         plan: The plan.
         factory: Creates groups, those of the modules already.
         rank: This rank.
+        nodes: Node of every rank.
 
     Note:
         Collective over the world.
     """
 
-    def __init__(self, plan: Plan, factory: GroupFactory, *, rank: int) -> None:
+    def __init__(
+        self, plan: Plan, factory: GroupFactory, *, rank: int, nodes: Sequence[int]
+    ) -> None:
         self._plan = plan
         self._rank = rank
+        self._node_of = nodes.__getitem__ if len(set(nodes)) > 1 else None
         self._groups: dict[tuple[TransferKind, Edge], dist.ProcessGroup] = {}
         self._replicas: dict[str, dist.ProcessGroup] = {}
         self.routes: dict[Edge, BoundaryRoutes] = {}
@@ -183,7 +187,7 @@ class ChannelSet:
             sharding=sharding,
             item=sizes.rows[edge.source].item,
         )
-        return BoundaryRoutes(source, destination, shape=shape)
+        return BoundaryRoutes(source, destination, shape=shape, node_of=self._node_of)
 
     def _hidden_shape(self, module: str, sizes: ActivationSizes, microbatch: int) -> Shape:
         """Shape ``[s, b, h]`` of a hidden state between two stages of a module."""

@@ -15,11 +15,11 @@ from megatron_mosaic.engine.walk import Walker
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.reader import StepBatches
 from megatron_mosaic.host.gradients import (
-    LossReport,
     finalize_gradients,
     finish_gathering_parameters,
     gather_parameters,
 )
+from megatron_mosaic.host.loss_report import LossReport
 from megatron_mosaic.host.moe.dispatch import check_equal_lengths
 from megatron_mosaic.host.moe.metrics import MoeMetrics
 from megatron_mosaic.host.reports import StepFlops
@@ -94,15 +94,13 @@ class PlanForwardBackward:
         schedule, steps = self._prepared(num_microbatches, forward_only)
         batches = _next_step(data_iterator)
         self._begin(batches.rows, schedule)
-        works = {}
-        for name, runner in self._runtime.runners.items():
-            runner.config.grad_scale_func = top.config.grad_scale_func
-            runner.config.timers = top.config.timers
-            works[name] = self._work(
+        works = {
+            name: self._work(
                 runner, schedule, batches, forward_step_func, first_val_step=first_val_step
             )
-            runner.begin(works[name])
-            gather_parameters(runner.model)
+            for name, runner in self._runtime.runners.items()
+        }
+        self._hand_out(works, top.config)
         with self._step(schedule) as walker:
             walker.walk(steps)
             self._progress.close_step(len(steps))
@@ -120,6 +118,14 @@ class PlanForwardBackward:
                 for name, samples in rows.items()
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+
+    def _hand_out(self, works: Mapping[str, StepWork], config: Any) -> None:
+        """Gives every module its work, with what Megatron's loop sets in the config it knows."""
+        for name, runner in self._runtime.runners.items():
+            runner.config.grad_scale_func = config.grad_scale_func
+            runner.config.timers = config.timers
+            runner.begin(works[name])
+            gather_parameters(runner.model)
 
     @contextmanager
     def _step(self, schedule: Schedule) -> Iterator[Walker]:

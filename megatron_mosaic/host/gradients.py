@@ -1,19 +1,13 @@
-"""Reduces and scales the gradients of every module, and makes the losses global."""
+"""Reduces and scales the gradients of every module."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.agreement import raise_together
 from megatron_mosaic.host.runner import ModuleRunner
-
-# Names of losses with the module that reports each, and how many values it has.
-Losses = dict[str, tuple[str, int]]
 
 
 def finalize_gradients(
@@ -100,100 +94,3 @@ def _bucket_groups(model: Any) -> list[Any]:
         return []
     wrapper: Any = model
     return wrapper.bucket_groups + wrapper.expert_parallel_bucket_groups
-
-
-class LossReport:
-    """Sums the losses and token counts of all ranks, so that every rank reports the same.
-
-    The stock loop logs on the last rank of the world, whichever module that is.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._host_group = group
-        # By whether it is a step of evaluation: scripts report more there.
-        self._losses: dict[bool, Losses] = {}
-
-    def reduce(
-        self,
-        losses: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
-        *,
-        num_tokens: Any,
-        replicas: int,
-        forward_only: bool,
-    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """Makes this step's losses global.
-
-        Args:
-            losses: By module, for those that this rank reports of, an entry for each microbatch.
-            num_tokens: Tokens that count in the loss of this rank; 0 where it does not report.
-            replicas: Ranks that report.
-            forward_only: Whether the step evaluates.
-
-        Returns:
-            One entry with the same keys, on every rank: sums of loss and tokens where the loss
-            function gives both, else the mean. And the tokens of the whole batch.
-
-        Raises:
-            HostError: Two modules report a loss of the same name.
-            RankError: A loss function changed what it reports.
-
-        Note:
-            Collective over the world.
-        """
-        own = {
-            key: (name, value.numel())
-            for name, entries in losses.items()
-            for key, value in (entries[0] if entries else {}).items()
-        }
-        every = self._agreed(own, forward_only=forward_only)
-        modules = {name for name, entries in losses.items() if entries}
-        expected = {key: entry for key, entry in every.items() if entry[0] in modules}
-        changed = own != expected
-        parts = [
-            torch.as_tensor(num_tokens, device=_device()).reshape(1).double(),
-            torch.tensor([changed], dtype=torch.float64, device=_device()),
-        ]
-        for key, (name, size) in every.items():
-            entries = [] if changed else [entry[key] for entry in losses.get(name, ())]
-            parts.append(_total(entries, size=size, replicas=replicas))
-        total = torch.cat(parts)
-        dist.all_reduce(total)
-        if total[1] > 0:
-            raise_together(_changed(own, expected) if changed else None, group=self._host_group)
-        values = total[2:].float().split([size for _, size in every.values()])
-        report = dict(zip(every, values, strict=True))
-        return ([report] if report else []), total[0].float()
-
-    def _agreed(self, own: Losses, *, forward_only: bool) -> Losses:
-        """Agrees on the losses' names, once: ranks without a loss do not know them."""
-        if forward_only not in self._losses:
-            every: list[Losses] = [{}] * dist.get_world_size()
-            dist.all_gather_object(every, own, group=self._host_group)
-            agreed: Losses = {}
-            for key, entry in (pair for losses in every for pair in losses.items()):
-                if agreed.setdefault(key, entry)[0] != entry[0]:
-                    raise HostError(
-                        f"loss function: reported={key} of {entry[0]} must have another name than "
-                        f"that of {agreed[key][0]}; report each module's loss under its own name"
-                    )
-            self._losses[forward_only] = agreed
-        return self._losses[forward_only]
-
-
-def _total(entries: Sequence[torch.Tensor], *, size: int, replicas: int) -> torch.Tensor:
-    """Sums loss and tokens over this rank's microbatches, or takes its part of a mean."""
-    if not entries:
-        return torch.zeros(size, dtype=torch.float64, device=_device())
-    values = torch.stack([entry.detach().reshape(-1).double() for entry in entries])
-    return values.sum(dim=0) if size == 2 else values.mean(dim=0) / replicas
-
-
-def _changed(own: Losses, expected: Losses) -> HostError:
-    return HostError(
-        f"loss function: reported={sorted(own)} must be what it reported in the first step, "
-        f"{sorted(expected)}, with as many values; let it report the same in every step"
-    )
-
-
-def _device() -> torch.device:
-    return torch.device(torch.cuda.current_device())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -168,27 +169,35 @@ class MosaicBuilder(ModelBuilder):
             grids=_grid_map(runtime, ddp_config, trainability),
             layer_keys=LayerKeys(args, uneven=trainability.uneven),
         )
+        wrap = partial(
+            prepare_existing_model_chunks_for_distributed_training,
+            wrap_with_ddp=wrap_with_ddp,
+            mixed_precision_wrapper=mixed_precision_wrapper,
+        )
         for name, (module, _, _) in built.items():
-            boundary = family_of(module, known_families()).boundary(module, name)
-            (wrapped,) = prepare_existing_model_chunks_for_distributed_training(
-                [module],
-                module.config,
-                runtime.hosted[name].collection,
-                ddp_config=_ddp_config_of(boundary, ddp_config),
-                wrap_with_ddp=wrap_with_ddp,
-                mixed_precision_wrapper=mixed_precision_wrapper,
-            )
-            model.add(name, wrapped)
-            runtime.runners[name] = ModuleRunner(
-                wrapped,
-                groups=runtime.hosted[name],
-                boundary=boundary,
-                randomness=runtime.randomness,
-            )
+            runner = _runner_of(module, name, runtime, ddp_config, wrap=wrap)
+            runtime.runners[name] = runner
+            model.add(name, runner.model)
         share_row_facts(runtime, args)
         _open_channels(runtime)
         runtime.randomness.park()
         return [model]
+
+
+def _runner_of(
+    module: torch.nn.Module,
+    name: str,
+    runtime: Runtime,
+    ddp_config: DistributedDataParallelConfig,
+    *,
+    wrap: Callable[..., list[torch.nn.Module]],
+) -> ModuleRunner:
+    """Wraps a module over its own replicas, and lets it run tasks."""
+    groups = runtime.hosted[name]
+    boundary = family_of(module, known_families()).boundary(module, name)
+    config = _ddp_config_of(boundary, ddp_config)
+    (wrapped,) = wrap([module], module.config, groups.collection, ddp_config=config)
+    return ModuleRunner(wrapped, groups=groups, boundary=boundary, randomness=runtime.randomness)
 
 
 def _open_channels(runtime: Runtime) -> None:

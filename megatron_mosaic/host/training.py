@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.training import pretrain as stock_pretrain
 from megatron.training.global_vars import get_args
 
-from megatron_mosaic.comm.groups import GroupFactory
+from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
@@ -194,7 +194,7 @@ def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Ru
         alone=factory.alone(plan.world_size),
         host_group=host_group,
         data_group=data_group,
-        channels=ChannelSet(plan, factory, rank=rank),
+        channels=ChannelSet(plan, factory, rank=rank, nodes=nodes_of_ranks(host_group)),
         agreement=meeting.agreement,
         factory=factory,
     )

@@ -5,7 +5,7 @@ are counted within one microbatch's boundary tensor, from 0.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -136,7 +136,12 @@ def produced(
     dp_size, stage = source.data_parallel_size, source.pipeline_model_parallel_size - 1
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
-    for dp in _producing(selection, microbatch, group_size=group_size, dp_size=dp_size):
+
+    def running(samples: Interval) -> range:
+        own = samples.shift(microbatch.start)
+        return replicas_of(own, num_samples=group_size, data_parallel_size=dp_size)
+
+    for dp in _replicas(selection, dp_size, running=running):
         own = Interval(dp * group_size // dp_size, (dp + 1) * group_size // dp_size)
         inside = own.clip(microbatch).shift(-microbatch.start)
         whole = Interval(offsets[inside.start], offsets[inside.stop])
@@ -190,7 +195,12 @@ def kept(
         shards = ShardTable(sharding)
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
-    for dp in _keeping(selection, samples_per_replica, dp_size=destination.data_parallel_size):
+
+    def running(samples: Interval) -> range:
+        start, stop = samples
+        return range(start // samples_per_replica, -(-stop // samples_per_replica))
+
+    for dp in _replicas(selection, destination.data_parallel_size, running=running):
         share = Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         inside = [share] if selection is None else list(selection.samples.inside(share))
         own = shards and shards.rows(samples, inside, offsets=offsets, selection=selection)
@@ -279,33 +289,25 @@ class _Columns(NamedTuple):
         return cls(starts, stops, keys)
 
 
-def _producing(
-    selection: Selection | None, microbatch: Interval, *, group_size: int, dp_size: int
-) -> Sequence[int]:
-    """Replicas of a source that a selection needs."""
+def _replicas(
+    selection: Selection | None,
+    dp_size: int,
+    *,
+    running: Callable[[Interval], Iterable[int]],
+) -> Iterable[int]:
+    """Replicas of a module that a selection needs.
+
+    Args:
+        selection: What is needed; None is everything.
+        dp_size: Replicas of the module.
+        running: Returns the replicas that run some samples of the microbatch.
+    """
     if selection is None:
         return range(dp_size)
     if selection.position is not None:
         return (selection.position.dp,)
-    found: dict[int, None] = {}
-    for samples in selection.samples:
-        own = samples.shift(microbatch.start)
-        found |= dict.fromkeys(replicas_of(own, num_samples=group_size, data_parallel_size=dp_size))
-    return list(found)
-
-
-def _keeping(
-    selection: Selection | None, samples_per_replica: int, *, dp_size: int
-) -> Sequence[int]:
-    """Replicas of a destination that a selection needs."""
-    if selection is None:
-        return range(dp_size)
-    if selection.position is not None:
-        return (selection.position.dp,)
-    found: dict[int, None] = {}
-    for start, stop in selection.samples:
-        found |= dict.fromkeys(range(start // samples_per_replica, -(-stop // samples_per_replica)))
-    return list(found)
+    # Samples of two intervals may be one replica's: each once, in order.
+    return dict.fromkeys(dp for samples in selection.samples for dp in running(samples))
 
 
 def _chosen(selection: Selection | None, axis: Literal["cp", "tp"], size: int) -> Sequence[int]:

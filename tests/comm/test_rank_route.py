@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape
 from megatron_mosaic.comm.rank_route import BoundarySides, Microbatch
-from megatron_mosaic.comm.route import gradient_route, route
+from megatron_mosaic.comm.route import Leg, gradient_route, route
 from megatron_mosaic.layout.ownership import row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
@@ -12,7 +12,11 @@ from tests.comm.legal_boundaries import boundaries
 DIRECTIONS = st.sampled_from(["activation", "gradient"])
 
 
-def _sides(boundary):
+# Ranks of a node; None is one node for all.
+NODE_SIZES = st.sampled_from([None, 1, 2, 3, 4])
+
+
+def _sides(boundary, *, node_of=None):
     return BoundarySides(
         source=boundary.source,
         destination=boundary.destination,
@@ -20,6 +24,7 @@ def _sides(boundary):
         sharding=boundary.shape.sharding,
         item_rows=boundary.shape.item.rows,
         item_shards=boundary.shape.item.shards,
+        node_of=node_of,
     )
 
 
@@ -46,13 +51,14 @@ def _by_pair(legs, rank):
 
 
 @settings(max_examples=300, deadline=None)
-@given(boundaries(max_world_size=12), DIRECTIONS)
-def test_part_of_a_rank_is_that_of_the_whole_route(boundary, direction):
-    sides = _sides(boundary)
+@given(boundaries(max_world_size=12), DIRECTIONS, NODE_SIZES)
+def test_part_of_a_rank_is_that_of_the_whole_route(boundary, direction, node_size):
+    node_of = None if node_size is None else lambda rank: rank // node_size
+    sides = _sides(boundary, node_of=node_of)
     find = route if direction == "activation" else gradient_route
 
     for microbatch in _microbatches(boundary):
-        whole = find(sides.produced(microbatch), sides.kept(microbatch))
+        whole = find(sides.produced(microbatch), sides.kept(microbatch), node_of=node_of)
         for rank in {*boundary.source.ranks, *boundary.destination.ranks}:
             part = sides.route(direction, microbatch, rank=rank)
 
@@ -115,3 +121,16 @@ def test_routes_differ_where_the_source_runs_other_groups():
     # Alone, each replica runs one of the two samples; in a group of four the first runs both.
     assert [leg.source for leg in alone.legs] == [0, 1]
     assert [leg.source for leg in together.legs] == [0]
+
+
+def test_routes_take_rows_from_the_node_of_the_rank_that_keeps_them():
+    vision = ModulePlacement(name="vision", ranks=(0, 4), tensor_model_parallel_size=2)
+    language = ModulePlacement(name="language", ranks=(1, 5), data_parallel_size=2)
+    routes = BoundaryRoutes(
+        vision, language, shape=BoundaryShape(samples_per_replica=1), node_of=lambda rank: rank // 4
+    )
+    routes.begin(((Interval(0, 6),), (Interval(0, 6),)), groups=[(0,)])
+
+    # Both replicas of the source have all rows: nothing crosses the two nodes of four ranks.
+    assert routes.route("activation", 0, rank=1).legs == (Leg(0, 1, Interval(0, 6)),)
+    assert routes.route("activation", 0, rank=5).legs == (Leg(4, 5, Interval(6, 12)),)

@@ -76,8 +76,8 @@ def check_splittable(arguments: Any, groups: ModuleGroups) -> None:
     """
     placement = groups.placement
     cp, stages = placement.context_parallel_size, placement.pipeline_model_parallel_size
-    field = "context_parallel_size" if cp > 1 else "pipeline_model_parallel_size"
-    where = f"modules.{placement.name}: {field}={max(cp, stages)} must be 1"
+    shown = f"context_parallel_size={cp}" if cp > 1 else f"pipeline_model_parallel_size={stages}"
+    where = f"modules.{placement.name}: {shown} must be 1"
     kind = arguments["vision_transformer_config"].vision_model_type
     if kind not in ("clip", "siglip") and not kind.startswith("internvit"):
         raise PlanError(f"{where} for vision_model_type={kind}; use data or tensor parallelism")
