@@ -65,7 +65,15 @@ def knobs() -> tuple[Knob, ...]:
         Knob(gpus=RECENT, curve="host_expert_s.fp8", start=6e-5, low=1e-6, high=1e-3, spread=2),
         Knob(gpus=RECENT, curve="overlap_cost", start=0.15, low=0.02, high=0.6, spread=1.5),
     )
-    return (*software, *_simumax(), *_blackwell(), *_hopper(), *_ampere())
+    scans = Knob(
+        gpus=(*BLACKWELL, *HOPPER),
+        curve="recurrence.bf16",
+        start=0.05,
+        low=0.005,
+        high=0.6,
+        spread=2,
+    )
+    return (*software, scans, *_simumax(), *_blackwell(), *_hopper(), *_ampere())
 
 
 # Shares of large sizes among the operators that SimuMax measured on its B200,
@@ -105,16 +113,12 @@ def _blackwell() -> Iterator[Knob]:
     # Twice the bytes are no harder to move by value than one: at least fp8's share of the peak.
     for gpus in (("b200", "b300"), ("gb200", "gb300")):
         yield Knob(gpus=gpus, curve="matmul.bf16", start=0.65, low=0.3, high=0.9, spread=1.1)
-    for gpu in BLACKWELL:
-        yield Knob(gpus=(gpu,), curve="matmul.fp8", start=0.65, low=0.3, high=0.95, spread=1.5)
-        yield Knob(gpus=(gpu,), curve="matmul.mxfp8", start=0.6, low=0.3, high=0.95, spread=1.5)
-    # Blackwell Ultra's peak is half as high again; too few rows for more than a correction.
-    for gpus, start in ((("b200", "gb200"), 0.45), (("b300", "gb300"), 0.35)):
-        yield Knob(gpus=gpus, curve="matmul.nvfp4", start=start, low=0.1, high=0.9, spread=1.1)
+    for gpus in (("b200", "b300"), ("gb200",), ("gb300",)):
+        yield Knob(gpus=gpus, curve="matmul.fp8", start=0.65, low=0.3, high=0.95, spread=1.3)
+        yield Knob(gpus=gpus, curve="matmul.mxfp8", start=0.6, low=0.3, high=0.95, spread=1.3)
     for curve, start, spread in (
-        ("grouped_matmul.bf16", 0.55, 1.3),
+        ("grouped_matmul.bf16", _MEASURED["grouped_matmul.bf16"], 1.1),
         ("grouped_matmul.fp8", 0.45, 1.5),
-        ("recurrence.bf16", 0.1, 2.0),
     ):
         yield Knob(gpus=BLACKWELL, curve=curve, start=start, low=0.01, high=0.9, spread=spread)
 
@@ -128,7 +132,6 @@ def _hopper() -> tuple[Knob, ...]:
         Knob(gpus=HOPPER, curve="attention.backward", start=0.67, low=0.3, high=1.0),
         Knob(gpus=HOPPER, curve="elementwise", start=0.75, low=0.4, high=0.95),
         Knob(gpus=HOPPER, curve="permute", start=0.5, low=0.1, high=0.95),
-        Knob(gpus=HOPPER, curve="recurrence.bf16", start=0.1, low=0.01, high=0.6, spread=2),
     )
 
 

@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from benchmarks.accuracy_summary import numbers
 from benchmarks.cost_accuracy import main
 from benchmarks.halves import fitted_cases, halves
 from benchmarks.machine import RESULTS
 from benchmarks.predictions import predict
 from benchmarks.published_points import POINTS, cases_of, newest, read_points
 from benchmarks.published_settings import release_of
+from benchmarks.summary import README
 
 HEADER = POINTS.read_text().splitlines()[0]
 DENSE = "LLAMA3_70B (Pre-Training),70B,GB200,64,1,1,1,,64,,8192,2,256,FP8,{metric},{value},{source}"
@@ -132,3 +134,7 @@ def test_committed_gains_of_an_encoder_apart_have_the_right_sign():
     for cell in results["17_gpus"]:
         gains = [v for k, v in cell.items() if k not in ("dataset", "sequence_length")]
         assert min(gains) > 0
+
+
+def test_readme_has_the_committed_errors():
+    assert numbers() in README.read_text()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.fields import nearest, show, text
+from megatron_mosaic.fields import names, nearest, show, text
 from megatron_mosaic.model.huggingface_keys import (
     Config,
     depth,
@@ -241,9 +241,18 @@ def _gpt2(config: Config) -> Module:
     }
 
 
+def _hybrid_pattern(config: Config) -> str:
+    """Letters of the layers; newer configs spell them out."""
+    blocks = config.get("layers_block_type")
+    if blocks is None:
+        return text("hybrid_override_pattern", config.get("hybrid_override_pattern"))
+    letters = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+    return "".join(letters.get(block, "?") for block in names("layers_block_type", blocks))
+
+
 def _nemotron_h(config: Config) -> Module:
     """Nemotron-H and Nemotron 3, which have a mixer or an MLP in a layer, by their pattern."""
-    pattern = text("hybrid_override_pattern", config.get("hybrid_override_pattern"))
+    pattern = _hybrid_pattern(config)
     heads = {"head_dim": config.get("attention_head_dim"), **config}
     plain = {"gated_linear_unit": False, "mlp_bias": flag(config, "mlp_bias")}
     kinds: Mapping[str, Callable[[], Module]] = {
