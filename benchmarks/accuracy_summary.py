@@ -37,6 +37,12 @@ def numbers() -> str:
     for source, name in _NAMES.items():
         if source in results["sources"]:
             lines.append(_line(name, results["sources"][source]))
+    lines += [
+        "",
+        "| memory, nothing fitted | metric | rows | MAPE | largest |",
+        "| --- | --- | --- | --- | --- |",
+        *(_memory_line(key, it) for key, it in results["memory"].items()),
+    ]
     lines.append(
         f"\nFLOPs of a LoRA step of Llama-3-70B over those of a full one: "
         f"{results['lora_flop_ratio']:.3f}, published 0.645.\n"
@@ -63,6 +69,14 @@ def _line(name: str, halves: dict[str, Any]) -> str:
     rank = "" if whole["rank"] is None else f"{whole['rank']:.2f}"
     cells += [f"{whole['largest']:.1%}", f"{whole['bias']:+.1%}", rank]
     return "| " + " | ".join(cells) + " |"
+
+
+def _memory_line(key: str, errors: dict[str, float]) -> str:
+    source, metric = key.split()
+    return (
+        f"| {_NAMES[source].partition(', not')[0]} | `{metric}` | {errors['rows']} "
+        f"| {errors['mape']:.2%} | {errors['largest']:.2%} |"
+    )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Recomputes published step times with the cost model, and prints how far it is from them.
+"""Recomputes published step times and memory with the cost model, and prints how far it is off.
 
 ``python -m benchmarks.cost_accuracy [--points FILE.csv] [--rows] [--releases]``
 """
@@ -17,6 +17,7 @@ from benchmarks.accuracy_chart import draw
 from benchmarks.halves import FITTED, fitted_cases, halves
 from benchmarks.heterogeneous_gain import print_gains
 from benchmarks.machine import RESULTS, write_results
+from benchmarks.memory_points import memory_rows, memory_summaries
 from benchmarks.predictions import predict
 from benchmarks.published_points import POINTS, Case, Skipped, cases_of, newest, read_points
 from megatron_mosaic.cost.costs import StepBreakdown
@@ -182,6 +183,23 @@ def print_skipped(skipped: Iterable[Skipped]) -> dict[str, int]:
     return {reason: len(lines) for reason, lines in reasons.items()}
 
 
+def print_memory(cases: Iterable[Case]) -> dict[str, dict[str, float]]:
+    """Prints errors of memory, to which nothing is fitted, and returns them for the results."""
+    summaries = memory_summaries(memory_rows(cases))
+    results: dict[str, dict[str, float]] = {}
+    for summary in summaries:
+        print(
+            f"{summary.source:18} {summary.metric:35} {summary.rows:4} {summary.mape:7.2%} "
+            f"{summary.largest:7.2%}"
+        )
+        results[f"{summary.source} {summary.metric}"] = {
+            "rows": summary.rows,
+            "mape": summary.mape,
+            "largest": summary.largest,
+        }
+    return results
+
+
 def print_lora_ratio() -> float:
     """Prints the FLOPs of a LoRA step over those of a full one, and returns it."""
     model = load_model("llama-3-70b").language
@@ -225,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     results = print_table(rows)
     print(f"{len(rows)} layouts from {len(timed)} rows that state a time or a rate")
+    print("memory, to which nothing is fitted:")
+    memory = print_memory(cases)
     left = print_skipped(skipped)
     if args.points == POINTS and not args.releases:
         ratio = print_lora_ratio()
@@ -232,7 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(rows, RESULTS / "cost_accuracy.png")
         path = write_results(
             "cost_accuracy",
-            {"sources": results, "left_out": left, "lora_flop_ratio": ratio, "17_gpus": found},
+            {
+                "sources": results,
+                "memory": memory,
+                "left_out": left,
+                "lora_flop_ratio": ratio,
+                "17_gpus": found,
+            },
         )
         print(f"written: {path.name} and cost_accuracy.png")
     return 0

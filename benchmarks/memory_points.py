@@ -43,6 +43,16 @@ class MemoryRow(NamedTuple):
         return self.estimated_bytes / self.published_bytes - 1
 
 
+class MemorySummary(NamedTuple):
+    """Errors of the rows of one source in one metric: how many, mean and largest, relative."""
+
+    source: str
+    metric: str
+    rows: int
+    mape: float
+    largest: float
+
+
 def memory_rows(cases: Iterable[Case]) -> list[MemoryRow]:
     """Estimates all cases that are about memory."""
     return [MemoryRow(case, estimated_bytes(case)) for case in cases if "_gib" in case.metric]
@@ -110,14 +120,13 @@ def _live(case: Case, *, stage: int) -> float:
     )
 
 
-def summary(rows: Iterable[MemoryRow]) -> list[str]:
-    """One line for each source and metric: rows, mean and largest error, in per cent."""
+def memory_summaries(rows: Iterable[MemoryRow]) -> list[MemorySummary]:
+    """Errors by source and metric."""
     groups: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         groups.setdefault((row.case.source, row.case.metric), []).append(abs(row.error))
     return [
-        f"{source:16} {metric:36} {len(errors):3} rows  "
-        f"MAPE {100 * sum(errors) / len(errors):6.2f} %  max {100 * max(errors):6.2f} %"
+        MemorySummary(source, metric, len(errors), sum(errors) / len(errors), max(errors))
         for (source, metric), errors in groups.items()
     ]
 
@@ -136,7 +145,8 @@ def main(arguments: list[str]) -> None:
         )
     for skip in skipped:
         print(f"line {skip.point.line}: {skip.point.fields['model']}: {skip.reason}")
-    print("\n".join(summary(rows)))
+    for source, metric, count, mape, largest in memory_summaries(rows):
+        print(f"{source:16} {metric:36} {count:3} rows  MAPE {mape:6.2%}  max {largest:6.2%}")
 
 
 if __name__ == "__main__":
