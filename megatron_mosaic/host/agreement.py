@@ -87,7 +87,8 @@ class Agreement:
         if unlike:
             return (
                 f"0 plan: digest={digests[unlike[0]][:12]} on ranks {unlike} must equal "
-                f"{digests[0][:12]} of rank 0; give every rank the same plan file"
+                f"{digests[0][:12]} of rank 0; give every rank the same plan file and "
+                f"the same version of Megatron Mosaic"
             )
         return "fine"
 

@@ -1,5 +1,6 @@
 """How a rank meets the others, before any process group exists."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,27 +37,29 @@ class Meeting:
 
 
 def meet(path: Path) -> Meeting:
-    """Reads the plan and makes sure that every rank read the same.
+    """Reads the plan and makes sure that every rank read the same, and does what it says alike.
 
     Raises:
         SystemExit: Code 2, on every rank, if a rank cannot read its plan, the plan is for
-            another number of ranks, or plans differ.
+            another number of ranks, or plans or the schedules made from them differ.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
-    plan, error = None, None
+    plan, error, digest = None, None, ""
     try:
         plan = Plan.load(path)
         check_world_size(plan, world_size, where=str(path))
+        schedule = build_schedule(plan)
+        digest = hashlib.sha256(f"{plan.digest()} {schedule.digest()}".encode()).hexdigest()
         if rank == 0 and world_size <= _VERIFIED_RANKS:
             # Plans are compared below, so one rank verifies for all.
-            verify(plan, build_schedule(plan))
+            verify(plan, schedule)
     except (PlanError, LayoutError) as plan_error:
         error = str(plan_error)
     store = _store(rank, world_size)
     agreement = Agreement(store, rank=rank, world_size=world_size)
-    agreement.settle("plan", error, digest=plan.digest() if plan else "")
+    agreement.settle("plan", error, digest=digest)
     assert plan is not None
     return Meeting(store=store, agreement=agreement, plan=plan)
 

@@ -9,15 +9,20 @@ import torch.distributed as dist
 
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.weights import NamedParameter, partition_of
+from megatron_mosaic.host.weights import NamedParameter, is_expert, partition_of, split_of
 
 
 class _Copy(NamedTuple):
-    """What ranks with equal values have in common; ``tp`` is -1 for a weight that is not split."""
+    """What ranks with equal values have in common.
+
+    ``tp`` is the place among the ranks that split a weight, -1 if none do; ``ep`` that among those
+    that split the list of experts, -1 for a weight that is no expert's.
+    """
 
     module: str
     stage: int
     tp: int
+    ep: int
     weight: str
 
 
@@ -64,8 +69,13 @@ def check_replicas(
 
 def _copy_of(groups: ModuleGroups, weight: NamedParameter) -> _Copy:
     split = partition_of(weight.parameter)[0] >= 0
-    position = groups.position
-    return _Copy(groups.placement.name, position.pp, position.tp if split else -1, weight.name)
+    return _Copy(
+        module=groups.placement.name,
+        stage=groups.position.pp,
+        tp=split_of(weight.parameter, groups=groups).index if split else -1,
+        ep=groups.expert_position.ep if is_expert(weight.parameter) else -1,
+        weight=weight.name,
+    )
 
 
 def _digest_of(parameter: torch.Tensor) -> str:

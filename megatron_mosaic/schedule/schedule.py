@@ -1,5 +1,6 @@
 """A schedule: for every rank the ordered list of its tasks."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ class Schedule:
     num_microbatches: int
     forward_only: bool
     tasks: tuple[tuple[Task, ...], ...]
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of what every rank does."""
+        own = {id(tasks): tasks for tasks in self.tasks}  # replicas share their list
+        lists = {key: ";".join(map(str, tasks)) for key, tasks in own.items()}
+        content = [self.num_microbatches, self.forward_only, *(lists[id(t)] for t in self.tasks)]
+        return hashlib.sha256("\n".join(map(str, content)).encode()).hexdigest()
 
 
 def restrict(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_mosaic.errors import PlanError
@@ -316,3 +318,14 @@ def test_peak_live_without_backward_is_the_running_task():
     plan = plan_of("1f1b", place("language", 0), num_microbatches=5)
 
     assert peak_live(build_schedule(plan, forward_only=True), 0, "language") == 1
+
+
+def test_digest_tells_orders_of_tasks_apart():
+    placed = (place("vision", 0, 1, dp=2), place("language", 0, 1, pp=2))
+    plan = plan_of("colocated", *placed, num_microbatches=4, group=2)
+    same, built = build_schedule(plan), build_schedule(plan)
+    first, *others = built.tasks
+    swapped = replace(built, tasks=((first[1], first[0], *first[2:]), *others))
+
+    assert same.digest() == built.digest()
+    assert swapped.digest() != built.digest()
