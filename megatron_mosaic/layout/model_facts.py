@@ -55,7 +55,6 @@ def _check_tensor_parallel(placement: ModulePlacement, facts: ModuleFacts) -> No
 
 
 def _check_stages(placement: ModulePlacement, facts: ModuleFacts) -> None:
-    pp = placement.pipeline_model_parallel_size
     if placement.layers_per_stage is not None:
         if sum(placement.layers_per_stage) != facts.num_layers:
             raise LayoutError(
@@ -63,10 +62,16 @@ def _check_stages(placement: ModulePlacement, facts: ModuleFacts) -> None:
                 f"must sum to num_layers={facts.num_layers}, not "
                 f"{sum(placement.layers_per_stage)}; move the difference to a stage"
             )
-    elif facts.num_layers % pp:
+    elif facts.num_layers % placement.num_stages:
+        field = f"pipeline_model_parallel_size={placement.pipeline_model_parallel_size}"
+        if placement.virtual_pipeline_model_parallel_size > 1:
+            field += (
+                f" * virtual_pipeline_model_parallel_size="
+                f"{placement.virtual_pipeline_model_parallel_size}"
+            )
         raise LayoutError(
-            f"modules.{placement.name}: pipeline_model_parallel_size={pp} must divide "
-            f"num_layers={facts.num_layers}; choose a divisor of it or write layers_per_stage"
+            f"modules.{placement.name}: {field} must divide num_layers={facts.num_layers}; choose "
+            f"a divisor of it or write layers_per_stage"
         )
 
 

@@ -39,7 +39,9 @@ class ModulePlacement:
         ranks: Global ranks in the order tp-cp-dp-pp, fastest first; any list without repeats.
         trainable: What trains: parts of the module, or patterns on names of its parameters;
             ``None`` is everything, ``()`` is nothing.
-        layers_per_stage: Layers of each pipeline stage; ``None`` is an even split.
+        virtual_pipeline_model_parallel_size: Stages of each rank. Stage ``s`` of all is on ranks
+            of pipeline place ``s % pipeline_model_parallel_size``, as Megatron interleaves them.
+        layers_per_stage: Layers of each stage, all of every rank; ``None`` is an even split.
         expert_model_parallel_size: Parts into which the list of experts is split.
         expert_tensor_parallel_size: Ranks that split each expert; ``None`` is
             ``tensor_model_parallel_size``, and becomes ``None`` if written out.
@@ -67,6 +69,7 @@ class ModulePlacement:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     recompute: Recompute | None = None
+    virtual_pipeline_model_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         where = f"modules.{self.name}"
@@ -108,7 +111,8 @@ class ModulePlacement:
             raise LayoutError(f"{shown} must not repeat {repeated}; list each rank once")
 
     def _check_sizes(self, where: str) -> None:
-        for field, size in self.sizes().items():
+        virtual = "virtual_pipeline_model_parallel_size"
+        for field, size in {**self.sizes(), virtual: getattr(self, virtual)}.items():
             if size < 1:
                 raise LayoutError(f"{where}: {field}={size} must be >= 1; use 1 to switch it off")
         num_positions = prod(self.shape)
@@ -122,11 +126,16 @@ class ModulePlacement:
     def _check_layers(self, where: str) -> None:
         if self.layers_per_stage is None:
             return
-        if len(self.layers_per_stage) != self.pipeline_model_parallel_size:
+        if len(self.layers_per_stage) != self.num_stages:
+            factors = f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}"
+            if self.virtual_pipeline_model_parallel_size > 1:
+                factors += (
+                    f" * virtual_pipeline_model_parallel_size="
+                    f"{self.virtual_pipeline_model_parallel_size}"
+                )
             raise LayoutError(
                 f"{where}: layers_per_stage={list(self.layers_per_stage)} must have "
-                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} entries; "
-                f"give one number for each stage"
+                f"{factors} entries; give one number for each stage"
             )
         if min(self.layers_per_stage) < 1:
             raise LayoutError(
@@ -156,6 +165,11 @@ class ModulePlacement:
     def shape(self) -> Coordinates:
         """Sizes of the grid, one for each axis."""
         return Coordinates(*self.sizes().values())
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the module, those that share ranks too."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
     @property
     def splits_experts(self) -> bool:
@@ -199,9 +213,19 @@ class ModulePlacement:
         return self.ranks[index_of(Coordinates(tp, cp, dp, pp), self.shape)]
 
     def stage_ranks(self, stage: int) -> tuple[int, ...]:
-        """Ranks of one pipeline stage, in grid order."""
+        """Ranks of one stage, in grid order."""
         per_stage = len(self.ranks) // self.pipeline_model_parallel_size
-        return self.ranks[stage * per_stage : (stage + 1) * per_stage]
+        position = stage % self.pipeline_model_parallel_size
+        return self.ranks[position * per_stage : (position + 1) * per_stage]
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """Stages that a global rank hosts, ascending.
+
+        Raises:
+            LayoutError: The rank does not host the module.
+        """
+        position = self.coordinates(rank).pp
+        return tuple(range(position, self.num_stages, self.pipeline_model_parallel_size))
 
     def groups(self, *axes: Axis) -> list[tuple[int, ...]]:
         """Rank lists that differ only along ``axes``, as Megatron orders their members.

@@ -21,6 +21,7 @@ ScheduleKind = Literal["no_pipelining", "1f1b", "colocated"]
 _LATER_DEFAULTS: Mapping[str, Any] = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": None,
+    "virtual_pipeline_model_parallel_size": 1,
 }
 
 

@@ -45,6 +45,7 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "context_parallel_size": integer,
     "data_parallel_size": integer,
     "pipeline_model_parallel_size": integer,
+    "virtual_pipeline_model_parallel_size": integer,
     "sequence_parallel": boolean,
     "trainable": names,
     "layers_per_stage": integers,

@@ -38,7 +38,7 @@ def stage_order(plan: Plan) -> tuple[Stage, ...]:
     return tuple(
         Stage(name, stage)
         for name in module_order(plan)
-        for stage in range(plan.modules[name].pipeline_model_parallel_size)
+        for stage in range(plan.modules[name].num_stages)
     )
 
 
@@ -52,7 +52,7 @@ def stage_distances(plan: Plan) -> dict[Stage, int]:
     for name in reversed(module_order(plan)):
         successors = [destination for source, destination in plan.edges if source == name]
         behind = max((distances[Stage(after, 0)] + 1 for after in successors), default=0)
-        num_stages = plan.modules[name].pipeline_model_parallel_size
+        num_stages = plan.modules[name].num_stages
         for stage in range(num_stages):
             distances[Stage(name, stage)] = behind + num_stages - 1 - stage
     return distances
@@ -81,11 +81,12 @@ def needs_backward(plan: Plan, module: str) -> bool:
 
 
 def hosted_stages(plan: Plan, rank: int) -> tuple[Stage, ...]:
-    """Stages that run on a rank, in plan order; at most one of every module."""
+    """Stages that run on a rank, in plan order; of every module its virtual stages."""
     return tuple(
-        Stage(name, placement.coordinates(rank).pp)
+        Stage(name, stage)
         for name, placement in plan.modules.items()
         if rank in placement.ranks
+        for stage in placement.stages_of(rank)
     )
 
 
@@ -93,7 +94,7 @@ def rank_kinds(plan: Plan) -> tuple[RankKind, ...]:
     """Ranks that are not idle, by the stages that they host; in the order of their first ranks."""
     hosted: dict[int, list[Stage]] = {}
     for name, placement in plan.modules.items():
-        for stage in range(placement.pipeline_model_parallel_size):
+        for stage in range(placement.num_stages):
             for rank in placement.stage_ranks(stage):
                 hosted.setdefault(rank, []).append(Stage(name, stage))
     kinds: dict[tuple[Stage, ...], list[int]] = {}

@@ -61,13 +61,13 @@ Step = Compute | Post | Wait
 def edges_of(plan: Plan) -> tuple[Edge, ...]:
     """Edges between modules, then those between the stages of each module."""
     between = [
-        Edge(source, plan.modules[source].pipeline_model_parallel_size - 1, destination, 0)
+        Edge(source, plan.modules[source].num_stages - 1, destination, 0)
         for source, destination in plan.edges
     ]
     within = [
         Edge(name, stage, name, stage + 1)
         for name, placement in plan.modules.items()
-        for stage in range(placement.pipeline_model_parallel_size - 1)
+        for stage in range(placement.num_stages - 1)
     ]
     return (*between, *within)
 
@@ -83,11 +83,12 @@ def communicators(plan: Plan, edge: Edge) -> tuple[tuple[int, ...], ...]:
     """Rank lists that take part in a transfer of the edge together.
 
     Between modules all ranks of both stages do, sorted. Between the stages of one module there is
-    one pair for each position of the tensor, context and data axes.
+    one pair for each position of the tensor, context and data axes, or one rank that hosts both.
     """
     source, destination = participants(plan, edge)
     if edge.source == edge.destination:
-        return tuple(zip(source, destination, strict=True))
+        pairs = zip(source, destination, strict=True)
+        return tuple((one,) if one == other else (one, other) for one, other in pairs)
     return (tuple(sorted({*source, *destination})),)
 
 
