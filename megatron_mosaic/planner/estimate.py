@@ -234,13 +234,31 @@ class Estimator:
         )
         return hosted._replace(group=group, entry_s=entry_s)
 
-    def pipeline_s(self, language: Hosted, num_microbatches: int) -> float:
-        """Time of the language model's pipeline alone, without what happens once in a step."""
+    def pipeline_s(
+        self, language: Hosted, num_microbatches: int, *, encoder: Hosted | None = None
+    ) -> float:
+        """Time of the language model's pipeline, without what happens once in a step.
+
+        Args:
+            language: Its stages.
+            num_microbatches: Of the step.
+            encoder: One on ranks of its own that feeds it.
+        """
+        modules = {LANGUAGE: ModuleInStep(name=LANGUAGE, stages=language.stages)}
+        edges: list[tuple[str, str]] = []
+        if encoder is not None and encoder.choice is not None:
+            name = encoder.choice.name
+            modules[name] = ModuleInStep(
+                name=name, stages=_apart(encoder), task_microbatches=encoder.group
+            )
+            edges.append((name, LANGUAGE))
+        grouped = encoder is not None and encoder.group > 1
         breakdown = step_breakdown(
-            {LANGUAGE: ModuleInStep(name=LANGUAGE, stages=language.stages)},
-            edges=(),
-            kind="1f1b",
+            modules,
+            edges=edges,
+            kind="colocated" if grouped else "1f1b",
             num_microbatches=num_microbatches,
+            encoder_group=encoder.group if encoder and grouped else None,
         )
         return breakdown.compute_s + breakdown.communication_s + breakdown.bubble_s
 

@@ -1,7 +1,7 @@
 """Finds the fastest candidates: branch and bound over sizes of modules and their hosts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from time import monotonic
 
@@ -171,6 +171,9 @@ class _Run:
                 continue
             for kind, group, hosts in self._ways(option):
                 _Around(self, option, alone, kind, group, hosts).explore()
+                if self.late():
+                    self.unexplored_s = min(self.unexplored_s, option.bound_s)
+                    return
 
     def _alone(self, option: LanguageOption) -> Hosted | None:
         """The language model's stages as if nothing else were there; None if even so too large."""
@@ -197,19 +200,23 @@ class _Light:
         choice: The option.
         work_s: What it adds to every rank of the language model, in a step.
         column_s: Time of its slowest stage, or what it adds to the first stage, by microbatch.
-        latency_s: Its time before the first microbatch reaches the language model and after.
+        before_s: Its time until the first microbatch reaches the language model.
+        after_s: Its time after the last one has come back.
         once_s: Its synchronisation and optimizer.
         num_bytes: What it holds on a rank.
         num_ranks: Ranks apart that it takes.
+        pair_s: Time of the pipeline of it and the language model; 0 if that is not known.
     """
 
     choice: EncoderChoice
     work_s: float = 0.0
     column_s: float = 0.0
-    latency_s: float = 0.0
+    before_s: float = 0.0
+    after_s: float = 0.0
     once_s: float = 0.0
     num_bytes: float = 0.0
     num_ranks: int = 0
+    pair_s: float = 0.0
 
 
 class _Around:
@@ -224,7 +231,7 @@ class _Around:
         group: int,
         hosts: tuple[Host, ...],
     ) -> None:
-        self.run, self.option, self.hosts = run, option, hosts
+        self.run, self.option, self.hosts, self.alone = run, option, hosts, alone
         self.kind: ScheduleKind = kind
         self.group = group
         busy = [stage.forward_s + stage.backward_s for stage in alone.stages]
@@ -268,12 +275,43 @@ class _Around:
                 light = self._light(choice)
                 if light is not None:
                     found.append(light)
-            self.run.shared[key] = (
-                _undominated_apart(found, once_s=self.least_once_s)
-                if host == "apart"
-                else _undominated(found)
+            self.run.shared[key] = found if host == "apart" else _undominated(found)
+        # What is no better alone is no better with others.
+        promising = [o for o in self.run.shared[key] if self.bound_s([o]) < self._threshold_s()]
+        if host == "apart":
+            exact = [self._exact(light) for light in promising]
+            promising = _undominated_apart(
+                [light for light in exact if light is not None], once_s=self.least_once_s
             )
-        return sorted(self.run.shared[key], key=lambda light: self.bound_s([light]))
+        return sorted(promising, key=lambda light: self.bound_s([light]))
+
+    def _exact(self, light: _Light) -> _Light | None:
+        """An option on ranks of its own as it is estimated; None if it does not fit."""
+        hosted = self._hosted(light.choice)
+        if hosted is None:
+            return None
+        stages, group = hosted.stages, self.group
+        hops_s = [*(stage.hop_s for stage in stages[:-1]), hosted.entry_s]
+        back_s = sum(stage.backward_s for stage in stages)
+        return replace(
+            light,
+            column_s=max(stage.forward_s + stage.backward_s for stage in stages) / group,
+            before_s=(sum(stage.forward_s for stage in stages) + sum(hops_s)) / group,
+            after_s=(back_s + sum(hops_s)) / group if stages[-1].backward_s else back_s / group,
+            once_s=max(stage.sync_s + stage.optimizer_s for stage in stages),
+            pair_s=self.run.estimator.pipeline_s(
+                self.alone, self.option.num_microbatches, encoder=hosted
+            ),
+        )
+
+    def _hosted(self, choice: EncoderChoice) -> Hosted | None:
+        estimator = self.run.estimator
+        return estimator.encoder(
+            self._candidate([choice]),
+            choice,
+            self.option.num_microbatches,
+            limit_bytes=estimator.limit_bytes,
+        )
 
     def _light(self, choice: EncoderChoice) -> _Light | None:
         estimator, option = self.run.estimator, self.option
@@ -284,15 +322,11 @@ class _Around:
             return _Light(
                 choice,
                 column_s=max(times.total_s / choice.sizes.pp, times.longest_s) / self.group,
-                latency_s=times.total_s / self.group,
+                before_s=times.forward_s / self.group,
+                after_s=(times.total_s - times.forward_s) / self.group,
                 num_ranks=choice.sizes.num_ranks,
             )
-        hosted = estimator.encoder(
-            self._candidate([choice]),
-            choice,
-            option.num_microbatches,
-            limit_bytes=estimator.limit_bytes,
-        )
+        hosted = self._hosted(choice)
         if hosted is None or hosted.held_bytes(0) > estimator.limit_bytes:
             return None
         stage, held_bytes = hosted.stages[0], hosted.held_bytes(0)
@@ -300,11 +334,13 @@ class _Around:
         if choice.host == "language" or (choice.shares and self.group > 1):
             work_s = hosted.busy_s * option.num_microbatches / self.group
             return _Light(choice, work_s, once_s=once_s, num_bytes=held_bytes)
+        back_s = hosted.entry_s if stage.backward_s else 0.0
         busy_s = hosted.busy_s if choice.shares else stage.forward_s + stage.backward_s
         return _Light(
             choice,
             column_s=busy_s / self.group,
-            latency_s=busy_s / self.group,
+            before_s=(stage.forward_s + hosted.entry_s) / self.group,
+            after_s=(stage.backward_s + back_s) / self.group,
             once_s=once_s,
             num_bytes=held_bytes,
             num_ranks=0 if choice.shares else choice.sizes.num_ranks,
@@ -331,6 +367,8 @@ class _Around:
         rest = least[1:]
         rest_ranks = sum(t.num_ranks for t in rest if t.choice.host == "apart")
         for light in levels[0]:
+            if self.run.late():
+                return
             ranks = light.num_ranks if light.choice.host == "apart" else 0
             if ranks + rest_ranks > spare or not _blocks_agree(taken, light):
                 continue
@@ -358,26 +396,36 @@ class _Around:
         apart = [t for t in taken if t.choice.host == "apart"]
         together_s = sum(t.column_s for t in taken if t.choice.host == "together")
         first_s = sum(t.column_s for t in shared)
-        pipeline_s, once_s = self._language_s(first_s, sum(t.num_bytes for t in shared))
-        # The language model begins after a task of every encoder, and ends before one.
-        latency_s = max([together_s, *(t.latency_s for t in apart)])
+        pipeline_s, once_s = self._language_s(first_s, fits=self._fits(shared))
+        # The language model begins after a task of every encoder, and ends before one: the
+        # longest of them may be another one each time.
+        before_s = [t.before_s for t in apart]
+        after_s = [t.after_s for t in apart]
+        latency_s = max(together_s, max(before_s, default=0.0) + max(after_s, default=0.0))
         pipeline_s += self.group * latency_s
         slowest_s = max([together_s, *(t.column_s for t in apart)])
         stages = max([t.choice.sizes.pp for t in apart], default=1)
         steady = self.option.num_microbatches - self.group * (self.option.sizes.pp + stages)
         path_s = self.path_s + first_s + latency_s + max(steady, 0) * slowest_s
         pipeline_s = max(pipeline_s, self.option.num_microbatches * slowest_s, path_s)
-        everywhere_s = sum(t.once_s for t in taken if t.choice.host == "language")
-        return pipeline_s + sum(t.work_s for t in shared) + everywhere_s + once_s
+        if not first_s and self._fits(shared):
+            pipeline_s = max([pipeline_s, *(t.pair_s for t in apart)])
+        once_s += sum(t.once_s for t in taken if t.choice.host == "language")
+        once_s = max([once_s, *(t.once_s for t in apart)])
+        return pipeline_s + sum(t.work_s for t in shared) + once_s
 
-    def _language_s(self, first_s: float, shared_bytes: float) -> tuple[float, float]:
+    def _fits(self, shared: Sequence[_Light]) -> bool:
+        """Whether the language model keeps the split that it has alone."""
+        held_bytes = self.alone_bytes + sum(t.num_bytes for t in shared)
+        return held_bytes <= self.run.estimator.limit_bytes
+
+    def _language_s(self, first_s: float, *, fits: bool) -> tuple[float, float]:
         """Time of the language model's pipeline, and of what it does once in a step.
 
         Args:
             first_s: What encoders add to a microbatch on the first stage.
-            shared_bytes: What encoders hold on its ranks.
+            fits: Whether its layers are split as if it were alone.
         """
-        fits = self.alone_bytes + shared_bytes <= self.run.estimator.limit_bytes
         if not first_s and fits:
             return self.alone_s, self.once_s
         # Its layers are split anew, and the closed form depends on how.
@@ -407,39 +455,36 @@ def _least(options: Sequence[_Light]) -> _Light:
         options[0].choice,
         work_s=min(o.work_s for o in options),
         column_s=min(o.column_s for o in options),
-        latency_s=min(o.latency_s for o in options),
+        before_s=min(o.before_s for o in options),
+        after_s=min(o.after_s for o in options),
         once_s=min(o.once_s for o in options),
         num_bytes=min(o.num_bytes for o in options),
         num_ranks=min(o.num_ranks for o in options),
+        pair_s=min(o.pair_s for o in options),
     )
 
 
 def _undominated_apart(options: list[_Light], *, once_s: float) -> list[_Light]:
-    """Options on ranks of their own that no option of one stage, exactly known, beats.
+    """Options on ranks of their own that no other one, exactly known, beats.
 
     Args:
-        options: Their times are exact with one stage, and lower bounds with more.
+        options: As they are estimated.
         once_s: What the language model does once in a step; less than that costs nothing.
     """
-    exact = [o for o in options if o.choice.sizes.pp == 1]
-    exact.sort(key=lambda o: (o.num_ranks, o.column_s, o.once_s))
     kept: list[_Light] = []
-    for light in exact:
+    for light in sorted(options, key=lambda o: (o.num_ranks, o.pair_s, o.column_s, o.once_s)):
         if not any(_beats(other, light, once_s=once_s) for other in kept):
             kept.append(light)
-    return kept + [
-        light
-        for light in options
-        if light.choice.sizes.pp > 1
-        and not any(_beats(other, light, once_s=once_s) for other in kept)
-    ]
+    return kept
 
 
 def _beats(other: _Light, light: _Light, *, once_s: float) -> bool:
     return (
         other.num_ranks <= light.num_ranks
         and other.column_s <= light.column_s
-        and other.latency_s <= light.latency_s
+        and other.before_s <= light.before_s
+        and other.after_s <= light.after_s
+        and other.pair_s <= light.pair_s
         and other.once_s <= max(light.once_s, once_s)
     )
 
