@@ -116,6 +116,7 @@ class _Run:
         work_s = encoder_work_s(self.estimator)
         self.options = language_options(self.estimator, encoder_work_s=work_s)
         self.shared: dict[tuple[object, ...], list[_Light]] = {}
+        self.options_of: dict[tuple[object, ...], list[_Light]] = {}
         self._times: dict[int, tuple[ModuleCosts, ModuleTimes]] = {}
 
     def times(self, costs: ModuleCosts) -> ModuleTimes:
@@ -169,6 +170,7 @@ class _Run:
             alone = self._alone(option)
             if alone is None:
                 continue
+            self.options_of.clear()
             for kind, group, hosts in self._ways(option):
                 _Around(self, option, alone, kind, group, hosts).explore()
                 if self.late():
@@ -263,7 +265,17 @@ class _Around:
             self.run.best.add(self.found)
 
     def _options(self, name: str, host: Host, spare: int) -> list[_Light]:
-        """Options of one encoder, the most promising first."""
+        """Options of one encoder, the most promising first.
+
+        Several ways to place encoders ask for the same; what was too slow for one of them is for
+        the next, as the best time only falls.
+        """
+        key = (name, host, self.option, self.kind, self.group)
+        if key not in self.run.options_of:
+            self.run.options_of[key] = self._promising(name, host, spare)
+        return self.run.options_of[key]
+
+    def _promising(self, name: str, host: Host, spare: int) -> list[_Light]:
         option, problem = self.option, self.run.problem
         num_samples = self.group * option.micro_batch_size * option.sizes.dp
         key = (name, host, option.sizes, num_samples, self.kind, spare)
