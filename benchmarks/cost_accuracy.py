@@ -109,6 +109,8 @@ def rank_correlation(rows: Sequence[Row]) -> float | None:
         ]
         published = [row.published_s / count for row, count in zip(same, tokens, strict=True)]
         estimated = [row.estimate.step_s / count for row, count in zip(same, tokens, strict=True)]
+        if len(set(published)) == 1 or len(set(estimated)) == 1:
+            continue
         total += len(same) * float(spearmanr(published, estimated).statistic)
         weight += len(same)
     return total / weight if weight else None

@@ -122,7 +122,9 @@ def heterogeneous_step_s(model: ModelSpec, gpu: str) -> float:
 
 def print_gains() -> list[dict[str, object]]:
     """Prints predictions beside the published gains, and returns them for the results."""
-    print(f"\nQwen3.5-VL-27B, 17 against 16 GPUs: step shorter by; GPU not stated, {STATED_GPU} here")
+    print(
+        f"\nQwen3.5-VL-27B, 17 against 16 GPUs: step shorter by; GPU not stated, {STATED_GPU} here"
+    )
     found = []
     for gain in gains():
         stated = gain.predicted[STATED_GPU]

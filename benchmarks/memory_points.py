@@ -7,6 +7,7 @@ Nothing is fitted: every byte that is counted has a reason in ``megatron_mosaic/
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from megatron_mosaic.cost.memory import (
     stage_memory,
     stages_memory,
 )
+from megatron_mosaic.cost.sizes import ParallelSizes
 
 GIB = 2**30
 
@@ -57,13 +59,21 @@ def estimated_bytes(case: Case) -> float:
 
 
 def peaks_bytes(case: Case) -> list[float]:
-    """Estimates the peak of every stage of a case's language model."""
-    stages = stages_memory(
-        _parts(case), sizes=case.sizes, settings=case.settings, precision=case.model.precision
-    )
-    return [
-        memory.total(live_tasks=_live(case, stage=stage)) for stage, memory in enumerate(stages)
-    ]
+    """Estimates the peak of every stage of a case; encoders are on the first one, as published."""
+    peaks = []
+    for stage, memory in enumerate(_stages(case, "language", case.sizes)):
+        peaks.append(memory.total(live_tasks=_live(case, stage=stage)))
+    for name in case.model.modules:
+        if name != "language":
+            sizes = replace(case.sizes, pp=1, chunks=1, ep=1)
+            (encoder,) = _stages(case, name, sizes)
+            peaks[0] += encoder.total(live_tasks=_live(case, stage=0)) - encoder.working
+    return peaks
+
+
+def _stages(case: Case, name: str, sizes: ParallelSizes) -> tuple[StageMemory, ...]:
+    parts = _parts(case, name, sizes)
+    return stages_memory(parts, sizes=sizes, settings=case.settings, precision=case.model.precision)
 
 
 def _first_layers(case: Case) -> StageMemory:
@@ -72,20 +82,22 @@ def _first_layers(case: Case) -> StageMemory:
     45.5625 GiB of its 22-billion model, for instance, are 18 * 12*48*6144^2/8 bytes, without
     embedding, norms and biases.
     """
-    parts = _parts(case)
+    parts = _parts(case, "language", case.sizes)
     layers = split_layers(parts.layers, [case.model.language.num_layers // case.sizes.pp])[0]
     return stage_memory(
         layers, sizes=case.sizes, settings=case.settings, precision=case.model.precision
     )
 
 
-def _parts(case: Case) -> ModuleParts:
+def _parts(case: Case, name: str, sizes: ParallelSizes) -> ModuleParts:
+    encoders = [module for key, module in case.model.modules.items() if key != "language"]
     return module_parts(
-        case.model.language,
-        sizes=case.sizes,
+        case.model.modules[name],
+        sizes=sizes,
         settings=case.settings,
         samples=case.micro_batch_size,
         precision=case.model.precision,
+        gradient_arrives=name == "language" and any(m.trainable != () for m in encoders),
     )
 
 

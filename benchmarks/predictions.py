@@ -2,6 +2,8 @@
 
 import heapq
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from benchmarks.published_points import Case
 from megatron_mosaic.cluster.library import load_cluster
@@ -10,6 +12,8 @@ from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts, ModuleInStep, StageCosts, StepBreakdown
 from megatron_mosaic.cost.stages import backward_s
 from megatron_mosaic.cost.step import step_breakdown
+
+_load = cache(load_cluster)
 
 _CLUSTERS = {
     "A100": "a100-80g",
@@ -22,9 +26,13 @@ _CLUSTERS = {
 }
 
 
+SIMUMAX_MACHINE = Path(__file__).resolve().parent / "data" / "b200_simumax.yaml"
+
+
 def cluster_of(case: Case) -> Cluster:
-    """The shipped cluster of a case's GPUs, with as many of them."""
-    cluster = load_cluster(_CLUSTERS[case.gpu])
+    """The cluster of a case, with as many GPUs: a shipped one, or SimuMax's machine."""
+    name = str(SIMUMAX_MACHINE) if case.source == "simumax" else _CLUSTERS[case.gpu]
+    cluster = _load(name)
     per_node = min(cluster.gpus_per_node, case.num_gpus)
     return replace(cluster, gpus_per_node=per_node, num_nodes=-(-case.num_gpus // per_node))
 

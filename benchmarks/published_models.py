@@ -134,9 +134,7 @@ def _nemotron_h_56b() -> ModelSpec:
     mamba = StateSpace(num_heads=256, head_dim=64, state_size=256, num_groups=8)
     kinds = {
         "M": Layer(mixer=mamba, mlp=None),
-        "*": Layer(
-            mixer=SelfAttention(num_heads=64, num_query_groups=8, head_dim=128), mlp=None
-        ),
+        "*": Layer(mixer=SelfAttention(num_heads=64, num_query_groups=8, head_dim=128), mlp=None),
         "-": Layer(mixer=None, mlp=Mlp(ffn_hidden_size=32768, gated=False)),
     }
     pattern = ("M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-")[:118]

@@ -5,22 +5,35 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from benchmarks.published_models import published_models, with_sequence
+from benchmarks.published_settings import Point, Source, release_of, settings_of, source_of
+from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.model.spec import LanguageHead, ModelSpec, Precision
+from megatron_mosaic.model.spec import ModelSpec, Precision
 
 POINTS = Path(__file__).resolve().parent / "data" / "published_points.csv"
-COLUMNS = (
-    "model params gpu num_gpus tp cp pp vpp dp ep seq_len mbs gbs precision metric value source"
-).split()
+COLUMNS = [
+    "model",
+    "params",
+    "gpu",
+    "num_gpus",
+    "tp",
+    "cp",
+    "pp",
+    "vpp",
+    "dp",
+    "ep",
+    "seq_len",
+    "mbs",
+    "gbs",
+    "precision",
+    "metric",
+    "value",
+    "source",
+]
 
-Source = Literal[
-    "simumax", "a100-2205.05198", "bridge-dense", "bridge-moe", "bridge-lora", "vlm", "recipes",
-    "nemo-cp", "cards", "automodel",
-]  # fmt: skip
 _PRECISIONS: Mapping[str, Precision] = {
     "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "fp8-cs": "fp8", "fp8_cs": "fp8",
     "fp8-mx": "mxfp8", "fp8_mx": "mxfp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
@@ -31,24 +44,6 @@ _MEMORY = (
     "peak_alloc_gib", "param_opt_mem_gib", "activation_mem_gib_no_recompute",
     "activation_mem_gib_seqpar_selective",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One row of a points file.
-
-    Args:
-        line: Its line in the file.
-        fields: Its cells by column.
-    """
-
-    line: int
-    fields: Mapping[str, str]
-
-    def whole(self, column: str, otherwise: int | None = None) -> int | None:
-        """A cell as a whole number, or ``otherwise`` where it is empty."""
-        text = self.fields[column].strip()
-        return int(float(text)) if text else otherwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +83,14 @@ class Case:
     @property
     def layout(self) -> tuple[object, ...]:
         """What tells configurations apart, whatever software or unit they were measured with."""
+        model = self.model
         return (
-            self.source, self.model.name, self.model.language.num_layers, self.model.sequence_length, self.model.precision,
-            self.gpu, self.num_gpus, self.sizes, self.micro_batch_size, self.global_batch_size,
-            self.settings.fsdp, self.model.language.trainable,
-        )  # fmt: skip
+            self.source,
+            (model.name, model.language.num_layers, model.sequence_length, model.precision),
+            (self.gpu, self.num_gpus, self.sizes),
+            (self.micro_batch_size, self.global_batch_size),
+            (self.settings.fsdp, model.language.trainable),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +203,11 @@ def _case(point: Point, known_chunks: Mapping[tuple[str, str, str], int]) -> Cas
     metric, value = cells["metric"], _number(cells["value"])
     if metric not in (*_TIMES, *_TFLOPS, "tokens_per_sec_per_gpu", *_MEMORY):
         raise _SkipError(f"{metric} is a ratio or a rate without a layout of its own")
-    source = _source(point, name)
+    source = source_of(point)
+    if source is None:
+        raise _SkipError("its source states neither a microbatch size nor the geometry")
+    if source in ("cards", "vlm") and metric not in _MEMORY and _is_sanity_run(point):
+        raise _SkipError("a sanity run of a verification card, untuned by its own words")
     model = _model(point, name)
     num_gpus = _need(point, "num_gpus")
     mbs, gbs = _batch(point, source)
@@ -217,8 +219,8 @@ def _case(point: Point, known_chunks: Mapping[tuple[str, str, str], int]) -> Cas
     case = Case(
         point=point, source=source, model=model, gpu=cells["gpu"].replace("A100-80G", "A100"),
         num_gpus=num_gpus, sizes=sizes, micro_batch_size=mbs, global_batch_size=gbs,
-        settings=_settings(point, source, model, sizes), metric=metric, value=value, step_s=None,
-        release=_release(cells["source"]),
+        settings=settings_of(point, source, model, sizes), metric=metric, value=value, step_s=None,
+        release=release_of(cells["source"]),
     )  # fmt: skip
     return replace(case, step_s=_step_s(case))
 
@@ -237,33 +239,9 @@ def _need(point: Point, column: str) -> int:
     return value
 
 
-def _source(point: Point, name: str) -> Source:
-    text = point.fields["source"]
-    if "SimuMax" in text:
-        return "simumax"
-    if "2205.05198" in text:
-        return "a100-2205.05198"
-    if "Automodel" in text:
-        return "automodel"
-    if "model_verification_cards" in text:
-        if "vlm" in name and ("_performance" in name or point.fields["metric"] in _MEMORY):
-            return "vlm"
-        if "_performance" not in name and point.fields["metric"] not in _MEMORY:
-            raise _SkipError("a sanity run of a verification card, untuned by its own words")
-        return "cards"
-    if "vlm" in name or "_vl_" in name or "-vl-" in name:
-        return "vlm"
-    if "moe_recipes" in text:
-        return "recipes"
-    if "performance_long_sequence" in text:
-        return "nemo-cp"
-    if "performance-summary" in text:
-        if "lora" in name or "peft" in name:
-            return "bridge-lora"
-        return "bridge-moe" if re.search(r"a\d+b", point.fields["params"].lower()) or re.search(
-            r"deepseek|oss|_a\d+b|nemotron_3|kimi|mixtral|next", name
-        ) else "bridge-dense"  # fmt: skip
-    raise _SkipError("its source states neither a microbatch size nor the geometry")
+def _is_sanity_run(point: Point) -> bool:
+    card = "model_verification_cards" in point.fields["source"]
+    return card and "_performance" not in point.fields["model"].lower()
 
 
 def _model(point: Point, name: str) -> ModelSpec:
@@ -319,80 +297,16 @@ def _sizes(point: Point, source: Source, num_gpus: int) -> ParallelSizes:
     dp = num_gpus // (tp * pp * cp)
     if (tp * cp * dp) % ep:
         raise _SkipError(f"ep={ep} does not divide tp*cp*dp={tp * cp * dp}")
-    full = "full-recompute" in point.fields["model"] or (
-        source == "vlm" and "language and vision towers" in point.fields["source"]
-    )
-    selective = "selective" in point.fields["model"] or point.fields["metric"].endswith("selective")
+    text = f"{point.fields['model']} {point.fields['source']} {point.fields['metric']}".lower()
+    projector_alone = source == "vlm" and "language and vision towers" in text
+    full = re.search(r"full[-_ ]recompute", text) or projector_alone
+    selective = re.search(r"selective[-_ ]recompute|seqpar_selective", text)
     return ParallelSizes(
         tp=tp, cp=cp, dp=dp, pp=pp, ep=ep, etp=1,
         sequence_parallel=tp > 1 and not (source == "a100-2205.05198" and not selective),
         recompute="full" if full else "selective" if selective else None,
         chunks=point.whole("vpp", 1) or 1,
     )  # fmt: skip
-
-
-def _settings(
-    point: Point, source: Source, model: ModelSpec, sizes: ParallelSizes
-) -> TrainingSettings:
-    text = point.fields["source"]
-    if source == "simumax":
-        # docs/b200/b200_real_repro_guide.md: no overlap anywhere; cp-comm-type is all-to-all.
-        return TrainingSettings(
-            overlap_grad_reduce=False, overlap_param_gather=False, cp_comm="a2a"
-        )
-    if source == "a100-2205.05198":
-        return TrainingSettings(
-            distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
-            flash_attention=False, dropout=True, cross_entropy_fusion=False,
-            # Software of 2022: interleaved stages waited for messages, which tensor ranks shared.
-            overlap_p2p=False, split_hops=True,
-        )  # fmt: skip
-    graph = _cuda_graph(point, model)
-    fsdp = "FSDP=" in text or "FSDP2=" in text or (
-        # NVFP4 repeats the layout of the rows that name FSDP, where nothing else fits 70B.
-        model.name == "llama-3-70b" and sizes.tp * sizes.pp == 1 and sizes.dp > 1
-    )  # fmt: skip
-    return TrainingSettings(
-        # Megatron-Bridge's mixed precision recipes reduce gradients in 2 bytes.
-        gradient_bytes=2, fsdp=fsdp, tp_comm_overlap=sizes.tp > 1 and not sizes.ep > 1,
-        moe_dispatcher="flex", cuda_graph=graph, moe_overlap=_moe_overlap(point, model, graph),
-    )  # fmt: skip
-
-
-def _moe_overlap(point: Point, model: ModelSpec, graph: str) -> bool:
-    # The same recipes: with whole-iteration graphs, and without them where tokens leave a node.
-    text = point.fields["source"].lower()
-    if "automodel" in text:
-        return False
-    if "moe_recipes" in text:
-        return "ep overlap" in text
-    far = model.name in ("deepseek-v3", "qwen3-235b-a22b", "kimi-k2")
-    return graph == "full" or (far and point.fields["gpu"] in ("H100", "B200"))
-
-
-def _cuda_graph(point: Point, model: ModelSpec) -> Literal["none", "partial", "full"]:
-    # Megatron-Bridge's perf_recipes (067f987): whole iterations for MXFP8 on NVL72 and, with
-    # DeepSeek, on B300, since release 26.06 but not for hybrid models; attention, router and
-    # preprocessing on NVL72 otherwise and for Qwen3-30B on H100 in fp8.
-    gpu, release = point.fields["gpu"], _release(point.fields["source"])
-    nvl72, deepseek = gpu in ("GB200", "GB300"), model.name.startswith("deepseek")
-    hybrid = model.name.startswith("nemotron")
-    text = point.fields["source"].lower()
-    if "automodel" in text:
-        return "none"
-    recent = not release or release >= (26, 6)
-    if "moe_recipes" in text:
-        return "full" if "full cg" in text else "partial" if "cg" in text else "none"
-    if model.precision == "mxfp8" and recent and not hybrid and (nvl72 or deepseek):
-        return "full"
-    if nvl72 or (model.name.startswith("qwen3-30b") and gpu == "H100" and recent):
-        return "partial"
-    return "none"
-
-
-def _release(source: str) -> tuple[int, ...]:
-    found = re.search(r"rel (\d+(?:\.\d+)*)", source)
-    return tuple(map(int, found[1].split("."))) if found else ()
 
 
 def _step_s(case: Case) -> float | None:
@@ -415,13 +329,11 @@ def source_flops_per_token(case: Case) -> float:
     """FLOPs of a token as the case's source counts them for its TFLOPS.
 
     Megatron counts causal attention half. NeMo's formulas of the long-sequence table count it
-    whole: halved, the B200 row with a million tokens would be beyond what its bf16 attention can do.
+    whole: halved, the B200 row with a million tokens would be beyond its bf16 attention.
 
     Source:
         num_floating_point_operations in Megatron-LM's training.py and Megatron-Bridge's
         flop_utils.py (067f987); NeMo's flops_formulas.py before it knew causal attention.
     """
-    from megatron_mosaic.cost.model_flops import model_flops_per_token
-
     language = case.model.language
     return model_flops_per_token(language, full_attention=case.source == "nemo-cp")

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from megatron_mosaic.commands import args as args_command
 from megatron_mosaic.commands import check, plan, show
 from megatron_mosaic.errors import LayoutError, PlanError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "plan": (plan, "find the best plan for a model on a cluster"),
     "check": (check, "check a plan and print its layout"),
-    "show": (show, "print the schedule of every rank"),
+    "show": (show, "print or draw the schedule and what is predicted"),
+    "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
 }
 
 

@@ -15,6 +15,9 @@ from megatron_mosaic.errors import PlanError
 
 Parse = Callable[[str, Any], Any]
 
+MAX_LAYERS = 10_000
+"""More are a slip of the pen; they would be spelled out in memory."""
+
 
 def show(value: object) -> str:
     """Text of a value in one line, as YAML spells constants and at most 80 characters long."""
@@ -42,6 +45,13 @@ def positive(field: str, value: object) -> int:
     if integer(field, value) < 1:
         raise PlanError(f"{field}={show(value)} must be >= 1; write a positive number")
     return integer(field, value)
+
+
+def layer_count(field: str, value: object) -> int:
+    """Reads a number of layers, or of repetitions of them."""
+    if positive(field, value) > MAX_LAYERS:
+        raise PlanError(f"{field}={show(value)} must be <= {MAX_LAYERS} layers; mend the number")
+    return positive(field, value)
 
 
 def count(field: str, value: object) -> int:

@@ -1,7 +1,6 @@
 """The cost model of one model on one cluster: what plans cost, with the costs of modules kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, send_s
@@ -24,6 +23,7 @@ from megatron_mosaic.cost.plan_memory import (
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.stages import stage_costs, stage_works
 from megatron_mosaic.cost.step import step_breakdown
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 from megatron_mosaic.model.spec import ModelSpec
 
@@ -44,6 +44,7 @@ class CostModel:
         self.cluster = cluster
         self.settings = settings or TrainingSettings()
         self._modules: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
+        self._flops: dict[str, float] = {}
         self._stages: dict[tuple[object, ...], tuple[StageCosts, ...]] = {}
 
     def module(self, name: str, sizes: ParallelSizes, *, samples_per_task: float) -> ModuleCosts:
@@ -83,9 +84,7 @@ class CostModel:
         key = (name, sizes, samples_per_task, split)
         if (known := self._stages.get(key)) is None:
             module = self.module(name, sizes, samples_per_task=samples_per_task)
-            works = stage_works(
-                module, layers_per_stage=split, upstream=self.trains_before(name)
-            )
+            works = stage_works(module, layers_per_stage=split, upstream=self.trains_before(name))
             held = stages_memory(
                 ModuleParts(module.input, module.layers, module.output),
                 sizes=sizes,
@@ -114,23 +113,30 @@ class CostModel:
             for source in sources
         )
 
+    def flops_per_sample(self, name: str) -> float:
+        """Model FLOPs of a module's training step by sample."""
+        if (known := self._flops.get(name)) is None:
+            module = self.model.modules[name]
+            known = model_flops_per_token(module) * module.tokens_per_sample
+            self._flops[name] = known
+        return known
+
     def estimate(self, plan: Plan) -> StepEstimate:
         """Estimates a step of a plan in closed form."""
         sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
-        ranks = {name: placement.ranks for name, placement in plan.modules.items()}
-        language_ranks = set(ranks["language"])
-        estimate = self.estimate_sizes(
+        language_ranks = set(plan.modules[LANGUAGE].ranks)
+        modules = self._modules_in_step(
             sizes,
-            micro_batch_size=plan.micro_batch_size,
-            global_batch_size=plan.global_batch_size,
+            num_samples=plan.global_batch_size,
+            num_microbatches=plan.num_microbatches,
             schedule=plan.schedule,
-            num_gpus=plan.world_size,
             layers_per_stage={
-                name: placement.layers_per_stage
-                for name, placement in plan.modules.items()
-                if placement.layers_per_stage
+                name: placement.layers_per_stage for name, placement in plan.modules.items()
             },
-            shared={name: bool(language_ranks & set(mine)) for name, mine in ranks.items()},
+            shared={
+                name: not language_ranks.isdisjoint(placement.ranks)
+                for name, placement in plan.modules.items()
+            },
         )
         held = {
             name: [
@@ -144,7 +150,14 @@ class CostModel:
             ]
             for name in plan.modules
         }
-        return replace(estimate, memory=ranks_memory(plan, held))
+        return self._estimate(
+            modules,
+            schedule=plan.schedule,
+            num_microbatches=plan.num_microbatches,
+            num_samples=plan.global_batch_size,
+            num_gpus=plan.world_size,
+            memory=ranks_memory(plan, held),
+        )
 
     def estimate_sizes(
         self,
@@ -154,7 +167,7 @@ class CostModel:
         global_batch_size: int,
         schedule: ScheduleChoice,
         num_gpus: int,
-        layers_per_stage: Mapping[str, Sequence[int]] | None = None,
+        layers_per_stage: Mapping[str, Sequence[int] | None] | None = None,
         shared: Mapping[str, bool] | None = None,
     ) -> StepEstimate:
         """Estimates a step from parallel sizes, which need not make a whole plan.
@@ -171,36 +184,14 @@ class CostModel:
         Note:
             Memory is that of each stage alone: what shares a rank is known to plans only.
         """
-        num_microbatches = global_batch_size // (micro_batch_size * sizes["language"].dp)
-        group = schedule.encoder_group or num_microbatches
-        per_task = group if schedule.kind == "colocated" else 1
-        modules, flops = {}, 0.0
-        for name, its in sizes.items():
-            samples = global_batch_size / num_microbatches / its.dp
-            samples *= per_task if name != "language" else 1
-            stages = self.stages(
-                name,
-                its,
-                samples_per_task=samples,
-                layers_per_stage=(layers_per_stage or {}).get(name),
-            )
-            modules[name] = ModuleInStep(
-                name=name,
-                stages=stages,
-                chunks=its.chunks,
-                shared=(shared or {}).get(name, False) and name != "language",
-                entry_s=self.entry_s(name, samples),
-            )
-            spec = self.model.modules[name]
-            flops += (
-                model_flops_per_token(spec) * spec.tokens_per_sample * global_batch_size
-            )
-        breakdown = step_breakdown(
-            modules,
-            edges=self.model.edges,
-            kind=schedule.kind,
+        num_microbatches = global_batch_size // (micro_batch_size * sizes[LANGUAGE].dp)
+        modules = self._modules_in_step(
+            sizes,
+            num_samples=global_batch_size,
             num_microbatches=num_microbatches,
-            encoder_group=schedule.encoder_group,
+            schedule=schedule,
+            layers_per_stage=layers_per_stage or {},
+            shared=shared or {},
         )
         memory = {
             (HostedStage(name, stage),): memory_terms(
@@ -217,6 +208,65 @@ class CostModel:
             for name, module in modules.items()
             for stage, costs in enumerate(module.stages)
         }
+        return self._estimate(
+            modules,
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            num_samples=global_batch_size,
+            num_gpus=num_gpus,
+            memory=memory,
+        )
+
+    def _modules_in_step(
+        self,
+        sizes: Mapping[str, ParallelSizes],
+        *,
+        num_samples: int,
+        num_microbatches: int,
+        schedule: ScheduleChoice,
+        layers_per_stage: Mapping[str, Sequence[int] | None],
+        shared: Mapping[str, bool],
+    ) -> dict[str, ModuleInStep]:
+        group = schedule.encoder_group or num_microbatches
+        encoders = {source for source, end in self.model.edges if end == LANGUAGE}
+        modules = {}
+        for name, its in sizes.items():
+            in_groups = schedule.kind == "colocated" and name in encoders
+            per_task = group if in_groups else 1
+            samples = per_task * num_samples / num_microbatches / its.dp
+            modules[name] = ModuleInStep(
+                name=name,
+                stages=self.stages(
+                    name,
+                    its,
+                    samples_per_task=samples,
+                    layers_per_stage=layers_per_stage.get(name),
+                ),
+                chunks=its.chunks,
+                shared=shared.get(name, False) and name != LANGUAGE,
+                entry_s=self.entry_s(name, samples),
+                task_microbatches=per_task,
+            )
+        return modules
+
+    def _estimate(
+        self,
+        modules: Mapping[str, ModuleInStep],
+        *,
+        schedule: ScheduleChoice,
+        num_microbatches: int,
+        num_samples: int,
+        num_gpus: int,
+        memory: Mapping[tuple[HostedStage, ...], Mapping[str, float]],
+    ) -> StepEstimate:
+        breakdown = step_breakdown(
+            modules,
+            edges=self.model.edges,
+            kind=schedule.kind,
+            num_microbatches=num_microbatches,
+            encoder_group=schedule.encoder_group,
+        )
+        flops = num_samples * sum(self.flops_per_sample(name) for name in modules)
         return StepEstimate(breakdown=breakdown, memory=memory, flops=flops, num_gpus=num_gpus)
 
     def entry_s(self, name: str, samples: float) -> float:

@@ -95,6 +95,20 @@ def _projector_keeps(projector: Projector, task: TaskOnRank) -> Iterator[Kept]:
             yield Kept("input of the activation function", task.number_bytes * rows * made / split)
 
 
+def handed_bytes(module: ModuleSpec, task: TaskOnRank) -> float:
+    """Computes the rows of a task that wait for the module that reads them.
+
+    When it has read them their gradient takes their place, until this module's backward pass.
+    """
+    match module.output:
+        case LanguageHead():
+            return 0.0
+        case Projector(sizes=sizes, merged_tokens=merged):
+            return task.number_bytes * task.tokens / merged * sizes[-1]
+        case None:
+            return task.number_bytes * task.tokens * task.hidden_size
+
+
 def loss_keeps(
     module: ModuleSpec, task: TaskOnRank, *, fused: bool, multiple: int = VOCAB_MULTIPLE
 ) -> Iterator[Kept]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import sqrt
 from typing import Literal, NamedTuple
 
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
@@ -24,6 +25,8 @@ KEPT_INPUT_BYTES: dict[Precision, float] = {
     "nvfp4": 1 / 2 + 1 / 16,
 }
 
+# One of 741 sums beyond, if they are distributed normally: the usual bound of an outlier.
+_DEVIATIONS = 3
 DEFAULT_SETTINGS = TrainingSettings()
 
 
@@ -96,11 +99,12 @@ class TaskOnRank:
         """
         source = module.input
         learned = source.num_positions if isinstance(source, TokenEmbedding | Patches) else 0
-        items = samples * module.items_per_sample.mean
+        tokens, each = _tokens_of_a_full_task(module, samples=samples), module.tokens_per_item
         return cls(
-            tokens=items * module.tokens_per_item.mean / sizes.cp,
-            pairs=items * module.tokens_per_item.mean_square / sizes.cp,
-            longest=module.tokens_per_item.largest,
+            tokens=tokens / sizes.cp,
+            # Long items bring more pairs, in the proportion in which they occur.
+            pairs=tokens * (each.mean_square / each.mean if each.mean else 0.0) / sizes.cp,
+            longest=each.largest,
             hidden_size=module.hidden_size,
             norm=module.norm,
             causal=module.causal,
@@ -134,6 +138,20 @@ class TaskOnRank:
     def outer_tokens(self) -> float:
         """Tokens outside the tensor-parallel regions."""
         return self.tokens / (self.sizes.tp if self.sizes.sequence_parallel else 1)
+
+
+def _tokens_of_a_full_task(module: ModuleSpec, *, samples: float) -> float:
+    """Tokens that hardly any task exceeds: memory must hold the worst one, not the mean.
+
+    That is the mean and ``_DEVIATIONS`` standard deviations of the sum over independent samples
+    of a number of items, each with its tokens, and no more than the largest values make.
+    """
+    items, each = module.items_per_sample, module.tokens_per_item
+    of_items = items.mean * (each.mean_square - each.mean**2)
+    of_numbers = (items.mean_square - items.mean**2) * each.mean**2
+    deviation = sqrt(max(samples * (of_items + of_numbers), 0.0))
+    likely = samples * items.mean * each.mean + _DEVIATIONS * deviation
+    return min(likely, samples * items.largest * each.largest)
 
 
 def total_bytes(

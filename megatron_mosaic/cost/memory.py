@@ -8,6 +8,7 @@ from typing import NamedTuple
 from megatron_mosaic.cost.activations import layer_keeps
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun, StageMemory
 from megatron_mosaic.cost.ends import (
+    handed_bytes,
     input_closing_bytes,
     input_keeps,
     loss_working_bytes,
@@ -31,6 +32,9 @@ from megatron_mosaic.model.spec import ModuleSpec, Precision, Projector
 # Source: Megatron-Core 0.19, optimizer/distrib_optimizer.py, "Data parallel sharding" in its docs.
 MOMENT_BYTES = 8
 MASTER_BYTES = 4
+# Gradients that are kept in 2 bytes are copied for the optimizer's step.
+# Source: the same file, ``_copy_model_grads_to_main_grads``.
+GRADIENT_COPY_BYTES = 4
 
 
 class ModuleParts(NamedTuple):
@@ -120,10 +124,9 @@ def module_parts(
         ),
         closing_bytes=closing,
     )
-    layers = tuple(
-        PartRun(count, _layer_part(layer, module, task, gradient_passes=passes))
-        for count, layer in module.layers
-    )
+    different = dict.fromkeys(layer for _, layer in module.layers)
+    known = {layer: _layer_part(layer, module, task, gradient_passes=passes) for layer in different}
+    layers = tuple(PartRun(count, known[layer]) for count, layer in module.layers)
     passes = passes or layers_train or adapters_train(module)
     last = _output_part(
         module, task, settings, gradient_passes=passes, vocab_multiple=vocab_multiple
@@ -189,7 +192,7 @@ def _output_part(
         parameters=parameters + further.dense,
         expert_parameters=further.experts,
         trainable=float(train),
-        activation_bytes=kept,
+        activation_bytes=kept + handed_bytes(module, task),
         working_bytes=working,
     )
 
@@ -214,39 +217,61 @@ def stage_memory(
         out already.
     """
     runs = [run for run in parts if run.count]
-    dense = sum(count * part.parameters for count, part in runs)
-    experts = sum(count * part.expert_parameters for count, part in runs)
-    trained_dense = sum(count * part.parameters * part.trainable for count, part in runs)
-    trained_experts = sum(count * part.expert_parameters * part.trainable for count, part in runs)
+    weights = _Weights.of(runs, sizes=sizes, settings=settings)
     # In 8 bits Megatron keeps a byte of a weight for each direction that it is read in, with
     # --fp8-param-gather, instead of two bytes.
     weight_bytes = 4 if precision == "fp32" else 2
     state_bytes = MOMENT_BYTES + (MASTER_BYTES if weight_bytes == 2 else 0)
     gradient_bytes = 4 if weight_bytes == 4 else settings.gradient_bytes
-    replicas, expert_replicas = sizes.dp * sizes.cp, sizes.expert_dp
-    sharded = trained_dense / replicas + trained_experts / max(expert_replicas, 1)
-    trained = trained_dense + trained_experts
-    held = dense + experts
-    gathered = 0.0
-    if settings.fsdp:
-        # Two layers at a time have their whole weights: the one at work and the next.
-        largest = max((p.parameters + p.expert_parameters for _, p in runs), default=0.0)
-        gathered = 2 * weight_bytes * largest
-        held = dense / replicas + experts / max(expert_replicas, 1)
-        trained = sharded
     activations = sum(count * part.activation_bytes for count, part in runs)
     working = max((part.working_bytes for _, part in runs), default=0.0)
     closing = max((part.closing_bytes for _, part in runs), default=0.0)
+    if gradient_bytes < 4:
+        closing = max(closing, GRADIENT_COPY_BYTES * weights.owned)
     shapes = frozenset[tuple[int, int]]().union(*(part.weight_shapes for _, part in runs))
     return StageMemory(
-        weights=weight_bytes * held,
-        gradients=gradient_bytes * trained,
-        optimizer=state_bytes
-        * (sharded if settings.distributed_optimizer or settings.fsdp else trained),
+        weights=weight_bytes * weights.held,
+        gradients=gradient_bytes * weights.trained,
+        optimizer=state_bytes * weights.owned,
         activations_per_task=activations,
-        working=max(working, closing - activations) + gathered,
+        working=max(working, closing - activations) + weight_bytes * weights.gathered,
         buffers=sum(weight_bytes * rows * columns for rows, columns in shapes),
     )
+
+
+class _Weights(NamedTuple):
+    """Numbers of a stage's weights on one rank.
+
+    Args:
+        held: All that the rank keeps.
+        trained: Those of which it keeps gradients.
+        owned: Those that its optimizer updates.
+        gathered: Those that it has whole for a moment only.
+    """
+
+    held: float
+    trained: float
+    owned: float
+    gathered: float = 0.0
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[PartRun], *, sizes: ParallelSizes, settings: TrainingSettings
+    ) -> "_Weights":
+        dense = sum(count * part.parameters for count, part in runs)
+        experts = sum(count * part.expert_parameters for count, part in runs)
+        trained_dense = sum(n * part.parameters * part.trainable for n, part in runs)
+        trained_experts = sum(n * part.expert_parameters * part.trainable for n, part in runs)
+        replicas, expert_replicas = sizes.dp * sizes.cp, max(sizes.expert_dp, 1)
+        shared = trained_dense / replicas + trained_experts / expert_replicas
+        if settings.fsdp:
+            # Two parts at a time have their whole weights: the one at work and the next.
+            largest = max((p.parameters + p.expert_parameters for _, p in runs), default=0.0)
+            held = dense / replicas + experts / expert_replicas
+            return cls(held=held, trained=shared, owned=shared, gathered=2 * largest)
+        trained = trained_dense + trained_experts
+        owned = shared if settings.distributed_optimizer else trained
+        return cls(held=dense + experts, trained=trained, owned=owned)
 
 
 def split_layers(layers: Sequence[PartRun], layers_per_stage: Sequence[int]) -> list[list[PartRun]]:

@@ -2,14 +2,8 @@
 
 from collections.abc import Iterator
 
-from megatron_mosaic.cost.operations import (
-    Operation,
-    TaskTokens,
-    Workplace,
-    input_operations,
-    layer_operations,
-    output_operations,
-)
+from megatron_mosaic.cost.end_operations import input_operations, output_operations
+from megatron_mosaic.cost.operations import Operation, TaskTokens, Workplace, layer_operations
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.parameters import adapter_parameters
 from megatron_mosaic.model.spec import LanguageHead, ModuleSpec

@@ -14,14 +14,7 @@ from megatron_mosaic.model.layers import (
     SelfAttention,
     StateSpace,
 )
-from megatron_mosaic.model.spec import (
-    LanguageHead,
-    ModuleSpec,
-    Patches,
-    Precision,
-    Projector,
-    TokenEmbedding,
-)
+from megatron_mosaic.model.spec import ModuleSpec, Precision
 
 # Bytes that a value of 2 bytes costs when it is quantised for a multiplication: read to find its
 # scale where that is one for the whole tensor, read, written, and written transposed.
@@ -33,7 +26,7 @@ CAST_BYTES = {"fp8": 2 + 2 + 1 + 1, "mxfp8": 2 + 1 + 1, "nvfp4": 2 + 2 + 0.5 + 0
 FLASH_BACKWARD = 2.5
 
 # Tokens that a scan of Mamba-2 or of a gated delta rule handles at once.
-# Source: chunk sizes of Megatron-LM core_v0.19.0, MambaMixer (128) and the delta rule's kernel (64).
+# Source: chunk sizes in Megatron-LM core_v0.19.0: MambaMixer's, and the delta rule's kernel's.
 _MAMBA_CHUNK = 128
 _DELTA_CHUNK = 64
 
@@ -217,6 +210,10 @@ def _self_attention(mixer: SelfAttention, place: Workplace) -> Iterator[Operatio
         value_dim=mixer.head_dim,
         bytes_per_token=2 * (2 * queries + 2 * keys),
     )
+    if place.sizes.cp > 1 and place.settings.cp_comm == "p2p":
+        # Each step of the ring but the first rescales what came out so far, in fp32, and adds.
+        steps = place.sizes.cp - 1
+        yield pointwise(10 * steps * tokens * queries, 10 * steps * tokens * (queries + 2 * keys))
     if gate:
         yield pointwise(6 * tokens * gate, 10 * tokens * gate)
     yield from place.matmul(queries, hidden)
@@ -237,6 +234,7 @@ def _attention(
         moved = place.task.tokens * bytes_per_token
         yield Operation(
             curve,
+            precision="fp8" if place.settings.fp8_attention else "bf16",
             flops=flops,
             backward_flops=FLASH_BACKWARD * flops,
             forward_bytes=moved,
@@ -369,62 +367,10 @@ def _experts(mlp: Experts, place: Workplace) -> Iterator[Operation]:
     yield _activation(rows, ffn, gated=mlp.gated)
     yield from place.matmul(ffn, size, rows=rows, experts=local)
     if mlp.bias:
-        made = rows * (ffn * (2 if mlp.gated else 1) + size)
-        yield pointwise(4 * made, 2 * made)
+        # Whole-iteration graphs come with kernels that add it. TEGroupedMLP._apply_bias multiplies
+        # it with probabilities in fp32, adds, joins the experts' parts, and goes back to 2 bytes.
+        fused = place.settings.cuda_graph == "full"
+        yield pointwise((4 if fused else 28) * rows * size, (2 if fused else 24) * rows * size)
     if mlp.shared_ffn_hidden_size:
         shared = Mlp(ffn_hidden_size=mlp.shared_ffn_hidden_size, gated=mlp.gated)
         yield from _mlp(shared, place)
-
-
-def input_operations(module: ModuleSpec, place: Workplace) -> tuple[Operation, ...]:
-    """Lists what makes a module's first tokens."""
-    match module.input:
-        case None:
-            return ()
-        case Patches(values=values):
-            return tuple(place.matmul(values, place.hidden_size, rows=place.own_tokens))
-        case TokenEmbedding():
-            # A look-up reads and writes; its gradient is added in fp32.
-            values = place.task.tokens * place.hidden_size
-            return (pointwise(4 * values, 10 * values),)
-
-
-def output_operations(module: ModuleSpec, place: Workplace) -> tuple[Operation, ...]:
-    """Lists what becomes of a module's last tokens."""
-    norm = place.own_tokens * place.hidden_size
-    first = pointwise(4 * norm, 6 * norm)
-    match module.output:
-        case None:
-            return (first,)
-        case LanguageHead() as head:
-            return (first, *_head(head, module, place))
-        case Projector() as projector:
-            return (first, *_projector(projector, place))
-
-
-def _head(head: LanguageHead, module: ModuleSpec, place: Workplace) -> Iterator[Operation]:
-    vocab = head.vocab_size / place.sizes.tp
-    values = place.task.tokens * vocab
-    # Fused: two passes read the logits, the second writes their gradient in place. Unfused: in
-    # fp32, with maximum, exponential and sum, each a pass of its own.
-    loss = (4, 4) if place.settings.cross_entropy_fusion else (26, 10)
-    for _ in range(1 + head.mtp_layers):
-        # Megatron's fp8 recipes leave the logits in bf16.
-        yield from place.matmul(place.hidden_size, vocab, precision="bf16")
-        yield pointwise(loss[0] * values, loss[1] * values)
-    if head.mtp_layers:
-        *_, last = module.each_layer()
-        for _ in range(head.mtp_layers):
-            rows = place.own_tokens
-            yield from place.matmul(2 * place.hidden_size, place.hidden_size, rows=rows)
-            yield from layer_operations(last, place)
-
-
-def _projector(projector: Projector, place: Workplace) -> Iterator[Operation]:
-    rows = place.task.tokens / projector.merged_tokens
-    pairs = zip(projector.sizes, projector.sizes[1:], strict=False)
-    for index, (before, after) in enumerate(pairs):
-        tp = place.sizes.tp
-        split = (before, after / tp) if index % 2 == 0 else (before / tp, after)
-        yield from place.matmul(*split, rows=rows)
-        yield pointwise(4 * rows * after / tp, 6 * rows * after / tp)

@@ -1,7 +1,6 @@
 """Memory of the ranks of a plan, term by term."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 from megatron_mosaic.cost.costs import HostedStage, StageMemory
 from megatron_mosaic.cost.memory import live_tasks, module_parts, stages_memory
@@ -11,7 +10,7 @@ from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.colocated import encoder_groups
-from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward, upstream
+from megatron_mosaic.schedule.graph import Stage, needs_backward, rank_kinds, upstream
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
 """What memory goes to, in the order in which it is shown."""
@@ -76,11 +75,11 @@ def ranks_memory(
         for name, its in stages.items()
         for index, stage in enumerate(its)
     }
-    ranks = set(chain.from_iterable(module.ranks for module in plan.modules.values()))
-    kinds = {hosted_stages(plan, rank) for rank in ranks}
     return {
-        tuple(HostedStage(*stage) for stage in hosted): _together([peaks[s] for s in hosted])
-        for hosted in sorted(kinds)
+        tuple(HostedStage(*stage) for stage in kind.stages): _together(
+            [peaks[stage] for stage in kind.stages]
+        )
+        for kind in sorted(rank_kinds(plan))
     }
 
 

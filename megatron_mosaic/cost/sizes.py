@@ -70,6 +70,8 @@ class TrainingSettings:
         fsdp: Splits weights and gradients over replicas, too (Megatron-FSDP, ZeRO-3).
         gradient_bytes: Bytes of an accumulated gradient.
         flash_attention: Attention never writes its scores to memory.
+        fp8_attention: Attention multiplies in fp8 where layers do.
+        fp8_output: So do the logits.
         dropout: Dropout after attention and MLP, and on attention scores that are written.
         cross_entropy_fusion: One kernel for the loss instead of a pass for each of its steps.
         cp_comm: How context-parallel ranks meet each other's keys: around a ring while they
@@ -91,6 +93,8 @@ class TrainingSettings:
     fsdp: bool = False
     gradient_bytes: int = 4
     flash_attention: bool = True
+    fp8_attention: bool = False
+    fp8_output: bool = False
     dropout: bool = False
     cross_entropy_fusion: bool = True
     cp_comm: Literal["p2p", "a2a"] = "p2p"

@@ -7,8 +7,8 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, all_gather_s, all_reduce_s
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, StageCosts, StageMemory
 from megatron_mosaic.cost.efficiency import memory_s
+from megatron_mosaic.cost.exposed import waited_s
 from megatron_mosaic.cost.operations import CAST_BYTES
-from megatron_mosaic.cost.parts import waited_s
 from megatron_mosaic.cost.sizes import TrainingSettings
 from megatron_mosaic.model.spec import Precision
 
@@ -131,9 +131,7 @@ class _Groups:
         return cls(
             cluster=cluster,
             dense=Group.of(cluster, size=sizes.cp * sizes.dp, stride=sizes.tp),
-            experts=Group.of(
-                cluster, size=max(1, sizes.expert_dp), stride=sizes.etp * sizes.ep
-            ),
+            experts=Group.of(cluster, size=max(1, sizes.expert_dp), stride=sizes.etp * sizes.ep),
             dense_weights=sum(part.parameters for part in work.parts),
             expert_weights=sum(part.expert_parameters for part in work.parts),
             trained_dense=sum(part.parameters * part.trainable for part in work.parts),
@@ -160,9 +158,7 @@ class _Groups:
             waited_s(gathered + reduced, behind_s=backward_s, cost=cost) if backward_s else 0.0,
         )
 
-    def sync_s(
-        self, settings: TrainingSettings, *, forward_s: float, backward_s: float
-    ) -> float:
+    def sync_s(self, settings: TrainingSettings, *, forward_s: float, backward_s: float) -> float:
         """Exposed time of reducing gradients and gathering weights, once in a step.
 
         The last microbatch's backward pass hides all but the last bucket of gradients, and the

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.fields import mapping, nearest, read_text, show
-from megatron_mosaic.model.huggingface_keys import Config, flag, one_size, section, size
+from megatron_mosaic.fields import mapping, nearest, number, read_text, show
+from megatron_mosaic.model.huggingface_keys import (
+    Config,
+    depth,
+    flag,
+    numbers,
+    one_size,
+    section,
+    size,
+)
 from megatron_mosaic.model.huggingface_language import LANGUAGE_KINDS, Module, language_module
 from megatron_mosaic.model.model_file import FORMAT, model_from_document
 from megatron_mosaic.model.spec import ModelSpec
@@ -59,11 +67,10 @@ def huggingface_document(
     """Translates a config to what a model file contains; see ``read_huggingface``."""
     kind = config.get("model_type")
     vision = _VISION_KINDS.get(kind) if isinstance(kind, str) else None
-    if vision is None and kind not in LANGUAGE_KINDS:
-        known = sorted([*LANGUAGE_KINDS, *_VISION_KINDS])
+    if vision is None and str(kind) not in LANGUAGE_KINDS:
         raise PlanError(
-            f"model_type={show(kind)} must be one of {', '.join(known)}; "
-            f"{nearest(kind, known, otherwise='write a model file by hand')}"
+            f"model_type={show(kind)} must be one of {', '.join(SUPPORTED)}; "
+            f"{nearest(kind, SUPPORTED, otherwise='write a model file by hand')}"
         )
     text_config = _text_config(config)
     modules = {"language": {**language_module(text_config), "seq_length": seq_length}}
@@ -80,7 +87,7 @@ def huggingface_document(
 def _text_config(config: Config) -> Config:
     """Keys of the language model, which older configs have beside the others."""
     kind = config.get("model_type")
-    inner = {"model_type": f"{kind}_text"} if kind in _VISION_KINDS else {}
+    inner = {"model_type": f"{kind}_text"} if str(kind) in _VISION_KINDS else {}
     for key in ("text_config", "llm_config"):
         if key in config:
             tied = config.get("tie_word_embeddings")
@@ -89,10 +96,10 @@ def _text_config(config: Config) -> Config:
     return {**config, **inner}
 
 
-def _plain_tower(config: Config, *, depth: str = "num_hidden_layers", heads: str) -> Module:
+def _plain_tower(config: Config, *, layers: str = "num_hidden_layers", heads: str) -> Module:
     return {
         "hidden_size": size(config, "hidden_size"),
-        "num_layers": size(config, depth),
+        "num_layers": depth(config, layers),
         "num_attention_heads": size(config, heads),
         "ffn_hidden_size": size(config, "intermediate_size"),
         "gated_linear_unit": False,
@@ -115,17 +122,17 @@ def _fixed_images(config: Config, *, class_token: bool) -> Module:
     }
 
 
-def _layers_used(depth: int, layer: object) -> int:
+def _layers_used(total: int, layer: object) -> int:
     """Layers that run for the features that are taken after some layer; -1 is the last."""
     used = []
     for it in layer if isinstance(layer, list) else [layer]:
-        if not isinstance(it, int) or not -depth <= it <= depth:
+        if not isinstance(it, int) or not -total <= it <= total:
             raise PlanError(
-                f"vision_feature_layer={show(it)} must be one of the {depth} layers of the tower; "
+                f"vision_feature_layer={show(it)} must be one of the {total} layers of the tower; "
                 f"write one such as -2"
             )
-        used.append(it if it >= 0 else depth + 1 + it)
-    return max(used, default=depth)
+        used.append(it if it >= 0 else total + 1 + it)
+    return max(used, default=total)
 
 
 def _llava(config: Config, out: int) -> Module:
@@ -156,7 +163,7 @@ def _llava(config: Config, out: int) -> Module:
 
 def _qwen_patches(vision: Config) -> int:
     # Older configs say in_chans, and Qwen2.5-VL's leave out what is 2 or 3.
-    channels = size(vision, "in_channels", vision.get("in_chans") or 3)
+    channels = size(vision, "in_channels", size(vision, "in_chans", 3))
     return channels * size(vision, "temporal_patch_size", 2) * size(vision, "patch_size") ** 2
 
 
@@ -167,13 +174,13 @@ def _merger(vision: Config, out: int, *, merge: int) -> Module:
 
 def _qwen25_vl(config: Config, out: int) -> Module:
     vision = section(config, "vision_config")
-    depth = size(vision, "depth")
-    full = set(vision.get("fullatt_block_indexes") or (7, 15, 23, 31))
+    total = depth(vision, "depth")
+    full = numbers(vision, "fullatt_block_indexes", (7, 15, 23, 31))
     window = (size(vision, "window_size", 112) // size(vision, "patch_size")) ** 2
-    tower = _plain_tower(vision, depth="depth", heads="num_heads")
+    tower = _plain_tower(vision, layers="depth", heads="num_heads")
     del tower["num_layers"]
     kinds = {"near": {"window_size": window}, "far": {}}
-    order = ["far" if layer in full else "near" for layer in range(depth)]
+    order = ["far" if layer in full else "near" for layer in range(total)]
     return {
         **tower,
         "normalization": "RMSNorm",
@@ -190,7 +197,7 @@ def _qwen3_vl(config: Config, out: int) -> Module:
     # Mergers for the features of middle layers (deepstack) are left out: 3 % of a tower.
     vision = section(config, "vision_config")
     return {
-        **_plain_tower(vision, depth="depth", heads="num_heads"),
+        **_plain_tower(vision, layers="depth", heads="num_heads"),
         "patches": {
             "values": _qwen_patches(vision),
             "learned_positions": size(vision, "num_position_embeddings", 2304),
@@ -208,7 +215,10 @@ def _internvl(config: Config, out: int) -> Module:
     layer = config.get("select_layer", config.get("vision_feature_layer", -1))
     inputs = _fixed_images(vision, class_token=True)
     inputs["patches"]["add_bias_linear"] = True
-    merge = round(1 / float(config.get("downsample_ratio", 0.5)))
+    ratio = number("downsample_ratio", config.get("downsample_ratio", 0.5))
+    if not 0 < ratio <= 1:
+        raise PlanError(f"downsample_ratio={ratio:g} must be > 0 and <= 1; write one such as 0.5")
+    merge = round(1 / ratio)
     return {
         **tower,
         **inputs,
@@ -237,3 +247,6 @@ _VISION_KINDS: Mapping[str, Callable[[Config, int], Module]] = {
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl,
 }
+
+SUPPORTED = tuple(sorted([*LANGUAGE_KINDS, *_VISION_KINDS]))
+"""Values of ``model_type`` that can be read."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.fields import boolean, nearest, positive
+from megatron_mosaic.fields import boolean, count, integers, layer_count, nearest, positive
 
 Config = Mapping[str, Any]
 
@@ -58,7 +58,7 @@ DEFAULTS: Mapping[str, Config] = {
 
 def with_defaults(config: Config) -> Config:
     """Adds what the configuration class of the config's ``model_type`` fills in."""
-    return {**DEFAULTS.get(config.get("model_type", ""), {}), **config}
+    return {**DEFAULTS.get(str(config.get("model_type")), {}), **config}
 
 
 def size(config: Config, key: str, default: int | None = None) -> int:
@@ -77,12 +77,29 @@ def size(config: Config, key: str, default: int | None = None) -> int:
     return positive(key, default if value is None else value)
 
 
+def depth(config: Config, key: str = "num_hidden_layers") -> int:
+    """Reads a number of layers."""
+    return layer_count(key, size(config, key))
+
+
 def one_size(config: Config, key: str) -> int:
     """Reads a number that some configs write once for each side, as ``[448, 448]``."""
     value = config.get(key)
     if isinstance(value, list) and value and all(side == value[0] for side in value):
         return positive(key, value[0])
     return size(config, key)
+
+
+def whole(config: Config, key: str) -> int:
+    """Reads a number that may be 0; null and nothing are."""
+    value = config.get(key)
+    return 0 if value is None else count(key, value)
+
+
+def numbers(config: Config, key: str, default: tuple[int, ...] = ()) -> set[int]:
+    """Reads a list of layers; null and nothing are the default."""
+    value = config.get(key)
+    return set(default if value is None else integers(key, value))
 
 
 def flag(config: Config, key: str, *, default: bool = False) -> bool:

@@ -4,8 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.fields import nearest, show, text
-from megatron_mosaic.model.huggingface_keys import Config, flag, size, with_defaults
+from megatron_mosaic.fields import names, nearest, show, text
+from megatron_mosaic.model.huggingface_keys import (
+    Config,
+    depth,
+    flag,
+    numbers,
+    size,
+    whole,
+    with_defaults,
+)
 
 Module = dict[str, Any]
 
@@ -82,14 +90,14 @@ def _experts(config: Config, *, number: str, ffn: str) -> Module:
 
 def _windows(config: Config) -> list[int | None]:
     """Window of each layer; a config names the kinds of its layers, or has one for all."""
-    count = size(config, "num_hidden_layers")
+    count = depth(config)
     window = config.get("sliding_window")
     if window is None or not flag(config, "use_sliding_window", default=True):
         return [None] * count
     kinds = _layer_types(config, {"sliding_attention", "full_attention"})
     if kinds is None:
         # Layers of Qwen2 below max_window_layers see everything.
-        first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+        first = whole(config, "max_window_layers") if "use_sliding_window" in config else 0
         return [size(config, "sliding_window") if i >= first else None for i in range(count)]
     return [size(config, "sliding_window") if k == "sliding_attention" else None for k in kinds]
 
@@ -98,9 +106,12 @@ def _layer_types(config: Config, known: set[str]) -> list[str] | None:
     kinds = config.get("layer_types")
     if kinds is None:
         return None
-    count = size(config, "num_hidden_layers")
-    if not isinstance(kinds, list) or not set(kinds) <= known:
-        raise PlanError(f"layer_types={show(kinds)} must be a list of {', '.join(sorted(known))}")
+    count = depth(config)
+    if not isinstance(kinds, list) or not all(kind in known for kind in map(str, kinds)):
+        raise PlanError(
+            f"layer_types={show(kinds)} must be a list of {', '.join(sorted(known))}; "
+            f"write a model file by hand"
+        )
     if len(kinds) != count:
         raise LayoutError(
             f"layer_types: length={len(kinds)} must be num_hidden_layers={count}; mend one of them"
@@ -126,21 +137,21 @@ def _dense(
     config: Config, *, qkv_bias: bool = False, qk_norm: bool = False, windows: bool = True
 ) -> Module:
     config = config if windows else {**config, "sliding_window": None}
-    mlps = [("dense", _mlp(config))] * size(config, "num_hidden_layers")
+    mlps = [("dense", _mlp(config))] * depth(config)
     attention = _attention(config, qkv_bias=qkv_bias, qk_norm=qk_norm)
     return _frame(config, _layered(config, attention, mlps))
 
 
 def _mixtral(config: Config) -> Module:
     experts = _experts(config, number="num_local_experts", ffn="intermediate_size")
-    mlps = [("experts", experts)] * size(config, "num_hidden_layers")
+    mlps = [("experts", experts)] * depth(config)
     return _frame(config, _layered(config, _attention(config), mlps))
 
 
 def _gpt_oss(config: Config) -> Module:
     experts = _experts(config, number="num_local_experts", ffn="intermediate_size")
     experts["mlp_bias"] = True
-    mlps = [("experts", experts)] * size(config, "num_hidden_layers")
+    mlps = [("experts", experts)] * depth(config)
     config = {"attention_bias": True, **config}
     return _frame(config, _layered(config, _attention(config), mlps))
 
@@ -152,22 +163,22 @@ def _qwen_moe(config: Config, *, qkv_bias: bool, qk_norm: bool) -> Module:
 
 def _qwen_mlps(config: Config) -> list[tuple[str, Module]]:
     experts = _experts(config, number="num_experts", ffn="moe_intermediate_size")
-    if config.get("shared_expert_intermediate_size"):
+    if whole(config, "shared_expert_intermediate_size"):
         experts["moe_shared_expert_intermediate_size"] = size(
             config, "shared_expert_intermediate_size"
         )
         experts["moe_shared_expert_gate"] = True
     step = size(config, "decoder_sparse_step", 1)
-    dense = set(config.get("mlp_only_layers") or ())
+    dense = numbers(config, "mlp_only_layers")
     return [
         ("dense", _mlp(config)) if i in dense or (i + 1) % step else ("experts", experts)
-        for i in range(size(config, "num_hidden_layers"))
+        for i in range(depth(config))
     ]
 
 
 def _qwen_hybrid(config: Config) -> Module:
     """Qwen3-Next and Qwen3.5: linear attention, and softmax attention in every n-th layer."""
-    count = size(config, "num_hidden_layers")
+    count = depth(config)
     interval = size(config, "full_attention_interval", 4)
     mixers = _layer_types(config, {"linear_attention", "full_attention"}) or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)
@@ -178,13 +189,13 @@ def _qwen_hybrid(config: Config) -> Module:
         | {"linear_conv_kernel_dim": size(config, "linear_conv_kernel_dim", 4)},
         "full_attention": {**_attention(config, qk_norm=True), "attention_output_gate": True},
     }
-    mlps = _qwen_mlps(config) if config.get("num_experts") else [("dense", _mlp(config))] * count
+    mlps = _qwen_mlps(config) if whole(config, "num_experts") else [("dense", _mlp(config))] * count
     order = [f"{mixer}_{name}" for mixer, (name, _) in zip(mixers, mlps, strict=True)]
     kinds = {
         kind: {**parts[mixer], **mlp}
         for kind, mixer, (_, mlp) in zip(order, mixers, mlps, strict=True)
     }
-    mtp = config.get("mtp_num_hidden_layers") or 0
+    mtp = whole(config, "mtp_num_hidden_layers")
     return _frame(config, {"layer_kinds": kinds, "layers": order}, mtp=mtp)
 
 
@@ -199,15 +210,15 @@ def _deepseek(config: Config) -> Module:
         "v_head_dim": size(config, "v_head_dim"),
     }
     experts = _experts(config, number="n_routed_experts", ffn="moe_intermediate_size")
-    shared = (config.get("n_shared_experts") or 0) * experts["moe_ffn_hidden_size"]
+    shared = whole(config, "n_shared_experts") * experts["moe_ffn_hidden_size"]
     experts["moe_shared_expert_intermediate_size"] = shared
-    first, every = config.get("first_k_dense_replace", 0), size(config, "moe_layer_freq", 1)
+    first, every = whole(config, "first_k_dense_replace"), size(config, "moe_layer_freq", 1)
     mlps = [
         ("dense", _mlp(config)) if i < first or i % every else ("experts", experts)
-        for i in range(size(config, "num_hidden_layers"))
+        for i in range(depth(config))
     ]
     config = {**config, "sliding_window": None}
-    mtp = config.get("num_nextn_predict_layers") or 0
+    mtp = whole(config, "num_nextn_predict_layers")
     return _frame(config, _layered(config, attention, mlps), mtp=mtp)
 
 
@@ -230,9 +241,18 @@ def _gpt2(config: Config) -> Module:
     }
 
 
+def _hybrid_pattern(config: Config) -> str:
+    """Letters of the layers; newer configs spell them out."""
+    blocks = config.get("layers_block_type")
+    if blocks is None:
+        return text("hybrid_override_pattern", config.get("hybrid_override_pattern"))
+    letters = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+    return "".join(letters.get(block, "?") for block in names("layers_block_type", blocks))
+
+
 def _nemotron_h(config: Config) -> Module:
     """Nemotron-H and Nemotron 3, which have a mixer or an MLP in a layer, by their pattern."""
-    pattern = text("hybrid_override_pattern", config.get("hybrid_override_pattern"))
+    pattern = _hybrid_pattern(config)
     heads = {"head_dim": config.get("attention_head_dim"), **config}
     plain = {"gated_linear_unit": False, "mlp_bias": flag(config, "mlp_bias")}
     kinds: Mapping[str, Callable[[], Module]] = {
@@ -247,8 +267,8 @@ def _nemotron_h(config: Config) -> Module:
         "-": lambda: {"ffn_hidden_size": size(config, "intermediate_size"), **plain},
         "E": lambda: {
             **_experts(config, number="n_routed_experts", ffn="moe_intermediate_size"),
-            "moe_shared_expert_intermediate_size": (config.get("n_shared_experts") or 0)
-            * (config.get("moe_shared_expert_intermediate_size") or 0),
+            "moe_shared_expert_intermediate_size": whole(config, "n_shared_experts")
+            * whole(config, "moe_shared_expert_intermediate_size"),
             **({"moe_latent_size": size(config, "moe_latent_size")} if _latent(config) else {}),
             **plain,
         },
@@ -260,7 +280,7 @@ def _nemotron_h(config: Config) -> Module:
             f"write a model file by hand"
         )
     layers = {letter: kinds[letter]() for letter in dict.fromkeys(pattern)}
-    mtp = config.get("num_nextn_predict_layers") or 0
+    mtp = whole(config, "num_nextn_predict_layers")
     return _frame(config, {"layer_kinds": layers, "layers": pattern}, mtp=mtp)
 
 

@@ -6,7 +6,17 @@ from itertools import groupby
 from typing import Any
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.fields import Parse, boolean, count, mapping, nearest, positive, show
+from megatron_mosaic.fields import (
+    Parse,
+    boolean,
+    count,
+    layer_count,
+    mapping,
+    nearest,
+    positive,
+    show,
+    text,
+)
 from megatron_mosaic.model.layers import (
     Experts,
     LatentAttention,
@@ -249,16 +259,17 @@ def _expand(field: str, written: object, kinds: Mapping[str, Layer]) -> list[str
         where = f"{field}[{index}]"
         if isinstance(entry, dict) and set(entry) == {"repeat", "pattern"}:
             pattern = _expand(f"{where}.pattern", entry["pattern"], kinds)
-            names += pattern * positive(f"{where}.repeat", entry["repeat"])
+            names += pattern * layer_count(f"{where}.repeat", entry["repeat"])
+            layer_count(f"{field}: number", len(names))
             continue
-        runs = mapping(where, entry) if isinstance(entry, dict) else {entry: 1}
+        runs = mapping(where, entry) if isinstance(entry, dict) else {text(where, entry): 1}
         for kind, times in runs.items():
             if kind not in kinds:
                 raise PlanError(
                     f"{where}: kind={show(kind)} must be one of {', '.join(kinds)}; "
                     f"{nearest(kind, kinds, otherwise='add it to layer_kinds')}"
                 )
-            names += [kind] * positive(f"{where}.{kind}", times)
+            names += [kind] * layer_count(f"{where}.{kind}", times)
     return names
 
 

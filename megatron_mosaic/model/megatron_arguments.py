@@ -5,16 +5,35 @@ Only what says how large the model is gets read; parallel sizes, data and the re
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_mosaic.errors import PlanError
-from megatron_mosaic.fields import nearest, positive, show
+from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.fields import layer_count, nearest, positive, read_text, show
 from megatron_mosaic.model.megatron_patterns import hybrid_pattern, layer_flags, window
 from megatron_mosaic.model.model_file import FORMAT, model_from_document
 from megatron_mosaic.model.spec import ModelSpec
 
 Arguments = Mapping[str, str | None]
 Module = dict[str, Any]
+
+
+def read_megatron_arguments(path: str | Path) -> ModelSpec:
+    """Reads a file with a Megatron command line, which may have comments and broken lines.
+
+    Raises:
+        PlanError: There is no such file, or an argument is missing or mistyped.
+        LayoutError: Numbers contradict each other.
+    """
+    source = read_text(path).replace("\\\n", " ")
+    try:
+        tokens = shlex.split(source, comments=True)
+        return parse_megatron_arguments(tokens, name=Path(path).stem)
+    except (PlanError, LayoutError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    except ValueError as error:
+        # shlex: a quotation that does not end.
+        raise PlanError(f"{path}: text must be a command line ({error}); close the quote") from None
 
 
 def parse_megatron_arguments(line: str | Sequence[str], *, name: str = "megatron") -> ModelSpec:
@@ -135,6 +154,7 @@ def _layers(given: Arguments) -> tuple[Module, int]:
     count = _size(given, "--decoder-num-layers", _size(given, "--num-layers", -1))
     if count < 1:
         raise PlanError("--num-layers must be given with a number; add --num-layers 32")
+    layer_count("--num-layers", count)
     mixers, mlps = _mixers(given, count), _mlps(given, count)
     order = [f"{mixer}_{mlp}" for mixer, mlp in zip(mixers, mlps, strict=True)]
     kinds = {kind: {**_PARTS[a](given), **_PARTS[b](given)} for kind, a, b in _pairs(mixers, mlps)}

@@ -13,6 +13,7 @@ from megatron_mosaic.fields import (
     boolean,
     check_format,
     count,
+    layer_count,
     mapping,
     names,
     nearest,
@@ -127,7 +128,7 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         "normalization": one_of(*_NORMS),
         "final_layernorm": boolean,
         "causal": boolean,
-        "num_layers": positive,
+        "num_layers": layer_count,
         **LAYER_KEYS,
         "layer_kinds": mapping,
         "layers": lambda field, value: value,
@@ -170,7 +171,7 @@ def _read_layers(where: str, keys: Mapping[str, Any]) -> tuple[LayerRun, ...]:
         return (LayerRun(keys["num_layers"], layer),)
     kinds: dict[str, Layer] = {}
     for kind, written in keys["layer_kinds"].items():
-        place = f"{where}.layer_kinds.{kind}"
+        place = f"{where}.layer_kinds.{text(f'{where}.layer_kinds: kind', kind)}"
         own = read_keys(f"{place}: ", mapping(place, written), known=LAYER_KEYS, required=())
         kinds[kind] = read_layer(place, own, {**size, **shared})
         check_all_used(place, own, [kinds[kind]])

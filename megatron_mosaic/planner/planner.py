@@ -1,7 +1,7 @@
 """From a problem to the best plans, the homogeneous one beside them, or what is in the way."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -11,6 +11,7 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
 from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.estimate import Estimate, Prices
+from megatron_mosaic.planner.notes import figure_notes
 from megatron_mosaic.planner.obstacle import refuse
 from megatron_mosaic.planner.prices import ModelPrices
 from megatron_mosaic.planner.problem import Problem
@@ -42,21 +43,22 @@ class Answer:
     def plan(self) -> Plan:
         """The plan to run, with ranks and notes."""
         estimate = self.choice.estimate
-        return plan_of(
+        plan = plan_of(
             estimate.candidate,
             model=self.problem.model,
             num_gpus=self.problem.num_gpus,
             global_batch_size=self.problem.global_batch_size,
             layers_per_stage=estimate.layers_per_stage,
-            predicted=self._predicted(),
             inputs=digests(self.problem),
         )
+        return replace(plan, predicted=self._predicted(plan))
 
-    def _predicted(self) -> dict[str, Any]:
-        notes = prediction(self.choice)
+    def _predicted(self, plan: Plan) -> dict[str, Any]:
+        notes = figure_notes(self.choice, baseline=self.baseline, plan=plan, problem=self.problem)
+        baseline = notes.pop("baseline", {})
         if self.baseline is not None:
-            notes["baseline"] = prediction(self.baseline)
-        return notes
+            baseline = {**prediction(self.baseline), **baseline}
+        return {**prediction(self.choice), "baseline": baseline, **notes}
 
 
 def make_plan(

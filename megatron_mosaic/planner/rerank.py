@@ -51,6 +51,12 @@ def timeline(estimate: Estimate, problem: Problem) -> Timeline:
         global_batch_size=problem.global_batch_size,
         layers_per_stage=estimate.layers_per_stage,
     )
+    tasks_s, transfers_s = durations(estimate)
+    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
+
+
+def durations(estimate: Estimate) -> tuple[dict[Stage, PassTimes], dict[Edge, float]]:
+    """Times of an estimate's tasks, and of a microbatch's transfers, as a simulation takes them."""
     tasks_s: dict[Stage, PassTimes] = {}
     transfers_s: dict[Edge, float] = {}
     for name, hosted in estimate.modules.items():
@@ -62,7 +68,7 @@ def timeline(estimate: Estimate, problem: Problem) -> Timeline:
         if hosted.choice is not None and not hosted.choice.shares:
             edge = Edge(name, len(hosted.stages) - 1, LANGUAGE, 0)
             transfers_s[edge] = hosted.entry_s / hosted.group
-    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
+    return tasks_s, transfers_s
 
 
 def rerank(estimates: Sequence[Estimate], problem: Problem) -> list[Simulated]:

@@ -4,7 +4,7 @@ A model runs one microbatch on every rank: its forward pass, backward pass and o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -12,13 +12,22 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.layers import Experts, Layer, Mlp, SelfAttention
-from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precision, TokenEmbedding
+from megatron_mosaic.model.spec import (
+    LanguageHead,
+    ModuleSpec,
+    Patches,
+    Precision,
+    Projector,
+    TokenEmbedding,
+)
 
 WHOLE = TrainingSettings(distributed_optimizer=False)
 RECOMPUTE = {
@@ -45,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """What one rank held, in bytes."""
+    """What one rank held, in bytes; ``saved`` also has what the module hands on."""
 
     stage: int
     weights: int
@@ -102,7 +111,7 @@ def _weigh(case: Case) -> Weighed:
         weights=sum(map(_bytes, model.parameters())),
         gradients=sum(_bytes(weight.main_grad) for weight in trained),
         optimizer=_optimizer_bytes(optimizer, model),
-        saved=saved,
+        saved=saved + (0 if isinstance(case.module.output, LanguageHead) else _bytes(output)),
     )
 
 
@@ -167,9 +176,13 @@ def _model(case: Case, config: TransformerConfig) -> torch.nn.Module:
     module = case.module
     if isinstance(module.input, Patches):
         side, piece = _image(module)
-        return CLIPViTModel(
+        vision = CLIPViTModel(
             config, get_vit_layer_with_local_spec(), img_h=side, img_w=side, patch_dim=piece
         )
+        if module.output is None:
+            return vision
+        assert isinstance(module.output, Projector)
+        return ProjectedImages(vision, module.output)
     assert isinstance(module.input, TokenEmbedding)
     assert isinstance(module.output, LanguageHead)
     layer: Layer = next(module.each_layer())
@@ -194,6 +207,21 @@ def _model(case: Case, config: TransformerConfig) -> torch.nn.Module:
     )
 
 
+class ProjectedImages(torch.nn.Module):
+    """An image encoder and its projector, as ``LLaVAModel`` joins them."""
+
+    def __init__(self, vision: CLIPViTModel, projector: Projector) -> None:
+        super().__init__()
+        before, between, after = projector.sizes
+        config = replace(vision.config, hidden_size=after, ffn_hidden_size=between)
+        spec = get_gpt_layer_local_spec().submodules.mlp
+        self.vision_model = vision
+        self.vision_projection = MultimodalProjector(config, get_submodules(spec), "mlp", before)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vision_projection(self.vision_model(images))
+
+
 def _length(module: ModuleSpec) -> int:
     return round(module.tokens_per_item.largest)
 
@@ -205,7 +233,12 @@ def _image(module: ModuleSpec) -> tuple[int, int]:
     return piece * round((_length(module) - module.input.extra_tokens) ** 0.5), piece
 
 
-PREFIXES = {"input": ("embedding",), "layers": ("decoder.layers",), "head": ("output_layer",)}
+PREFIXES = {
+    "input": ("embedding",),
+    "layers": ("decoder.layers",),
+    "head": ("output_layer",),
+    "projector": ("vision_projection",),
+}
 
 
 def _freeze(model: torch.nn.Module, module: ModuleSpec) -> None:

@@ -198,6 +198,34 @@ def test_output_of_a_projector_keeps_inputs_of_both_maps_and_of_the_function_bet
     assert total_bytes(output_keeps(spec, task(spec))) == 1024 * 2 * 20_480
 
 
+def test_task_has_room_for_more_images_than_the_mean():
+    def tokens(samples):
+        images = Distribution.of_weights([0, 2], [1, 1])
+        spec = module(items_per_sample=images, tokens_per_item=Distribution.constant(576))
+        return task(spec, samples=samples).tokens
+
+    # 100 samples have 100 images on average, with a standard deviation of sqrt(100)*1 = 10.
+    assert tokens(100) == pytest.approx(576 * 130)
+    # One sample never has more than two.
+    assert tokens(1) == 576 * 2
+
+
+def test_task_of_equal_items_has_their_number_of_tokens():
+    assert task(module(), samples=3).tokens == 3 * 4096
+
+
+def test_output_of_a_frozen_encoder_waits_for_its_reader():
+    spec = module(
+        layers=2,
+        input=Patches(values=588),
+        output=Projector(sizes=(4 * 4096, 2048, 1024), merged_tokens=4),
+        trainable=(),
+    )
+
+    # 1024 rows of 1024 numbers, and nothing for a backward pass.
+    assert memory(spec)[0].activations_per_task == 1024 * 2 * 1024
+
+
 def test_stage_holds_18_bytes_of_each_weight_without_a_distributed_optimizer():
     stage = stage_memory(
         [PartRun(2, PartCosts(parameters=100.0))], sizes=ParallelSizes(dp=4), settings=PLAIN
@@ -269,6 +297,18 @@ def test_stage_meets_the_gradient_of_the_table_when_activations_are_gone():
     )
     assert small.working == 2 * 128_256 * 4096 - kept
     assert large.working == 2 * 4096 * 32768
+
+
+def test_stage_copies_gradients_of_2_bytes_for_the_optimizer():
+    stage = stage_memory(
+        [PartRun(1, PartCosts(parameters=100.0, activation_bytes=50.0))],
+        sizes=ParallelSizes(dp=2),
+        settings=TrainingSettings(gradient_bytes=2),
+    )
+
+    # 4 bytes of 50 weights, when the 50 bytes of activations are gone.
+    assert stage.gradients == 200
+    assert stage.working == 150
 
 
 def test_memory_of_adapters_counts_them_alone_as_trained():

@@ -15,6 +15,7 @@ from megatron_mosaic.model.spec import (
     LayerRun,
     ModuleSpec,
     Patches,
+    Projector,
     TokenEmbedding,
 )
 from megatron_mosaic.model.tokens import Distribution
@@ -65,6 +66,7 @@ CLIP = ModuleSpec(
     tokens_per_item=Distribution.constant(17),
     final_norm=False,
 )
+PROJECTED = replace(CLIP, output=Projector(sizes=(64, 192, 128)))
 
 ONE_RANK = {
     "grouped queries, gated, bf16": Case(module=gpt()),
@@ -89,6 +91,8 @@ ONE_RANK = {
         module=gpt(PLAIN, norm="layer", positions=32, trainable=("head",))
     ),
     "image encoder, fp32": Case(module=CLIP, precision="fp32"),
+    "image encoder and projector": Case(module=PROJECTED),
+    "frozen image encoder and projector": Case(module=replace(PROJECTED, trainable=("projector",))),
     "gradients in 2 bytes": Case(module=gpt(), settings=replace(WHOLE, gradient_bytes=2)),
 }
 TWO_RANKS = {

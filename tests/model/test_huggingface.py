@@ -351,3 +351,33 @@ def test_file_that_is_no_json_is_refused(tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(PlanError, match=r"config\.json: file must be readable"):
         read_huggingface(tmp_path / "config.json")
+
+
+def test_config_is_loaded_by_its_path(tmp_path):
+    read(tmp_path, LLAMA)
+
+    by_folder = load_model(str(tmp_path / "model"))
+
+    assert by_folder == load_model(str(tmp_path / "model" / "config.json"))
+    assert by_folder.name == "model"
+
+
+def test_both_forms_of_internvl_are_the_same(tmp_path):
+    vision = {**INTERNVL["vision_config"], "image_size": [448, 448], "patch_size": [14, 14]}
+    native = {
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "text_config": INTERNVL["llm_config"],
+        "vision_config": {**vision, "model_type": "internvl_vision", "attention_bias": True},
+        "vision_feature_layer": -1,
+    }
+
+    assert geometry(read(tmp_path, native)) == geometry(read(tmp_path, INTERNVL))
+
+
+def test_layers_of_nemotron_may_be_spelled_out(tmp_path):
+    names = {"M": "mamba", "E": "moe", "*": "attention"}
+    blocks = [names[letter] for letter in NEMOTRON["hybrid_override_pattern"]]
+    config = {**NEMOTRON, "hybrid_override_pattern": None, "layers_block_type": blocks}
+
+    assert geometry(read(tmp_path, config)) == geometry(read(tmp_path, NEMOTRON))

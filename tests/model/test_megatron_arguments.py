@@ -172,3 +172,24 @@ def test_wrong_argument_has_one_clear_line(line, message):
 def test_pattern_of_another_length_is_refused():
     with pytest.raises(LayoutError, match="length=4 must be --num-layers=61"):
         parse_megatron_arguments(f"{DEEPSEEK} --moe-layer-freq ([0]+[1]*3)")
+
+
+def test_file_of_arguments_may_have_comments_and_broken_lines(tmp_path):
+    path = tmp_path / "llama.args"
+    path.write_text("# the model\n" + LLAMA.replace(" --swiglu", " \\\n  --swiglu"))
+
+    model = load_model(str(path))
+
+    assert model.name == "llama"
+    assert model.language == load_model("llama-3-8b").language
+
+
+def test_file_of_arguments_is_named_in_messages(tmp_path):
+    path = tmp_path / "gpt.args"
+    path.write_text(GPT.replace("--num-layers", "--layers"))
+    with pytest.raises(PlanError, match=r"gpt\.args: --num-layers must be given"):
+        load_model(str(path))
+
+    path.write_text("--num-layers '96")
+    with pytest.raises(PlanError, match=r"gpt\.args: text must be .*close the quote"):
+        load_model(str(path))

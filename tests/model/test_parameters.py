@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_mosaic.model.layers import (
@@ -14,6 +16,7 @@ from megatron_mosaic.model.parameters import (
     input_parameters,
     layer_parameters,
     module_parameters,
+    mtp_parameters,
     output_parameters,
     padded_vocab_size,
     projector_parameters,
@@ -184,3 +187,14 @@ def test_adapter_parameters_of_llama_3_70b():
 
     # Rank 16: qkv 8192+10240, projection 8192+8192, fc1 8192+57344, fc2 28672+8192.
     assert adapter_parameters(layer, hidden_size=8192, lora_rank=16) == 16 * 137_216
+
+
+def test_mtp_parameters_of_a_last_stage_have_a_copy_of_the_table():
+    module = replace(
+        language(hidden_size=4096, layers=(LayerRun(2, LLAMA_LAYER),), vocab_size=128256),
+        output=LanguageHead(vocab_size=128256, mtp_layers=1),
+    )
+
+    # A layer, three norms of 4096, a map of 8192*4096; and 128256*4096 on another stage.
+    assert mtp_parameters(module).dense == 218_112_000 + 12_288 + 33_554_432
+    assert mtp_parameters(module, pp=2).dense - mtp_parameters(module).dense == 525_336_576

@@ -1,0 +1,1 @@
+"""A plan as other programs take it: their arguments, configurations and launch lines."""

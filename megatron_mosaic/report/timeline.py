@@ -1,0 +1,151 @@
+"""A simulated step as rows of tasks."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+
+from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.report.units import seconds
+from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.simulate import Timeline
+
+# Forward and backward pass of the language model, then of the other modules in turn.
+_LANGUAGE_COLORS = ("#d9752b", "#f6cfa6")
+_COLORS = (
+    ("#1f7a8c", "#a9d6de"),
+    ("#5b4a8a", "#c6bde0"),
+    ("#4c8a4a", "#c1dfbf"),
+    ("#a33b5e", "#e8bccb"),
+    ("#6b6b6b", "#d0d0d0"),
+)
+_MOST_ROWS = 20
+_LEAST_LABELLED_SHARE = 0.014  # of the step, at the smallest legible size
+
+
+def timeline_height(timeline: Timeline) -> float:
+    """Inches that the drawing takes."""
+    return 1.3 + 0.3 * len(_rows(timeline))
+
+
+def draw_timeline(figure: Figure | SubFigure, timeline: Timeline, *, predicted: bool) -> None:
+    """Draws a row for each kind of rank; numbers are the first microbatches of tasks.
+
+    Args:
+        figure: Where to draw.
+        timeline: The step.
+        predicted: Whether its durations are predictions; else they are those of an example.
+    """
+    axes = figure.subplots()
+    program, rows = timeline.program, _rows(timeline)
+    colors = _colors([stage.module for stage in program.stages])
+    axes.set_xlim(0, timeline.makespan_s or 1.0)
+    for row, kind in enumerate(rows):
+        _draw_row(axes, timeline, kind, row=row, colors=colors)
+    labels = [
+        f"{_where(kind)}  {' '.join(f'{s.module}.{s.stage}' for s in kind.stages)}" for kind in rows
+    ]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("seconds; a number is the first microbatch of its task")
+    axes.set_title(_title(timeline, rows, predicted=predicted))
+    handles = [
+        Patch(color=colors[module][backward], label=f"{module} {name}")
+        for module in colors
+        for backward, name in enumerate(("forward", "backward"))
+        if _runs(timeline, module, backward=backward)
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 7), fontsize=8
+    )
+
+
+def _rows(timeline: Timeline) -> Sequence[RankKind]:
+    """Kinds of ranks to draw: all, or the first of every module and some of the others."""
+    kinds = timeline.program.kinds
+    if len(kinds) <= _MOST_ROWS:
+        return kinds
+    first = {stage.module: k for k, kind in reversed([*enumerate(kinds)]) for stage in kind.stages}
+    rest = [k for k in range(len(kinds)) if k not in first.values()]
+    spread = np.linspace(0, len(rest) - 1, _MOST_ROWS - len({*first.values()})).round().astype(int)
+    return [kinds[k] for k in sorted({*first.values(), *(rest[n] for n in spread)})]
+
+
+def _colors(modules: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+    names = list(dict.fromkeys(modules))
+    others = [name for name in names if name != LANGUAGE]
+    colors = {name: _COLORS[n % len(_COLORS)] for n, name in enumerate(others)}
+    return {name: colors.get(name, _LANGUAGE_COLORS) for name in names}
+
+
+def _runs(timeline: Timeline, module: str, *, backward: int) -> bool:
+    tasks, stages = timeline.program.tasks, timeline.program.stages
+    own = [s for s, stage in enumerate(stages) if stage.module == module]
+    return bool(np.any(np.isin(tasks.stage, own) & (tasks.backward == backward)))
+
+
+def _draw_row(
+    axes: Axes,
+    timeline: Timeline,
+    kind: RankKind,
+    *,
+    row: int,
+    colors: Mapping[str, tuple[str, str]],
+) -> None:
+    program = timeline.program
+    index = program.tasks_of(kind)
+    start_s = timeline.start_s[index]
+    width_s = timeline.end_s[index] - start_s
+    look = [
+        (program.stages[stage].module, int(backward))
+        for stage, backward in zip(
+            program.tasks.stage[index], program.tasks.backward[index], strict=True
+        )
+    ]
+    edge = 0.5 if len(index) < 150 else 0.0
+    for module, backward in dict.fromkeys(look):
+        own = [n for n, each in enumerate(look) if each == (module, backward)]
+        axes.broken_barh(
+            [(start_s[n], width_s[n]) for n in own],
+            (row - 0.4, 0.8),
+            facecolors=colors[module][backward],
+            edgecolor="white",
+            linewidth=edge,
+        )
+    for n, (_, backward) in enumerate(look):
+        if width_s[n] > _LEAST_LABELLED_SHARE * timeline.makespan_s:
+            axes.text(
+                start_s[n] + width_s[n] / 2,
+                row,
+                f"{program.tasks.first[index[n]]}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="#333333" if backward else "white",
+            )
+
+
+def _where(kind: RankKind) -> str:
+    shown = show_ranks(kind.ranks)
+    if len(shown) > 18:
+        shown = f"{kind.ranks[0]}, ..., {kind.ranks[-1]}"
+    return f"rank{'s' if len(kind.ranks) > 1 else ''} {shown}"
+
+
+def _title(timeline: Timeline, rows: Sequence[RankKind], *, predicted: bool) -> str:
+    waits = [timeline.bubble_s(kind) / (timeline.makespan_s or 1.0) for kind in rows]
+    parts = [f"Tasks of one step, {seconds(timeline.makespan_s)}"]
+    if not predicted:
+        parts = [
+            "Tasks of one step if a microbatch took 1 s forward and 2 s backward on every stage"
+        ]
+    shares = sorted({f"{wait:.0%}": wait for wait in waits}.items(), key=lambda item: item[1])
+    span = " to ".join(dict.fromkeys((shares[0][0], shares[-1][0])))
+    parts.append(f"ranks wait {span} of it")
+    hidden = len(timeline.program.kinds) - len(rows)
+    if hidden:
+        parts.append(f"{hidden} kinds of ranks left out")
+    return ", ".join(parts)

@@ -1,0 +1,215 @@
+"""A plan's prediction as text and as a picture."""
+
+import re
+
+import pytest
+from matplotlib.figure import Figure
+
+from megatron_mosaic.cli import main
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.report.figure import draw_plan
+from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
+from megatron_mosaic.report.terminal import describe
+from megatron_mosaic.report.timeline import draw_timeline
+from megatron_mosaic.report.units import gib, seconds
+from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.simulate import PassTimes
+
+PLAN = """\
+format: 1
+world_size: 4
+global_batch_size: 4
+micro_batch_size: 1
+modules:
+  vision: {ranks: 0-1, data_parallel_size: 2}
+  language: {ranks: 2-3, pipeline_model_parallel_size: 2}
+edges: [[vision, language]]
+schedule: {kind: 1f1b}
+"""
+PREDICTED = """\
+predicted:
+  step_s: 2.0
+  baseline_step_s: 3.0
+  breakdown: {compute_s: 1.0, communication_s: 0.2, bubble_s: 0.7, sync_s: 0.06, optimizer_s: 0.04}
+  baseline:
+    breakdown: {compute_s: 2.0, communication_s: 0.5, bubble_s: 0.5, sync_s: 0.0, optimizer_s: 0.0}
+    layout: TP2 PP2
+  memory_bytes:
+  - {ranks: 0-1, weights: 10737418240, gradients: 21474836480, working: 0}
+  - {ranks: 2-3, weights: 32212254720, optimizer: 10737418240, activations: 10737418240}
+  capacity_bytes: 85899345920
+  tasks_s:
+    vision.0: [1.0, 1.0]
+    language.0: [1.0, 2.0]
+    language.1: [1.0, 2.0]
+  transfers_s: {vision.0 -> language.0: 1.0}
+"""
+
+
+def plan_with(predicted=PREDICTED):
+    return Plan.loads(PLAN + predicted, where="plan.yaml")
+
+
+def test_terminal_shows_times_beside_the_baseline_and_memory():
+    # 10 GiB are an eighth of the capacity. 100 columns less "ranks 0-1  " and "   30.0 GiB  38%"
+    # leave 72 for a bar: 9 for every 10 GiB.
+    assert describe(read_prediction(plan_with()), width=100).splitlines() == [
+        "step 2.00 s, 1.50 times as fast as the baseline, TP2 PP2: 3.00 s",
+        "                               plan            baseline",
+        "compute               1.00 s  50.0%       2.00 s  66.7%",
+        "communication         200 ms  10.0%       500 ms  16.7%",
+        "bubble                700 ms  35.0%       500 ms  16.7%",
+        "sync                   60 ms   3.0%       0.00 s   0.0%",
+        "optimizer              40 ms   2.0%       0.00 s   0.0%",
+        "",
+        "memory of 80.0 GiB: █ weights ▓ gradients ▒ optimizer ░ activations : working = buffers",
+        f"ranks 0-1  {'█' * 9}{'▓' * 18}{'·' * 45}   30.0 GiB  38%",
+        f"ranks 2-3  {'█' * 27}{'▒' * 9}{'░' * 9}{'·' * 27}   50.0 GiB  62%",
+    ]
+
+
+def test_terminal_shows_what_there_is():
+    assert describe(read_prediction(plan_with("predicted: {step_s: 0.05}\n"))) == "step 50 ms"
+    assert describe(read_prediction(plan_with(""))) == ""
+
+
+def test_timeline_has_the_predicted_times():
+    plan = plan_with()
+
+    timeline = predicted_timeline(plan, read_prediction(plan))
+
+    # vF0 1 s, transfer 1 s, F0 on both stages 2 s, B0 4 s, transfer 1 s, vB0 1 s.
+    spans = list(timeline.spans(timeline.program.kinds[0]))
+    first_backward = next(span for span in spans if span.task.kind == "B")
+    assert (first_backward.start_s, first_backward.end_s) == (9.0, 10.0)
+
+
+def test_timeline_without_prediction_takes_the_example_times_of_every_microbatch():
+    source = PLAN.replace("kind: 1f1b", "kind: colocated, encoder_group: 2")
+    plan = Plan.loads(source, where="plan.yaml")
+
+    timeline = predicted_timeline(plan, read_prediction(plan))
+
+    first, *_ = timeline.spans(timeline.program.kinds[0])
+    assert (first.task.microbatches, first.end_s) == ((0, 1), 2.0)
+
+
+def test_prediction_reads_times_of_all_stages():
+    prediction = read_prediction(plan_with())
+
+    assert prediction.tasks_s[Stage("language", 1)] == PassTimes(1.0, 2.0)
+    assert prediction.transfers_s == {"vision.0 -> language.0": 1.0}
+
+
+def test_prediction_without_a_stage_has_no_times():
+    predicted = PREDICTED.replace("    language.1: [1.0, 2.0]\n", "")
+
+    assert read_prediction(plan_with(predicted)).tasks_s == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "message"),
+    [
+        ("step_s: 2.0", "step_s: soon", r"predicted\.step_s='soon' must be a number >= 0; plan"),
+        ("bubble_s: 0.7", "bubble: 0.7", r"breakdown\.bubble=0\.7 must be one of compute_s, comm"),
+        ("weights: 1", "weight: 1", r"predicted\.memory_bytes\[0\]\.weight=1.* must be one of we"),
+        ("[1.0, 1.0]", "[1.0]", r"predicted\.tasks_s\.vision\.0=\[1\.0\] must be the times of a"),
+        ("[1.0, 1.0]", "[1.0, -1.0]", r"predicted\.tasks_s\.vision\.0=-1\.0 must be a number >= 0"),
+        ("capacity_bytes: 85899345920", "capacity_bytes: .nan", r"capacity_bytes=nan must be a"),
+    ],
+)
+def test_prediction_of_another_form_is_refused(change, to, message):
+    with pytest.raises(PlanError, match=message):
+        read_prediction(plan_with(PREDICTED.replace(change, to)))
+
+
+@pytest.mark.parametrize("predicted", [PREDICTED, ""])
+def test_picture_is_drawn(predicted, tmp_path):
+    path = tmp_path / "plan.png"
+
+    draw_plan(plan_with(predicted), path)
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+def test_timeline_has_a_bar_for_every_task_and_a_row_for_every_kind_of_rank():
+    plan = plan_with()
+    figure = Figure(layout="constrained")
+
+    draw_timeline(figure, predicted_timeline(plan, read_prediction(plan)), predicted=True)
+
+    axes = figure.axes[0]
+    bars = [path for bars in axes.collections for path in bars.get_paths()]
+    assert len(bars) == 24  # three rows of four microbatches forward and backward
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "ranks 0-1  vision.0",
+        "rank 2  language.0",
+        "rank 3  language.1",
+    ]
+
+
+def test_timeline_of_many_stages_keeps_every_module():
+    source = PLAN.replace("world_size: 4", "world_size: 42").replace("ranks: 2-3", "ranks: 2-41")
+    plan = Plan.loads(
+        source.replace("pipeline_model_parallel_size: 2", "pipeline_model_parallel_size: 40"),
+        where="plan.yaml",
+    )
+    figure = Figure(layout="constrained")
+
+    draw_timeline(figure, predicted_timeline(plan, read_prediction(plan)), predicted=False)
+
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 20
+    assert labels[0] == "ranks 0-1  vision.0"
+    assert labels[-1] == "rank 41  language.39"
+    assert (
+        "21 kinds of ranks left out"
+        in figure.axes[0].get_title(loc="left") + figure.axes[0].get_title()
+    )
+
+
+def test_show_prints_the_prediction_and_writes_a_picture(tmp_path, capsys):
+    plan, picture = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    plan.write_text(PLAN + PREDICTED)
+
+    status = main(["show", str(plan), "-o", str(picture)])
+
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "rank 3     language.1  F0 B0 F1 B1 F2 B2 F3 B3" in printed
+    assert "1.50 times as fast as the baseline" in printed
+    assert picture.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "predicted", "message"),
+    [
+        ("plan.gif", PREDICTED, r"--output=.*plan\.gif must end with \.png, \.svg, \.pdf; rename"),
+        ("no/plan.png", PREDICTED, r"--output=.*plan\.png must be in a folder that exists; make"),
+        ("plan.png", "predicted: {step_s: []}\n", r"plan\.yaml: predicted\.step_s=\[\] must be a"),
+    ],
+)
+def test_show_refuses_in_one_line(output, predicted, message, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN + predicted)
+
+    status = main(["show", str(plan), "-o", str(tmp_path / output)])
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("value_s", "expected"),
+    [(0.0, "0.00 s"), (0.00123, "1.23 ms"), (0.5, "500 ms"), (1.0, "1.00 s"), (12.34, "12.3 s")],
+)
+def test_seconds_have_three_digits(value_s, expected):
+    assert seconds(value_s) == expected
+
+
+def test_gib_are_binary():
+    assert gib(3 * 2**30) == "3.0 GiB"
