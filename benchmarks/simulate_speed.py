@@ -49,6 +49,7 @@ def main() -> None:
         print(
             f"{row['case']:52}  {row['num_tasks']:6} tasks  program {row['program_ms']:6.2f} ms"
             f"  simulation {row['simulation_ms']:6.2f} ms"
+            f"  medians {row['program_median_ms']:6.2f} + {row['simulation_median_ms']:6.2f} ms"
         )
     print(write_results("simulate_speed", {"repeats": REPEATS, "cases": rows}))
 
@@ -60,20 +61,24 @@ def _measure(case: Case) -> dict[str, float]:
     transfers_s = dict.fromkeys(program.edges, 0.1)
     return {
         "num_tasks": len(program.tasks.stage),
-        "program_ms": _median_ms(lambda: program_of_plan(plan)),
-        "simulation_ms": _median_ms(
-            lambda: simulate(program, tasks_s=tasks_s, transfers_s=transfers_s)
+        **_times_ms("program", lambda: program_of_plan(plan)),
+        **_times_ms(
+            "simulation", lambda: simulate(program, tasks_s=tasks_s, transfers_s=transfers_s)
         ),
     }
 
 
-def _median_ms(run: Callable[[], object]) -> float:
+def _times_ms(name: str, run: Callable[[], object]) -> dict[str, float]:
+    """Best of several times, as other processes share the machine, and their median."""
     times_s = []
     for _ in range(REPEATS):
         start_s = time.perf_counter()
         run()
         times_s.append(time.perf_counter() - start_s)
-    return 1e3 * statistics.median(times_s)
+    return {
+        f"{name}_ms": 1e3 * min(times_s),
+        f"{name}_median_ms": 1e3 * statistics.median(times_s),
+    }
 
 
 def _plan(case: Case) -> Plan:

@@ -127,7 +127,7 @@ def _draw_breakdown(axes: Axes, prediction: Prediction, *, height: float) -> Non
                 range(len(rows)), sizes, left=ends, height=0.6, color=_TIME_COLORS[term], label=name
             )
         for place, size in enumerate(sizes):
-            if size > 0.11 * longest_s:
+            if size > 0.14 * longest_s:  # as wide as the number is
                 middle = ends[place] + size / 2
                 color = "#333333" if term == "bubble_s" else "white"
                 text = seconds(size)

@@ -134,11 +134,14 @@ def _rank_inputs(
     tasks: TaskArrays, stages: tuple[Stage, ...], kinds: tuple[RankKind, ...], *, no_edge: int
 ) -> Iterator[Inputs]:
     """Tasks before on the same ranks: all tasks' on their first kind, then those on others."""
-    hosts = [[k for k, kind in enumerate(kinds) if s in kind.stages] for s in stages]
-    num_hosts = np.array([len(own) for own in hosts])[tasks.stage]
+    number = {stage: index for index, stage in enumerate(stages)}
+    hosts: list[list[int]] = [[] for _ in stages]
+    for k, hosting in enumerate(kinds):
+        for stage in hosting.stages:
+            hosts[number[stage]].append(k)
     # One row for every task and kind of ranks that runs it; `slot` counts those of one task.
-    task = np.repeat(np.arange(len(num_hosts)), num_hosts)
-    slot = np.arange(len(task)) - np.repeat(np.cumsum(num_hosts) - num_hosts, num_hosts)
+    num_hosts = np.array([len(own) for own in hosts])[tasks.stage]
+    task, slot = _spread(num_hosts)
     kind = _padded(hosts)[slot, tasks.stage[task]]
     by_kind = np.argsort(kind.astype(np.int16), kind="stable")
     same = kind[by_kind[1:]] == kind[by_kind[:-1]]
@@ -154,20 +157,29 @@ def _data_inputs(
 ) -> Iterator[Inputs]:
     """Tasks that make the inputs: all tasks' first one, then the others."""
     number = {stage: index for index, stage in enumerate(stages)}
-    source = np.array([number[Stage(*edge[:2])] for edge in edges] + [0])
-    destination = np.array([number[Stage(*edge[2:])] for edge in edges] + [0])
+    # Forward passes wait for what comes into a stage, backward passes for what went out.
+    waits: list[list[int]] = [[] for _ in range(2 * len(stages))]
+    ends = np.zeros((2, len(edges) + 1), dtype=np.int64)
+    for e, edge in enumerate(edges):
+        ends[0, e], ends[1, e] = number[Stage(*edge[:2])], number[Stage(*edge[2:])]
+        waits[ends[1, e]].append(e)
+        waits[len(stages) + ends[0, e]].append(e)
     maker = _task_of_microbatch(tasks, len(stages))
-    into = [[e for e in range(len(edges)) if destination[e] == s] for s in range(len(stages))]
-    out_of = [[e for e in range(len(edges)) if source[e] == s] for s in range(len(stages))]
-    slots = _padded([*into, *out_of])[:, tasks.stage + len(stages) * tasks.backward]
+    slots = _padded(waits)[:, tasks.stage + len(stages) * tasks.backward]
     last = tasks.first + tasks.count - 1
     for s, edge in enumerate(slots):
-        own = np.flatnonzero(edge >= 0) if s else np.arange(len(edge))
-        edge, backward = edge[own], tasks.backward[own]
-        other = np.where(backward, destination[edge], source[edge])
-        before = np.where(edge >= 0, maker[backward, other, last[own]], START)
-        passed = np.where(edge >= 0, last[own] - tasks.first[before] + 1, 0)
-        yield Inputs(own, before, np.where(edge >= 0, edge, len(edges)), passed)
+        own = np.flatnonzero(edge >= 0)
+        backward, there = tasks.backward[own], edge[own]
+        before = maker[backward, ends[backward, there], last[own]]
+        passed = last[own] - tasks.first[before] + 1
+        if s:
+            yield Inputs(own, before, there, passed)
+            continue
+        first = Inputs(
+            np.arange(len(edge)), *(np.full_like(edge, n) for n in (START, len(edges), 0))
+        )
+        first.before[own], first.edge[own], first.passed[own] = before, there, passed
+        yield first
 
 
 def _padded(lists: list[list[int]]) -> Integers:
@@ -176,10 +188,18 @@ def _padded(lists: list[list[int]]) -> Integers:
     return np.array([entries + [-1] * (length - len(entries)) for entries in lists]).T
 
 
+def _spread(counts: Integers) -> tuple[Integers, Integers]:
+    """Repeats every position as often as its count says, and numbers the repetitions."""
+    index = np.arange(len(counts))
+    if counts.size and counts.max() == 1:
+        return index, np.zeros_like(index)
+    index = np.repeat(index, counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def _task_of_microbatch(tasks: TaskArrays, num_stages: int) -> Integers:
     """Position of the task of every pass, stage and microbatch."""
-    index = np.repeat(np.arange(len(tasks.first)), tasks.count)
-    offset = np.arange(len(index)) - np.repeat(np.cumsum(tasks.count) - tasks.count, tasks.count)
+    index, offset = _spread(tasks.count)
     microbatch = tasks.first[index] + offset
     found = np.full((2, num_stages, int(microbatch.max(initial=0)) + 1), START)
     found[tasks.backward[index], tasks.stage[index], microbatch] = index

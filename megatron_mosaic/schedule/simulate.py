@@ -110,6 +110,7 @@ def _ends(program: Program, edge_s: Seconds, duration_s: Seconds) -> Seconds:
         more[task] = [*more[task], (before + 1, lag_s)]
     # The first entry is the beginning of the step, the one before the first task.
     ends = [0.0]
+    add_end = ends.append
     columns = program.rank.before + 1, data.before + 1, edge_s[data.edge] * data.passed, duration_s
     for on_rank, source, lag_s, length_s, waits in zip(
         *map(np.ndarray.tolist, columns), more, strict=True
@@ -118,7 +119,7 @@ def _ends(program: Program, edge_s: Seconds, duration_s: Seconds) -> Seconds:
         arrival_s = ends[source] + lag_s
         if arrival_s > start_s:
             start_s = arrival_s
-        for before, lag_s in waits:
-            start_s = max(start_s, ends[before] + lag_s)
-        ends.append(start_s + length_s)
+        if waits:
+            start_s = max(start_s, *(ends[before] + lag_s for before, lag_s in waits))
+        add_end(start_s + length_s)
     return np.array(ends[1:])

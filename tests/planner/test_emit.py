@@ -11,8 +11,11 @@ import pytest
 from megatron_mosaic.cli import main
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.emit.emission import Launch
 from megatron_mosaic.planner.emit.formats import FORMATS, emit
+from megatron_mosaic.planner.planner import make_plan
+from tests.planner.test_plans import SMALL
 
 LANGUAGE = """\
 format: 1
@@ -262,6 +265,13 @@ def test_mimo_takes_a_language_model_alone():
     assert "--recompute-granularity full --recompute-method uniform" in words
 
 
+def test_mimo_takes_a_language_model_of_one_stage_without_pipelining():
+    source = LANGUAGE.replace("pipeline_model_parallel_size: 2", "context_parallel_size: 1")
+    source = source.replace("data_parallel_size: 2", "data_parallel_size: 4")
+
+    assert "--llm-dp 4" in emitted("mimo", source.replace("1f1b", "no_pipelining")).text
+
+
 @pytest.mark.parametrize(
     ("change", "to", "message"),
     [
@@ -484,3 +494,22 @@ def test_args_command_refuses_nodes_without_gpus(capsys):
 
     assert status == 2
     assert "--gpus-per-node=0 must be >= 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_megatron_takes_every_homogeneous_baseline_of_the_planner(name):
+    baseline = make_plan(SMALL[name]).baseline
+    assert baseline is not None
+    sizes = baseline.estimate.candidate.language
+    plan = plan_of(
+        baseline.estimate.candidate,
+        model=SMALL[name].model,
+        num_gpus=SMALL[name].num_gpus,
+        global_batch_size=SMALL[name].global_batch_size,
+        layers_per_stage=baseline.estimate.layers_per_stage,
+    )
+
+    words = words_of(emitted("megatron", plan.to_yaml()).text)
+
+    assert words[1] == f"{sizes.tp}"
+    assert words[3] == f"{sizes.pp}"

@@ -27,7 +27,8 @@ def emit_mimo(plan: Plan, launch: Launch) -> Emission:
     """
     refuse_outputs(plan)
     check_tiling(plan)
-    check_pipelined(plan)
+    if plan.encoders:
+        check_pipelined(plan)
     _check_sizes(plan)
     refuse_uneven_stages(plan.language)
     refuse_other_recompute(plan)
