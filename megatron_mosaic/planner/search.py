@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from time import monotonic
+from typing import NamedTuple
 
 from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
@@ -194,6 +195,16 @@ class _Run:
                 yield kind, group, hosts
 
 
+class _Once(NamedTuple):
+    """What a rank does once in a step."""
+
+    sync_s: float = 0.0
+    optimizer_s: float = 0.0
+
+
+_NEVER = _Once()
+
+
 @dataclass(frozen=True, slots=True)
 class _Light:
     """An encoder's option as bounds see it.
@@ -204,7 +215,7 @@ class _Light:
         column_s: Time of its slowest stage, or what it adds to the first stage, by microbatch.
         before_s: Its time until the first microbatch reaches the language model.
         after_s: Its time after the last one has come back.
-        once_s: Its synchronisation and optimizer.
+        once: Its synchronisation and optimizer.
         num_bytes: What it holds on a rank.
         num_ranks: Ranks apart that it takes.
         pair_s: Time of the pipeline of it and the language model; 0 if that is not known.
@@ -215,7 +226,7 @@ class _Light:
     column_s: float = 0.0
     before_s: float = 0.0
     after_s: float = 0.0
-    once_s: float = 0.0
+    once: _Once = _NEVER
     num_bytes: float = 0.0
     num_ranks: int = 0
     pair_s: float = 0.0
@@ -240,12 +251,13 @@ class _Around:
         self.slowest_s, self.path_s = max(busy), sum(busy)
         self.alone_s = run.estimator.pipeline_s(alone, option.num_microbatches)
         self.alone_bytes = max(map(alone.held_bytes, range(len(busy))))
-        sync_s = max(stage.sync_s for stage in alone.stages)
-        optimizer_s = max(stage.optimizer_s for stage in alone.stages)
-        self.once_s, self.least_once_s = sync_s + optimizer_s, min(sync_s, optimizer_s)
+        self.once = _longest_once(alone)
         # Another split may have a fullest stage with fewer weights, but not on average.
-        once_s = [stage.sync_s + stage.optimizer_s for stage in alone.stages]
-        self.average_once_s = sum(once_s) / len(once_s)
+        count = len(alone.stages)
+        self.average_once = _Once(
+            sum(stage.sync_s for stage in alone.stages) / count,
+            sum(stage.optimizer_s for stage in alone.stages) / count,
+        )
         self.room_bytes = run.estimator.limit_bytes - option.average_bytes
         self.found: Estimate | None = None
 
@@ -293,7 +305,7 @@ class _Around:
         if host == "apart":
             exact = [self._exact(light) for light in promising]
             promising = _undominated_apart(
-                [light for light in exact if light is not None], once_s=self.least_once_s
+                [light for light in exact if light is not None], least=self.once
             )
         return sorted(promising, key=lambda light: self.bound_s([light]))
 
@@ -310,7 +322,7 @@ class _Around:
             column_s=max(stage.forward_s + stage.backward_s for stage in stages) / group,
             before_s=(sum(stage.forward_s for stage in stages) + sum(hops_s)) / group,
             after_s=(back_s + sum(hops_s)) / group if stages[-1].backward_s else back_s / group,
-            once_s=max(stage.sync_s + stage.optimizer_s for stage in stages),
+            once=_longest_once(hosted),
             pair_s=self.run.estimator.pipeline_s(
                 self.alone, self.option.num_microbatches, encoder=hosted
             ),
@@ -342,18 +354,17 @@ class _Around:
         if hosted is None or hosted.held_bytes(0) > estimator.limit_bytes:
             return None
         stage, held_bytes = hosted.stages[0], hosted.held_bytes(0)
-        once_s = stage.sync_s + stage.optimizer_s
+        once = _longest_once(hosted)
         if choice.host == "language" or (choice.shares and self.group > 1):
             work_s = hosted.busy_s * option.num_microbatches / self.group
-            return _Light(choice, work_s, once_s=once_s, num_bytes=held_bytes)
-        back_s = hosted.entry_s if stage.backward_s else 0.0
+            return _Light(choice, work_s, once=once, num_bytes=held_bytes)
         busy_s = hosted.busy_s if choice.shares else stage.forward_s + stage.backward_s
         return _Light(
             choice,
             column_s=busy_s / self.group,
-            before_s=(stage.forward_s + hosted.entry_s) / self.group,
-            after_s=(stage.backward_s + back_s) / self.group,
-            once_s=once_s,
+            before_s=stage.forward_s / self.group,
+            after_s=stage.backward_s / self.group,
+            once=once,
             num_bytes=held_bytes,
             num_ranks=0 if choice.shares else choice.sizes.num_ranks,
         )
@@ -406,24 +417,26 @@ class _Around:
         """Time of a step below which no candidate with these encoders can be."""
         shared = [t for t in taken if t.choice.shares]
         apart = [t for t in taken if t.choice.host == "apart"]
-        together_s = sum(t.column_s for t in taken if t.choice.host == "together")
+        together = [t for t in taken if t.choice.host == "together"]
         first_s = sum(t.column_s for t in shared)
-        pipeline_s, once_s = self._language_s(first_s, fits=self._fits(shared))
+        pipeline_s, language_once = self._language_s(first_s, fits=self._fits(shared))
         # The language model begins after a task of every encoder, and ends before one: the
         # longest of them may be another one each time.
-        before_s = [t.before_s for t in apart]
-        after_s = [t.after_s for t in apart]
-        latency_s = max(together_s, max(before_s, default=0.0) + max(after_s, default=0.0))
+        before_s = [sum(t.before_s for t in together), *(t.before_s for t in apart)]
+        after_s = [sum(t.after_s for t in together), *(t.after_s for t in apart)]
+        latency_s = max(before_s) + max(after_s)
         pipeline_s += self.group * latency_s
-        slowest_s = max([together_s, *(t.column_s for t in apart)])
+        slowest_s = max([sum(t.column_s for t in together), *(t.column_s for t in apart)])
         stages = max([t.choice.sizes.pp for t in apart], default=1)
         steady = self.option.num_microbatches - self.group * (self.option.sizes.pp + stages)
         path_s = self.path_s + first_s + latency_s + max(steady, 0) * slowest_s
         pipeline_s = max(pipeline_s, self.option.num_microbatches * slowest_s, path_s)
         if not first_s and self._fits(shared):
             pipeline_s = max([pipeline_s, *(t.pair_s for t in apart)])
-        once_s += sum(t.once_s for t in taken if t.choice.host == "language")
-        once_s = max([once_s, *(t.once_s for t in apart)])
+        everywhere = [t.once for t in taken if t.choice.host == "language"]
+        blocks = [_added([language_once, *everywhere]), _added([t.once for t in together])]
+        blocks += [t.once for t in apart]
+        once_s = max(b.sync_s for b in blocks) + max(b.optimizer_s for b in blocks)
         return pipeline_s + sum(t.work_s for t in shared) + once_s
 
     def _fits(self, shared: Sequence[_Light]) -> bool:
@@ -431,7 +444,7 @@ class _Around:
         held_bytes = self.alone_bytes + sum(t.num_bytes for t in shared)
         return held_bytes <= self.run.estimator.limit_bytes
 
-    def _language_s(self, first_s: float, *, fits: bool) -> tuple[float, float]:
+    def _language_s(self, first_s: float, *, fits: bool) -> tuple[float, _Once]:
         """Time of the language model's pipeline, and of what it does once in a step.
 
         Args:
@@ -439,7 +452,7 @@ class _Around:
             fits: Whether its layers are split as if it were alone.
         """
         if not first_s and fits:
-            return self.alone_s, self.once_s
+            return self.alone_s, self.once
         # Its layers are split anew, and the closed form depends on how.
         num_stages = self.option.sizes.pp
         pipeline_s = pipeline_bound_s(
@@ -449,7 +462,7 @@ class _Around:
             num_stages=num_stages,
             num_microbatches=self.option.num_microbatches,
         )
-        return pipeline_s, self.average_once_s
+        return pipeline_s, self.average_once
 
     def _candidate(self, choices: Sequence[EncoderChoice]) -> Candidate:
         return Candidate(
@@ -461,6 +474,17 @@ class _Around:
         )
 
 
+def _longest_once(hosted: Hosted) -> _Once:
+    return _Once(
+        max(stage.sync_s for stage in hosted.stages),
+        max(stage.optimizer_s for stage in hosted.stages),
+    )
+
+
+def _added(parts: Sequence[_Once]) -> _Once:
+    return _Once(sum(p.sync_s for p in parts), sum(p.optimizer_s for p in parts))
+
+
 def _least(options: Sequence[_Light]) -> _Light:
     """What every option takes at least."""
     return _Light(
@@ -469,35 +493,36 @@ def _least(options: Sequence[_Light]) -> _Light:
         column_s=min(o.column_s for o in options),
         before_s=min(o.before_s for o in options),
         after_s=min(o.after_s for o in options),
-        once_s=min(o.once_s for o in options),
+        once=_Once(min(o.once.sync_s for o in options), min(o.once.optimizer_s for o in options)),
         num_bytes=min(o.num_bytes for o in options),
         num_ranks=min(o.num_ranks for o in options),
         pair_s=min(o.pair_s for o in options),
     )
 
 
-def _undominated_apart(options: list[_Light], *, once_s: float) -> list[_Light]:
+def _undominated_apart(options: list[_Light], *, least: _Once) -> list[_Light]:
     """Options on ranks of their own that no other one, exactly known, beats.
 
     Args:
         options: As they are estimated.
-        once_s: What the language model does once in a step; less than that costs nothing.
+        least: What the language model does once in a step; less than that costs nothing.
     """
     kept: list[_Light] = []
-    for light in sorted(options, key=lambda o: (o.num_ranks, o.pair_s, o.column_s, o.once_s)):
-        if not any(_beats(other, light, once_s=once_s) for other in kept):
+    for light in sorted(options, key=lambda o: (o.num_ranks, o.pair_s, o.column_s, o.once)):
+        if not any(_beats(other, light, least=least) for other in kept):
             kept.append(light)
     return kept
 
 
-def _beats(other: _Light, light: _Light, *, once_s: float) -> bool:
+def _beats(other: _Light, light: _Light, *, least: _Once) -> bool:
     return (
         other.num_ranks <= light.num_ranks
         and other.column_s <= light.column_s
         and other.before_s <= light.before_s
         and other.after_s <= light.after_s
         and other.pair_s <= light.pair_s
-        and other.once_s <= max(light.once_s, once_s)
+        and other.once.sync_s <= max(light.once.sync_s, least.sync_s)
+        and other.once.optimizer_s <= max(light.once.optimizer_s, least.optimizer_s)
     )
 
 
@@ -508,7 +533,10 @@ def _undominated(options: list[_Light]) -> list[_Light]:
         if not any(
             other.work_s <= light.work_s
             and other.column_s <= light.column_s
-            and other.once_s <= light.once_s
+            and other.before_s <= light.before_s
+            and other.after_s <= light.after_s
+            and other.once.sync_s <= light.once.sync_s
+            and other.once.optimizer_s <= light.once.optimizer_s
             and other.num_bytes <= light.num_bytes
             and other.num_ranks == light.num_ranks
             for other in kept
