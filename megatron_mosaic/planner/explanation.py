@@ -154,10 +154,8 @@ def _balance(choice: Simulated, baseline: Simulated) -> str:
         if text != before:
             parts.append(f"{name} has {text} (homogeneous: {before})")
     changes = "; ".join(parts) or "all modules have the same sizes in both"
-    return (
-        f"{changes[0].upper()}{changes[1:]}. {_load(choice.estimate)}, {_load(baseline.estimate)} "
-        f"in the homogeneous layout."
-    ).replace(". encoders", ". Encoders")
+    loads = f"{_load(choice.estimate)}; in the homogeneous layout {_load(baseline.estimate)}"
+    return f"{changes[0].upper()}{changes[1:]}. {loads[0].upper()}{loads[1:]}."
 
 
 def _load(estimate: Estimate) -> str:

@@ -303,10 +303,13 @@ class _Around:
         # What is no better alone is no better with others.
         promising = [o for o in self.run.shared[key] if self.bound_s([o]) < self._threshold_s()]
         if host == "apart":
-            exact = [self._exact(light) for light in promising]
-            promising = _undominated_apart(
-                [light for light in exact if light is not None], least=self.once
-            )
+            exact = [found for light in promising if (found := self._exact(light)) is not None]
+            # Of one stage each, what is faster in every way is so with the language model too.
+            single = [light for light in exact if light.choice.sizes.pp == 1]
+            several = [light for light in exact if light.choice.sizes.pp > 1]
+            promising = [*_undominated_apart(single, least=self.once), *several]
+            promising = [self._with_pair(light) for light in promising]
+            promising = _undominated_apart(promising, least=self.once)
         return sorted(promising, key=lambda light: self.bound_s([light]))
 
     def _exact(self, light: _Light) -> _Light | None:
@@ -323,10 +326,15 @@ class _Around:
             before_s=(sum(stage.forward_s for stage in stages) + sum(hops_s)) / group,
             after_s=(back_s + sum(hops_s)) / group if stages[-1].backward_s else back_s / group,
             once=_longest_once(hosted),
-            pair_s=self.run.estimator.pipeline_s(
-                self.alone, self.option.num_microbatches, encoder=hosted
-            ),
         )
+
+    def _with_pair(self, light: _Light) -> _Light:
+        """An option with the time of the pipeline of it and the language model alone."""
+        hosted = self._hosted(light.choice)
+        pair_s = self.run.estimator.pipeline_s(
+            self.alone, self.option.num_microbatches, encoder=hosted
+        )
+        return replace(light, pair_s=pair_s)
 
     def _hosted(self, choice: EncoderChoice) -> Hosted | None:
         estimator = self.run.estimator
