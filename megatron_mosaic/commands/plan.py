@@ -162,7 +162,7 @@ def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
             breakdown.compute_s,
             breakdown.communication_s,
             # What the simulation finds beyond the closed form is time in which ranks wait.
-            breakdown.bubble_s + entry.step_s - entry.estimate.step_s,
+            max(0.0, breakdown.bubble_s + entry.step_s - entry.estimate.step_s),
             breakdown.sync_s,
             breakdown.optimizer_s,
         )
