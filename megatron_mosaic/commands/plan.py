@@ -30,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="fix a field, such as language.tensor_model_parallel_size=8 or micro_batch_size=1",
     )
-    parser.add_argument("--time-limit", type=float, metavar="S", help="search at most so long")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="search at most so long, then take the best so far; default: 20",
+    )
     parser.add_argument("--top", type=int, default=3, help="plans to show; default: 3")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-o", "--output", type=Path, metavar="PLAN", help="write the plan file")
@@ -124,12 +130,14 @@ def _text(explanation: "Explanation") -> str:
     if answer.baseline is not None:
         entries.append(("homogeneous", answer.baseline))
     problem, found = answer.problem, answer.found
-    bound = "the optimum of the space" if not found.gap else f"at most {found.gap:.1%} from it"
+    bound = "this is the optimum of the space"
+    if found.gap:
+        bound = f"the time limit ended the search, at most {found.gap:.1%} from the optimum"
     lines = [
         f"{problem.model.name} on {problem.num_gpus} GPUs of {problem.cluster.name}, "
         f"{problem.global_batch_size} samples a step",
         f"{found.num_language} layouts of language compared, {found.num_estimates} plans "
-        f"estimated; no plan takes less than {found.bound_s:.4g} s: this is {bound}",
+        f"estimated; no plan takes less than {found.bound_s:.4g} s: {bound}",
         "",
         _steps(entries),
         "",
@@ -154,7 +162,7 @@ def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
             breakdown.compute_s,
             breakdown.communication_s,
             # What the simulation finds beyond the closed form is time in which ranks wait.
-            breakdown.bubble_s + entry.step_s - entry.estimate.step_s,
+            max(0.0, breakdown.bubble_s + entry.step_s - entry.estimate.step_s),
             breakdown.sync_s,
             breakdown.optimizer_s,
         )

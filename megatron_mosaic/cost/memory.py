@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from megatron_mosaic.cost.activations import layer_keeps
@@ -26,7 +25,7 @@ from megatron_mosaic.model.parameters import (
     mtp_parameters,
     output_parameters,
 )
-from megatron_mosaic.model.spec import ModuleSpec, Precision, Projector
+from megatron_mosaic.model.spec import ModuleSpec, Precision
 
 # Adam's two moments, and the master copy of weights that are kept in 2 bytes, all in fp32.
 # Source: Megatron-Core 0.19, optimizer/distrib_optimizer.py, "Data parallel sharding" in its docs.
@@ -71,17 +70,6 @@ def _joined(time: PartCosts, held: PartCosts) -> PartCosts:
     )
 
 
-def trains(module: ModuleSpec, part: str) -> bool:
-    """Whether a part of a module trains: ``input``, ``layers``, ``projector`` or ``head``."""
-    return module.trainable is None or part in module.trainable
-
-
-def adapters_train(module: ModuleSpec) -> bool:
-    """Whether low-rank adapters train beside a module's frozen layers."""
-    patterns = module.trainable or ()
-    return module.lora_rank > 0 and any(fnmatchcase("adapter.lora", entry) for entry in patterns)
-
-
 def module_parts(
     module: ModuleSpec,
     *,
@@ -111,7 +99,7 @@ def module_parts(
         module, sizes=sizes, samples=samples, precision=precision, kernels=kernels,
         settings=settings,
     )  # fmt: skip
-    input_trains, layers_train = trains(module, "input"), trains(module, "layers")
+    input_trains, layers_train = module.trains("input"), module.trains("layers")
     passes = gradient_arrives or (input_trains and module.input is not None)
     closing = 0.0
     if input_trains:
@@ -127,7 +115,7 @@ def module_parts(
     different = dict.fromkeys(layer for _, layer in module.layers)
     known = {layer: _layer_part(layer, module, task, gradient_passes=passes) for layer in different}
     layers = tuple(PartRun(count, known[layer]) for count, layer in module.layers)
-    passes = passes or layers_train or adapters_train(module)
+    passes = passes or layers_train or module.adapters_train
     last = _output_part(
         module, task, settings, gradient_passes=passes, vocab_multiple=vocab_multiple
     )
@@ -142,10 +130,10 @@ def _layer_part(
         layer, hidden_size=module.hidden_size, norm=module.norm, tp=sizes.tp, ep=sizes.ep,
         etp=sizes.etp,
     )  # fmt: skip
-    dense, share, whole = counts.dense, 1.0, trains(module, "layers")
+    dense, share, whole = counts.dense, 1.0, module.trains("layers")
     if not whole:
         added = 0
-        if adapters_train(module):
+        if module.adapters_train:
             added = adapter_parameters(
                 layer, hidden_size=module.hidden_size, lora_rank=module.lora_rank, tp=sizes.tp
             )
@@ -175,8 +163,7 @@ def _output_part(
     gradient_passes: bool,
     vocab_multiple: int,
 ) -> PartCosts:
-    part = "projector" if isinstance(module.output, Projector) else "head"
-    train = trains(module, part)
+    train = module.trains("output")
     kept = total_bytes(output_keeps(module, task), trains=train, gradient_passes=gradient_passes)
     working = 0.0
     if train or gradient_passes:

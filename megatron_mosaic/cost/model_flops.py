@@ -6,7 +6,7 @@ from megatron_mosaic.cost.end_operations import input_operations, output_operati
 from megatron_mosaic.cost.operations import Operation, TaskTokens, Workplace, layer_operations
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.parameters import adapter_parameters
-from megatron_mosaic.model.spec import LanguageHead, ModuleSpec
+from megatron_mosaic.model.spec import ModuleSpec, Part
 
 
 def model_flops_per_token(module: ModuleSpec, *, full_attention: bool = False) -> float:
@@ -47,11 +47,10 @@ def step_flops_per_token(module: ModuleSpec, *, pairs_per_token: float | None = 
         The frozen rule of Cornstarch, arXiv 2503.11367: nothing that is frozen has gradients of
         weights, and it passes gradients on only where something before it trains.
     """
-    trained = module.trainable
     upstream, total = False, 0.0
     for part, operations in _parts(module, pairs_per_token):
-        adapted = part == "layers" and trained is not None and module.lora_rank > 0
-        trains = trained is None or part in trained
+        adapted = part == "layers" and module.adapters_train
+        trains = module.trains(part)
         needed = upstream or trains or adapted
         for it in operations:
             passes = 1 + needed * (1 if it.weights else 2) + bool(trains and it.weights)
@@ -73,7 +72,7 @@ def _adapter_flops_per_token(module: ModuleSpec) -> float:
 
 def _parts(
     module: ModuleSpec, pairs_per_token: float | None
-) -> Iterator[tuple[str, tuple[Operation, ...]]]:
+) -> Iterator[tuple[Part, tuple[Operation, ...]]]:
     tokens = module.tokens_per_sample
     pairs = module.pairs_per_sample if pairs_per_token is None else pairs_per_token * tokens
     place = Workplace(
@@ -86,5 +85,4 @@ def _parts(
     yield "input", input_operations(module, place)
     for count, layer in module.layers:
         yield "layers", layer_operations(layer, place) * count
-    part = "head" if isinstance(module.output, LanguageHead) else "projector"
-    yield part, output_operations(module, place)
+    yield "output", output_operations(module, place)

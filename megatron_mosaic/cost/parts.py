@@ -135,7 +135,7 @@ def input_costs(module: ModuleSpec, site: Site) -> PartCosts:
         operations=operations,
         recompute=None,
         parameters=parameters,
-        trainable=_share(module, "input"),
+        trainable=float(module.trains("input")),
     )
 
 
@@ -145,9 +145,8 @@ def output_costs(module: ModuleSpec, site: Site) -> PartCosts:
     times, sizes = site.times(operations), site.place.sizes
     exposed, experts = Exposed(), 0.0
     weights = float(output_parameters(module, tp=sizes.tp, pp=sizes.pp))
-    part = "projector"
     if isinstance(module.output, LanguageHead):
-        part, depth = "head", module.output.mtp_layers
+        depth = module.output.mtp_layers
         # The logits stay split; what all ranks need before is gathered, and its gradient summed.
         exposed = tensor_exposed(site, times, pairs=(1 + depth) / 2)
         if depth:
@@ -166,7 +165,7 @@ def output_costs(module: ModuleSpec, site: Site) -> PartCosts:
         recompute=None,
         parameters=weights,
         expert_parameters=experts,
-        trainable=_share(module, part),
+        trainable=float(module.trains("output")),
     )
 
 
@@ -197,17 +196,11 @@ def _part(
     )
 
 
-def _share(module: ModuleSpec, part: str) -> float:
-    if module.trainable is None:
-        return 1.0
-    return float(part in module.trainable)
-
-
 def _layer_share(layer: Layer, module: ModuleSpec, weights: float, *, tp: int) -> float:
     # Patterns on names stand for adapters: their gradients are a small share of the layer's.
-    if module.trainable is None or "layers" in module.trainable:
+    if module.trains("layers"):
         return 1.0
-    if module.lora_rank and any("*" in name for name in module.trainable):
+    if module.adapters_train:
         adapters = adapter_parameters(
             layer, hidden_size=module.hidden_size, lora_rank=module.lora_rank, tp=tp
         )

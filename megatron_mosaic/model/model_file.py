@@ -49,9 +49,6 @@ from megatron_mosaic.model.tokens import Distribution
 
 FORMAT = 1
 
-PARTS = ("input", "layers", "projector", "head")
-"""Names of parts in ``trainable``; anything else there must be a pattern."""
-
 _NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
 
 
@@ -136,12 +133,12 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         "seq_length": positive,
         "items_per_sample": distribution,
         "tokens_per_item": distribution,
-        "trainable": _trainable,
+        "trainable": names,
         "lora_rank": count,
     }
     keys = read_keys(f"{where}: ", mapping(where, written), known=known, required=("hidden_size",))
     check_ends(where, keys)
-    return ModuleSpec(
+    module = ModuleSpec(
         name=name,
         hidden_size=keys["hidden_size"],
         layers=_read_layers(where, keys),
@@ -155,6 +152,8 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         lora_rank=keys.get("lora_rank", 0),
         final_norm=keys.get("final_layernorm", True),
     )
+    _check_trainable(where, module)
+    return module
 
 
 def _read_layers(where: str, keys: Mapping[str, Any]) -> tuple[LayerRun, ...]:
@@ -204,14 +203,14 @@ def _read_tokens(where: str, keys: Mapping[str, Any]) -> Distribution:
     return keys["tokens_per_item"]
 
 
-def _trainable(field: str, value: object) -> tuple[str, ...]:
-    for part in names(field, value):
-        if part not in PARTS and not any(letter in part for letter in "*?["):
+def _check_trainable(where: str, module: ModuleSpec) -> None:
+    parts = dict.fromkeys(module.part_names.values())
+    for part in module.trainable or ():
+        if part not in parts and not any(letter in part for letter in "*?["):
             raise PlanError(
-                f"{field}={show(part)} must be one of {', '.join(PARTS)}, or a pattern with *; "
-                f"{nearest(part, PARTS, otherwise='write one of them')}"
+                f"{where}: trainable={show(part)} must be one of {', '.join(parts)}, or a pattern "
+                f"with *; {nearest(part, parts, otherwise='write one of them')}"
             )
-    return names(field, value)
 
 
 def _check_edges(modules: Mapping[str, ModuleSpec], edges: tuple[tuple[str, str], ...]) -> None:

@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from megatron_mosaic.model.layers import Layer
 from megatron_mosaic.model.tokens import Distribution
+
+LANGUAGE = "language"
+"""Name of the module that computes the loss."""
+
+Part = Literal["input", "layers", "output"]
+"""Of a module, in the order of the data."""
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
 """Of matrix multiplications; weights are kept in 2 bytes with all but fp32, which has 4."""
@@ -105,7 +112,7 @@ class ModuleSpec:
         items_per_sample: Images, clips or utterances of a sample; attention stays inside one.
             The language model has one item: the sequence.
         tokens_per_item: Tokens of one of them, before any merging.
-        trainable: Parts that train (``input``, ``layers``, ``projector``, ``head``) or patterns
+        trainable: Parts that train, by the names that plans give them (``part_names``), or patterns
             on parameter names such as ``*lora*``; ``None`` is everything, ``()`` is nothing.
         lora_rank: Rank of the adapters that train beside frozen layers; 0 is none.
         final_norm: Whether a norm follows the last layer.
@@ -123,6 +130,23 @@ class ModuleSpec:
     trainable: tuple[str, ...] | None = None
     lora_rank: int = 0
     final_norm: bool = True
+
+    @property
+    def part_names(self) -> Mapping[Part, str]:
+        """What plans call the module's parts: the input of an encoder is part of the encoder."""
+        if self.name == LANGUAGE:
+            return {"input": "embedding", "layers": "decoder", "output": "output_layer"}
+        return {"input": "encoder", "layers": "encoder", "output": "projector"}
+
+    def trains(self, part: Part) -> bool:
+        """Whether all of a part trains."""
+        return self.trainable is None or self.part_names[part] in self.trainable
+
+    @property
+    def adapters_train(self) -> bool:
+        """Whether low-rank adapters train beside frozen layers."""
+        patterns = self.trainable or ()
+        return self.lora_rank > 0 and any(fnmatchcase("adapter.lora", each) for each in patterns)
 
     @property
     def num_layers(self) -> int:

@@ -65,11 +65,13 @@ class ModuleTimes(NamedTuple):
         total_s: Of all parts.
         longest_s: Of the longest layer.
         forward_share: Largest share of a part's time that is forward.
+        forward_s: Forward passes of all parts.
     """
 
     total_s: float
     longest_s: float
     forward_share: float
+    forward_s: float
 
 
 def module_times(costs: ModuleCosts, *, trainable_upstream: bool) -> ModuleTimes:
@@ -78,7 +80,12 @@ def module_times(costs: ModuleCosts, *, trainable_upstream: bool) -> ModuleTimes
     parts = [costs.input, *costs.each_layer(), costs.output]
     every_s = [input_s, *times, output_s]
     shares = [p.forward_s / s for p, s in zip(parts, every_s, strict=True) if s]
-    return ModuleTimes(sum(every_s), max(times, default=0.0), max(shares, default=0.0))
+    return ModuleTimes(
+        total_s=sum(every_s),
+        longest_s=max(times, default=0.0),
+        forward_share=max(shares, default=0.0),
+        forward_s=sum(part.forward_s for part in parts),
+    )
 
 
 def encoder_work_s(estimator: Estimator) -> float:

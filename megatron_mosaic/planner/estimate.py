@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, inf
-from operator import add
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from megatron_mosaic.cost.costs import (
     HostedStage,
@@ -18,11 +17,11 @@ from megatron_mosaic.cost.costs import (
     StepBreakdown,
     StepEstimate,
 )
-from megatron_mosaic.cost.plan_memory import TERMS, memory_terms
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice
+from megatron_mosaic.planner.hosted import Hosted, apart_stages, closed_form, memory_by_rank
 from megatron_mosaic.planner.partition import NOTHING, Chain, Load, Room, chain_of, split_layers
 from megatron_mosaic.planner.problem import Problem
 
@@ -60,38 +59,6 @@ class Prices(Protocol):
         ...
 
 
-class Hosted(NamedTuple):
-    """A module of a candidate with its stages.
-
-    Args:
-        choice: The encoder's; ``None`` for the language model.
-        group: Microbatches of one task.
-        layers_per_stage: Its split.
-        stages: Its stages, for one task.
-        live_tasks: Tasks between their passes, at most, of each stage.
-        entry_s: Time of the transfer of a task's rows to the language model.
-    """
-
-    choice: EncoderChoice | None
-    group: int
-    layers_per_stage: tuple[int, ...]
-    stages: tuple[StageCosts, ...]
-    live_tasks: tuple[int, ...]
-    entry_s: float = 0.0
-
-    def held_bytes(self, stage: int) -> float:
-        """Peak memory of a stage."""
-        return self.stages[stage].memory.total(live_tasks=self.live_tasks[stage])
-
-    @property
-    def busy_s(self) -> float:
-        """Time of one task in all stages, and of its transfer both ways."""
-        ways = 2 if any(stage.backward_s for stage in self.stages) else 1
-        return sum(stage.forward_s + stage.backward_s for stage in self.stages) + (
-            ways * self.entry_s
-        )
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A candidate with its costs.
@@ -111,7 +78,12 @@ class Estimate:
     @cached_property
     def breakdown(self) -> StepBreakdown:
         """Where the time goes."""
-        return _breakdown(self)
+        return closed_form(
+            self.modules,
+            kind=self.candidate.kind,
+            num_microbatches=self.num_microbatches,
+            encoder_group=self.candidate.encoder_group,
+        )
 
     @property
     def step_s(self) -> float:
@@ -121,7 +93,7 @@ class Estimate:
     @cached_property
     def memory(self) -> dict[tuple[HostedStage, ...], dict[str, float]]:
         """Bytes by term of every kind of rank."""
-        return _memory(self)
+        return memory_by_rank(self.modules)
 
     @property
     def peak_bytes(self) -> float:
@@ -234,13 +206,31 @@ class Estimator:
         )
         return hosted._replace(group=group, entry_s=entry_s)
 
-    def pipeline_s(self, language: Hosted, num_microbatches: int) -> float:
-        """Time of the language model's pipeline alone, without what happens once in a step."""
+    def pipeline_s(
+        self, language: Hosted, num_microbatches: int, *, encoder: Hosted | None = None
+    ) -> float:
+        """Time of the language model's pipeline, without what happens once in a step.
+
+        Args:
+            language: Its stages.
+            num_microbatches: Of the step.
+            encoder: One on ranks of its own that feeds it.
+        """
+        modules = {LANGUAGE: ModuleInStep(name=LANGUAGE, stages=language.stages)}
+        edges: list[tuple[str, str]] = []
+        if encoder is not None and encoder.choice is not None:
+            name = encoder.choice.name
+            modules[name] = ModuleInStep(
+                name=name, stages=apart_stages(encoder), task_microbatches=encoder.group
+            )
+            edges.append((name, LANGUAGE))
+        grouped = encoder is not None and encoder.group > 1
         breakdown = step_breakdown(
-            {LANGUAGE: ModuleInStep(name=LANGUAGE, stages=language.stages)},
-            edges=(),
-            kind="1f1b",
+            modules,
+            edges=edges,
+            kind="colocated" if grouped else "1f1b",
             num_microbatches=num_microbatches,
+            encoder_group=encoder.group if encoder and grouped else None,
         )
         return breakdown.compute_s + breakdown.communication_s + breakdown.bubble_s
 
@@ -387,116 +377,3 @@ def _live_tasks(
             ahead = 0 if choice.shares else 1
             live = 1 + ceil((depth - 1) / group) + ahead
             return (min(num_microbatches // group, live),) * stages
-
-
-def _breakdown(estimate: Estimate) -> StepBreakdown:
-    """Brings every module to the two cases of the closed form: on all ranks, or apart."""
-    language = estimate.modules[LANGUAGE]
-    stages = list(language.stages)
-    in_step: dict[str, ModuleInStep] = {}
-    together: list[StageCosts] = []
-    for name, hosted in estimate.modules.items():
-        if hosted.choice is None:
-            continue
-        match hosted.choice.host:
-            case "language":
-                in_step[name] = ModuleInStep(name=name, stages=_task(hosted), shared=True)
-            case "first_stage" | "replicated" if hosted.group == 1:
-                stages[0] = _merged([stages[0], *_task(hosted)])
-            case "first_stage" | "replicated":
-                # While its first stage takes a group, the pipeline behind runs empty.
-                stages[0] = _with_once(stages[0], hosted.stages)
-                tasks = tuple(replace(s, sync_s=0.0, optimizer_s=0.0) for s in _task(hosted))
-                in_step[name] = ModuleInStep(name=name, stages=tasks, shared=True)
-            case "apart":
-                in_step[name] = ModuleInStep(
-                    name=name, stages=_apart(hosted), task_microbatches=hosted.group
-                )
-            case "together":
-                together += _apart(hosted)
-    if together:
-        in_step["together"] = ModuleInStep(name="together", stages=(_merged(together),))
-    in_step[LANGUAGE] = ModuleInStep(name=LANGUAGE, stages=tuple(stages))
-    return step_breakdown(
-        in_step,
-        edges=[(name, LANGUAGE) for name in in_step if name != LANGUAGE],
-        kind=estimate.candidate.kind,
-        num_microbatches=estimate.num_microbatches,
-        encoder_group=estimate.candidate.encoder_group,
-    )
-
-
-def _apart(hosted: Hosted) -> tuple[StageCosts, ...]:
-    """Stages on ranks of their own; the last one hands its rows to the language model."""
-    return (*hosted.stages[:-1], replace(hosted.stages[-1], hop_s=hosted.entry_s))
-
-
-def _task(hosted: Hosted) -> tuple[StageCosts, ...]:
-    return (*hosted.stages[:-1], _with_entry(hosted.stages[-1], hosted.entry_s))
-
-
-def _with_entry(stage: StageCosts, entry_s: float) -> StageCosts:
-    """On shared ranks nothing else runs while rows change their layout."""
-    back_s = entry_s if stage.backward_s else 0.0
-    return replace(
-        stage,
-        forward_s=stage.forward_s + entry_s,
-        backward_s=stage.backward_s + back_s,
-        communication_s=stage.communication_s + entry_s + back_s,
-    )
-
-
-def _merged(stages: Sequence[StageCosts]) -> StageCosts:
-    """Stages on the same ranks, one after the other."""
-    return replace(
-        stages[0],
-        forward_s=sum(s.forward_s for s in stages),
-        backward_s=sum(s.backward_s for s in stages),
-        communication_s=sum(s.communication_s for s in stages),
-        sync_s=sum(s.sync_s for s in stages),
-        optimizer_s=sum(s.optimizer_s for s in stages),
-    )
-
-
-def _with_once(stage: StageCosts, others: Sequence[StageCosts]) -> StageCosts:
-    """A stage with what others on its ranks do once in a step."""
-    return replace(
-        stage,
-        sync_s=stage.sync_s + max(s.sync_s for s in others),
-        optimizer_s=stage.optimizer_s + max(s.optimizer_s for s in others),
-    )
-
-
-def _memory(estimate: Estimate) -> dict[tuple[HostedStage, ...], dict[str, float]]:
-    kinds: dict[tuple[HostedStage, ...], dict[str, float]] = {}
-    language = estimate.modules[LANGUAGE]
-    shared = [(n, h) for n, h in estimate.modules.items() if h.choice and h.choice.shares]
-    for stage in range(len(language.stages)):
-        hosted = [(LANGUAGE, language, stage)]
-        hosted += [
-            (name, other, 0)
-            for name, other in shared
-            if other.choice and (other.choice.host == "language" or stage == 0)
-        ]
-        kinds[tuple(HostedStage(name, at) for name, _, at in hosted)] = _terms(hosted)
-    together = [
-        (n, h, 0) for n, h in estimate.modules.items() if h.choice and h.choice.host == "together"
-    ]
-    if together:
-        kinds[tuple(HostedStage(name, 0) for name, _, _ in together)] = _terms(together)
-    for name, other in estimate.modules.items():
-        if other.choice and other.choice.host == "apart":
-            for stage in range(len(other.stages)):
-                kinds[(HostedStage(name, stage),)] = _terms([(name, other, stage)])
-    return kinds
-
-
-def _terms(hosted: Sequence[tuple[str, Hosted, int]]) -> dict[str, float]:
-    terms: dict[str, float] = dict.fromkeys(TERMS, 0.0)
-    for _, module, stage in hosted:
-        memory, live = module.stages[stage].memory, module.live_tasks[stage]
-        for term, held_bytes in memory_terms(memory, live_tasks=live).items():
-            # What a task holds for a moment is gone before another module's task starts.
-            together = max if term == "working" else add
-            terms[term] = together(terms[term], held_bytes)
-    return terms

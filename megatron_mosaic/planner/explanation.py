@@ -153,34 +153,31 @@ def _balance(choice: Simulated, baseline: Simulated) -> str:
         before = modules_text(baseline.estimate)[name]
         if text != before:
             parts.append(f"{name} has {text} (homogeneous: {before})")
-    loads = []
-    for label, entry in (("here", choice), ("in the homogeneous layout", baseline)):
-        share = encoder_share(entry.estimate)
-        loads.append(f"{share:.0%} {label}")
-    changes = "; ".join(parts) or "The same sizes serve all modules"
-    changes = changes[0].upper() + changes[1:]
-    return (
-        f"{changes}. Encoders take {' and '.join(loads)} of the work of the busiest ranks that "
-        f"run them."
-    )
+    changes = "; ".join(parts) or "all modules have the same sizes in both"
+    loads = f"{_load(choice.estimate)}; in the homogeneous layout {_load(baseline.estimate)}"
+    return f"{changes[0].upper()}{changes[1:]}. {loads[0].upper()}{loads[1:]}."
+
+
+def _load(estimate: Estimate) -> str:
+    """What encoders do on the ranks that they have, in words."""
+    apart = estimate.candidate.num_ranks - estimate.candidate.language.num_ranks
+    texts = [f"encoders have {apart} ranks to themselves"] if apart else []
+    share = encoder_share(estimate)
+    if share:
+        texts.append(f"encoders are {share:.0%} of the work of a rank that they share")
+    return " and ".join(texts)
 
 
 def encoder_share(estimate: Estimate) -> float:
-    """Largest share of the work of a rank that encoders have, of ranks that host one."""
-    language = estimate.modules[LANGUAGE]
-    busy = [s.forward_s + s.backward_s for s in language.stages]
-    largest, on_ranks = 0.0, [0.0] * len(busy)
+    """Largest share of a rank's work that encoders have, of ranks of the language model."""
+    busy = [s.forward_s + s.backward_s for s in estimate.modules[LANGUAGE].stages]
+    encoders = [0.0] * len(busy)
     for hosted in estimate.modules.values():
-        if hosted.choice is None:
+        if hosted.choice is None or not hosted.choice.shares:
             continue
-        each_s = hosted.busy_s / hosted.group
-        if not hosted.choice.shares:
-            largest = 1.0
-        for stage in range(len(busy)):
-            if hosted.choice.host == "language" or (hosted.choice.shares and stage == 0):
-                on_ranks[stage] += each_s
-    shares = [own / (own + rest) for own, rest in zip(on_ranks, busy, strict=True) if own]
-    return max([largest, *shares])
+        for stage in range(len(busy)) if hosted.choice.host == "language" else (0,):
+            encoders[stage] += hosted.busy_s / hosted.group
+    return max(own / (own + rest) for own, rest in zip(encoders, busy, strict=True))
 
 
 def _memory(estimate: Estimate, *, limit_bytes: float) -> str:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from megatron_mosaic.cost.costs import StageCosts
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import plan_of
-from megatron_mosaic.planner.estimate import Estimate, Hosted
+from megatron_mosaic.planner.estimate import Estimate
+from megatron_mosaic.planner.hosted import Hosted
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.plan_program import program_of_plan

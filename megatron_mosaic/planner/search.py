@@ -1,27 +1,26 @@
 """Finds the fastest candidates: branch and bound over sizes of modules and their hosts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
 from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
+from megatron_mosaic.planner.around import Around, Light
 from megatron_mosaic.planner.bounds import (
     LanguageOption,
     ModuleTimes,
     encoder_work_s,
     language_options,
     module_times,
-    pipeline_bound_s,
 )
-from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
-from megatron_mosaic.planner.estimate import Estimate, Estimator, Hosted, Prices
+from megatron_mosaic.planner.candidate import Candidate, Host
+from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
+from megatron_mosaic.planner.hosted import Hosted
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.ways import (
-    allowed,
     assignments,
-    encoder_options,
     homogeneous,
     schedules,
 )
@@ -74,7 +73,7 @@ def search(
         clock: Seconds; tests have their own.
     """
     stop_s = inf if time_limit_s is None else clock() + time_limit_s
-    run = _Run(problem, prices, top=top, late=lambda: clock() > stop_s)
+    run = Run(problem, prices, top=top, late=lambda: clock() > stop_s)
     run.find_baseline()
     if not (first and run.best.estimates):
         run.find_best(first=first)
@@ -102,7 +101,7 @@ class _Best:
             del self.estimates[self.top :]
 
 
-class _Run:
+class Run:
     """One search: what is known so far."""
 
     def __init__(
@@ -115,7 +114,8 @@ class _Run:
         self.unexplored_s = inf  # bound of what a time limit has left out
         work_s = encoder_work_s(self.estimator)
         self.options = language_options(self.estimator, encoder_work_s=work_s)
-        self.shared: dict[tuple[object, ...], list[_Light]] = {}
+        self.shared: dict[tuple[object, ...], list[Light]] = {}
+        self.options_of: dict[tuple[object, ...], list[Light]] = {}
         self._times: dict[int, tuple[ModuleCosts, ModuleTimes]] = {}
 
     def times(self, costs: ModuleCosts) -> ModuleTimes:
@@ -169,8 +169,12 @@ class _Run:
             alone = self._alone(option)
             if alone is None:
                 continue
+            self.options_of.clear()
             for kind, group, hosts in self._ways(option):
-                _Around(self, option, alone, kind, group, hosts).explore()
+                Around(self, option, alone, kind, group, hosts).explore()
+                if self.late():
+                    self.unexplored_s = min(self.unexplored_s, option.bound_s)
+                    return
 
     def _alone(self, option: LanguageOption) -> Hosted | None:
         """The language model's stages as if nothing else were there; None if even so too large."""
@@ -187,283 +191,3 @@ class _Run:
         for kind, group in schedules(self.problem, option.sizes, option.num_microbatches):
             for hosts in assignments(self.problem, option.sizes, kind):
                 yield kind, group, hosts
-
-
-@dataclass(frozen=True, slots=True)
-class _Light:
-    """An encoder's option as bounds see it.
-
-    Args:
-        choice: The option.
-        work_s: What it adds to every rank of the language model, in a step.
-        column_s: Time of its slowest stage, or what it adds to the first stage, by microbatch.
-        latency_s: Its time before the first microbatch reaches the language model and after.
-        once_s: Its synchronisation and optimizer.
-        num_bytes: What it holds on a rank.
-        num_ranks: Ranks apart that it takes.
-    """
-
-    choice: EncoderChoice
-    work_s: float = 0.0
-    column_s: float = 0.0
-    latency_s: float = 0.0
-    once_s: float = 0.0
-    num_bytes: float = 0.0
-    num_ranks: int = 0
-
-
-class _Around:
-    """Branch and bound over the encoders around one language model."""
-
-    def __init__(
-        self,
-        run: _Run,
-        option: LanguageOption,
-        alone: Hosted,
-        kind: ScheduleKind,
-        group: int,
-        hosts: tuple[Host, ...],
-    ) -> None:
-        self.run, self.option, self.hosts = run, option, hosts
-        self.kind: ScheduleKind = kind
-        self.group = group
-        busy = [stage.forward_s + stage.backward_s for stage in alone.stages]
-        self.slowest_s, self.path_s = max(busy), sum(busy)
-        self.alone_s = run.estimator.pipeline_s(alone, option.num_microbatches)
-        self.alone_bytes = max(map(alone.held_bytes, range(len(busy))))
-        sync_s = max(stage.sync_s for stage in alone.stages)
-        optimizer_s = max(stage.optimizer_s for stage in alone.stages)
-        self.once_s, self.least_once_s = sync_s + optimizer_s, min(sync_s, optimizer_s)
-        # Another split may have a fullest stage with fewer weights, but not on average.
-        once_s = [stage.sync_s + stage.optimizer_s for stage in alone.stages]
-        self.average_once_s = sum(once_s) / len(once_s)
-        self.room_bytes = run.estimator.limit_bytes - option.average_bytes
-        self.found: Estimate | None = None
-
-    def explore(self) -> None:
-        """Finds the best sizes of the encoders, and adds the result to the run's best."""
-        spare = self.run.problem.num_gpus - self.option.sizes.num_ranks
-        levels = []
-        for name, host in zip(self.run.problem.encoders, self.hosts, strict=True):
-            options = self._options(name, host, spare)
-            if not options:
-                return
-            levels.append(options)
-        least = [_least(options) for options in levels]
-        if self.bound_s(least) < self._threshold_s():
-            self._descend(levels, [], least, spare)
-        if self.found is not None:
-            self.run.best.add(self.found)
-
-    def _options(self, name: str, host: Host, spare: int) -> list[_Light]:
-        """Options of one encoder, the most promising first."""
-        option, problem = self.option, self.run.problem
-        num_samples = self.group * option.micro_batch_size * option.sizes.dp
-        key = (name, host, option.sizes, num_samples, self.kind, spare)
-        if key not in self.run.shared:
-            found = []
-            for choice in encoder_options(
-                problem, name, host, option.sizes, num_samples=num_samples
-            ):
-                light = self._light(choice)
-                if light is not None:
-                    found.append(light)
-            self.run.shared[key] = (
-                _undominated_apart(found, once_s=self.least_once_s)
-                if host == "apart"
-                else _undominated(found)
-            )
-        return sorted(self.run.shared[key], key=lambda light: self.bound_s([light]))
-
-    def _light(self, choice: EncoderChoice) -> _Light | None:
-        estimator, option = self.run.estimator, self.option
-        if choice.sizes.pp > 1:
-            num_samples = self.group * option.micro_batch_size * option.sizes.dp
-            costs = estimator.encoder_costs(choice, num_samples)
-            times = self.run.times(costs)
-            return _Light(
-                choice,
-                column_s=max(times.total_s / choice.sizes.pp, times.longest_s) / self.group,
-                latency_s=times.total_s / self.group,
-                num_ranks=choice.sizes.num_ranks,
-            )
-        hosted = estimator.encoder(
-            self._candidate([choice]),
-            choice,
-            option.num_microbatches,
-            limit_bytes=estimator.limit_bytes,
-        )
-        if hosted is None or hosted.held_bytes(0) > estimator.limit_bytes:
-            return None
-        stage, held_bytes = hosted.stages[0], hosted.held_bytes(0)
-        once_s = stage.sync_s + stage.optimizer_s
-        if choice.host == "language" or (choice.shares and self.group > 1):
-            work_s = hosted.busy_s * option.num_microbatches / self.group
-            return _Light(choice, work_s, once_s=once_s, num_bytes=held_bytes)
-        busy_s = hosted.busy_s if choice.shares else stage.forward_s + stage.backward_s
-        return _Light(
-            choice,
-            column_s=busy_s / self.group,
-            latency_s=busy_s / self.group,
-            once_s=once_s,
-            num_bytes=held_bytes,
-            num_ranks=0 if choice.shares else choice.sizes.num_ranks,
-        )
-
-    def _descend(
-        self,
-        levels: Sequence[list[_Light]],
-        taken: list[_Light],
-        least: Sequence[_Light],
-        spare: int,
-    ) -> None:
-        """Chooses an option of the first level, then of the others.
-
-        Args:
-            levels: Options of the encoders that are still open.
-            taken: Of the others.
-            least: For each open encoder the least that any of its options takes.
-            spare: Ranks that are free.
-        """
-        if not levels:
-            self._leaf(taken)
-            return
-        rest = least[1:]
-        rest_ranks = sum(t.num_ranks for t in rest if t.choice.host == "apart")
-        for light in levels[0]:
-            ranks = light.num_ranks if light.choice.host == "apart" else 0
-            if ranks + rest_ranks > spare or not _blocks_agree(taken, light):
-                continue
-            everywhere = [t for t in (*taken, light, *rest) if t.choice.host == "language"]
-            if sum(t.num_bytes for t in everywhere) > self.room_bytes:
-                continue
-            if self.bound_s([*taken, light, *rest]) < self._threshold_s():
-                self._descend(levels[1:], [*taken, light], rest, spare - ranks)
-
-    def _leaf(self, taken: list[_Light]) -> None:
-        candidate = self._candidate([light.choice for light in taken])
-        if not allowed(self.run.problem, candidate):
-            return
-        estimate = self.run.estimate(candidate)
-        if estimate is not None and estimate.step_s < self._threshold_s():
-            self.found = estimate
-
-    def _threshold_s(self) -> float:
-        own = self.found.step_s if self.found else inf
-        return min(own, self.run.best.threshold_s)
-
-    def bound_s(self, taken: Sequence[_Light]) -> float:
-        """Time of a step below which no candidate with these encoders can be."""
-        shared = [t for t in taken if t.choice.shares]
-        apart = [t for t in taken if t.choice.host == "apart"]
-        together_s = sum(t.column_s for t in taken if t.choice.host == "together")
-        first_s = sum(t.column_s for t in shared)
-        pipeline_s, once_s = self._language_s(first_s, sum(t.num_bytes for t in shared))
-        # The language model begins after a task of every encoder, and ends before one.
-        latency_s = max([together_s, *(t.latency_s for t in apart)])
-        pipeline_s += self.group * latency_s
-        slowest_s = max([together_s, *(t.column_s for t in apart)])
-        stages = max([t.choice.sizes.pp for t in apart], default=1)
-        steady = self.option.num_microbatches - self.group * (self.option.sizes.pp + stages)
-        path_s = self.path_s + first_s + latency_s + max(steady, 0) * slowest_s
-        pipeline_s = max(pipeline_s, self.option.num_microbatches * slowest_s, path_s)
-        everywhere_s = sum(t.once_s for t in taken if t.choice.host == "language")
-        return pipeline_s + sum(t.work_s for t in shared) + everywhere_s + once_s
-
-    def _language_s(self, first_s: float, shared_bytes: float) -> tuple[float, float]:
-        """Time of the language model's pipeline, and of what it does once in a step.
-
-        Args:
-            first_s: What encoders add to a microbatch on the first stage.
-            shared_bytes: What encoders hold on its ranks.
-        """
-        fits = self.alone_bytes + shared_bytes <= self.run.estimator.limit_bytes
-        if not first_s and fits:
-            return self.alone_s, self.once_s
-        # Its layers are split anew, and the closed form depends on how.
-        num_stages = self.option.sizes.pp
-        pipeline_s = pipeline_bound_s(
-            total_s=self.path_s + first_s,
-            slowest_s=max(self.slowest_s, (self.path_s + first_s) / num_stages),
-            forward_share=1.0 if first_s else self.option.forward_share,
-            num_stages=num_stages,
-            num_microbatches=self.option.num_microbatches,
-        )
-        return pipeline_s, self.average_once_s
-
-    def _candidate(self, choices: Sequence[EncoderChoice]) -> Candidate:
-        return Candidate(
-            micro_batch_size=self.option.micro_batch_size,
-            language=self.option.sizes,
-            encoders=tuple(choices),
-            kind=self.kind,
-            encoder_group=self.group,
-        )
-
-
-def _least(options: Sequence[_Light]) -> _Light:
-    """What every option takes at least."""
-    return _Light(
-        options[0].choice,
-        work_s=min(o.work_s for o in options),
-        column_s=min(o.column_s for o in options),
-        latency_s=min(o.latency_s for o in options),
-        once_s=min(o.once_s for o in options),
-        num_bytes=min(o.num_bytes for o in options),
-        num_ranks=min(o.num_ranks for o in options),
-    )
-
-
-def _undominated_apart(options: list[_Light], *, once_s: float) -> list[_Light]:
-    """Options on ranks of their own that no option of one stage, exactly known, beats.
-
-    Args:
-        options: Their times are exact with one stage, and lower bounds with more.
-        once_s: What the language model does once in a step; less than that costs nothing.
-    """
-    exact = [o for o in options if o.choice.sizes.pp == 1]
-    exact.sort(key=lambda o: (o.num_ranks, o.column_s, o.once_s))
-    kept: list[_Light] = []
-    for light in exact:
-        if not any(_beats(other, light, once_s=once_s) for other in kept):
-            kept.append(light)
-    return kept + [
-        light
-        for light in options
-        if light.choice.sizes.pp > 1
-        and not any(_beats(other, light, once_s=once_s) for other in kept)
-    ]
-
-
-def _beats(other: _Light, light: _Light, *, once_s: float) -> bool:
-    return (
-        other.num_ranks <= light.num_ranks
-        and other.column_s <= light.column_s
-        and other.latency_s <= light.latency_s
-        and other.once_s <= max(light.once_s, once_s)
-    )
-
-
-def _undominated(options: list[_Light]) -> list[_Light]:
-    """Options that no other one beats in everything; the first of equals."""
-    kept: list[_Light] = []
-    for light in sorted(options, key=lambda o: (o.work_s, o.column_s, o.num_bytes)):
-        if not any(
-            other.work_s <= light.work_s
-            and other.column_s <= light.column_s
-            and other.once_s <= light.once_s
-            and other.num_bytes <= light.num_bytes
-            and other.num_ranks == light.num_ranks
-            for other in kept
-        ):
-            kept.append(light)
-    return kept
-
-
-def _blocks_agree(taken: Sequence[_Light], light: _Light) -> bool:
-    """Whether encoders that run together have as many ranks as each other."""
-    if light.choice.host != "together":
-        return True
-    return all(
-        other.num_ranks == light.num_ranks for other in taken if other.choice.host == "together"
-    )

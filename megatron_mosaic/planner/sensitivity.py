@@ -11,7 +11,7 @@ from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.model.tokens import Distribution
 from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
 from megatron_mosaic.planner.prices import ModelPrices
-from megatron_mosaic.planner.problem import Problem
+from megatron_mosaic.planner.problem import Pins, Problem
 
 CHANGE = 0.2
 """How far each constant is moved, either way: about the largest error of the cost model's rows."""
@@ -62,10 +62,13 @@ def _case(
     problem: Problem, estimates: Sequence[Estimate], constant: str, factor: float, change: Change
 ) -> Case:
     changed, prices = change(problem, factor)
-    boundless = Estimator(replace(changed, reserved_bytes=float("-inf")), prices)
+    boundless = replace(changed, reserved_bytes=float("-inf"))
     steps_s, fits = [], True
     for number, estimate in enumerate(estimates):
-        again = boundless.estimate(estimate.candidate)
+        # Layers stay where the plan has them: other numbers would have split them otherwise.
+        split = {name: {"layers_per_stage": n} for name, n in estimate.layers_per_stage.items()}
+        pinned = replace(boundless, pins=Pins(modules=split))
+        again = Estimator(pinned, prices).estimate(estimate.candidate)
         assert again is not None  # memory has no limit
         steps_s.append(again.step_s)
         if number == 0:

@@ -25,7 +25,7 @@ def schedules(
         yield "1f1b", 1
     if problem.encoders and pins.kind in (None, "colocated"):
         groups = groups_of_microbatches(num_microbatches)
-        if language.pp == 1 and pins.kind is None and num_microbatches > 1:
+        if language.pp == 1 and pins.kind is None:
             groups = groups[1:]  # one microbatch at a time is what no_pipelining does
         if pins.encoder_group is not None:
             groups = [pins.encoder_group] if num_microbatches % pins.encoder_group == 0 else []

@@ -234,9 +234,9 @@ def _image(module: ModuleSpec) -> tuple[int, int]:
 
 
 PREFIXES = {
-    "input": ("embedding",),
-    "layers": ("decoder.layers",),
-    "head": ("output_layer",),
+    "embedding": ("embedding",),
+    "decoder": ("decoder.layers",),
+    "output_layer": ("output_layer",),
     "projector": ("vision_projection",),
 }
 
@@ -246,7 +246,7 @@ def _freeze(model: torch.nn.Module, module: ModuleSpec) -> None:
     if module.trainable is None:
         return
     kept = tuple(start for part in module.trainable for start in PREFIXES[part])
-    if "head" in module.trainable:
+    if "output_layer" in module.trainable:
         kept += ("decoder.final_layernorm",)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name.startswith(kept))

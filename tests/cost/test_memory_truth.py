@@ -86,9 +86,11 @@ ONE_RANK = {
     "full recompute": Case(module=gpt(), sizes=ParallelSizes(recompute="full")),
     "experts": Case(module=gpt(SPARSE)),
     "experts and a shared one": Case(module=gpt(SHARED)),
-    "frozen layers behind a trainable embedding": Case(module=gpt(trainable=("input", "head"))),
+    "frozen layers behind a trainable embedding": Case(
+        module=gpt(trainable=("embedding", "output_layer"))
+    ),
     "frozen layers with nothing trainable before them": Case(
-        module=gpt(PLAIN, norm="layer", positions=32, trainable=("head",))
+        module=gpt(PLAIN, norm="layer", positions=32, trainable=("output_layer",))
     ),
     "image encoder, fp32": Case(module=CLIP, precision="fp32"),
     "image encoder and projector": Case(module=PROJECTED),

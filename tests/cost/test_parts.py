@@ -137,7 +137,9 @@ def test_host_bounds_small_layers_without_graphs():
 
 def test_frozen_model_has_a_cheaper_step():
     model, cluster = load_model("llama-3-8b"), load_cluster("h100")
-    frozen = replace(model, modules={"language": replace(model.language, trainable=("head",))})
+    frozen = replace(
+        model, modules={"language": replace(model.language, trainable=("output_layer",))}
+    )
 
     whole, part = (
         CostModel(it, cluster).stages("language", ParallelSizes(dp=8), samples_per_task=1)[0]

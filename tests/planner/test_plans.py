@@ -316,3 +316,12 @@ def test_plan_command_refuses_in_one_line(arguments, message, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith(message)
     assert captured.err.count("\n") == 1
+
+
+def test_plan_names_what_trains_as_model_files_do():
+    asked = problem(model(ENCODER, language=language(trainable=("output_layer",))), 4, 16)
+
+    plan = make_plan(asked, prices=prices(asked)).plan()
+
+    assert plan.modules["language"].trainable == ("output_layer",)
+    assert plan.modules["vision"].trainable == ("projector",)

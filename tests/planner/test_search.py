@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_mosaic.planner.estimate import Estimator
@@ -24,6 +26,7 @@ def exhaustive(asked):
 
 ENCODER = encoder("vision")
 BIG_ENCODER = encoder("vision", hidden=2048, layers=12, trainable=None)
+SMALL_ENCODER = encoder("audio", hidden=256, heads=4, layers=4, tokens=196, trainable=None)
 AUDIO = encoder("audio", hidden=512, heads=8, layers=4, tokens=1500, trainable=())
 
 SPACES = {
@@ -38,6 +41,14 @@ SPACES = {
     ),
     "two encoders, uneven": problem(
         model(BIG_ENCODER, AUDIO), 3, 12, micro_batch_sizes=(1, 2), recompute=(None,)
+    ),
+    "three trained encoders": problem(
+        model(BIG_ENCODER, *(replace(SMALL_ENCODER, name=name) for name in ("audio", "depth"))),
+        4,
+        8,
+        micro_batch_sizes=(2,),
+        recompute=(None,),
+        max_encoder_stages=2,
     ),
     "experts": problem(model(language=language(experts=8)), 8, 16, micro_batch_sizes=(1, 2)),
     "language alone": problem(model(), 8, 32, memory_gib=10.0),
