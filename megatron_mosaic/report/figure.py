@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS
 from megatron_mosaic.report.prediction import (
     MEMORY_TERMS,
     TIME_TERMS,
@@ -30,16 +31,6 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-_MEMORY_COLORS = dict(
-    zip(
-        MEMORY_TERMS,
-        ("#17406d", "#1f7a8c", "#7fb8c4", "#d9752b", "#f0c38f", "#9aa5ae"),
-        strict=True,
-    )
-)
-_TIME_COLORS = dict(
-    zip(TIME_TERMS, ("#1f7a8c", "#d9752b", "#cfd6dc", "#b0563b", "#17406d"), strict=True)
-)
 _WIDTH = 11.0  # inches
 _MOST_BARS = 16
 _AROUND = 1.0  # inches of a panel above and below its axes
@@ -89,7 +80,7 @@ def _draw_memory(
     for term in MEMORY_TERMS:
         sizes = [bar.terms.get(term, 0.0) * scale for bar in bars]
         if any(sizes):
-            axes.barh(places, sizes, left=ends, height=0.7, color=_MEMORY_COLORS[term], label=term)
+            axes.barh(places, sizes, left=ends, height=0.7, color=MEMORY_COLORS[term], label=term)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     for place, bar in zip(places, bars, strict=True):
         text = axes.text(ends[place], place, f" {gib(bar.total_bytes)}", va="center", fontsize=8)
@@ -124,7 +115,7 @@ def _draw_breakdown(axes: Axes, prediction: Prediction, *, height: float) -> Non
         name = term.removesuffix("_s")
         if any(sizes):
             axes.barh(
-                range(len(rows)), sizes, left=ends, height=0.6, color=_TIME_COLORS[term], label=name
+                range(len(rows)), sizes, left=ends, height=0.6, color=TIME_COLORS[term], label=name
             )
         for place, size in enumerate(sizes):
             if size > 0.14 * longest_s:  # as wide as the number is

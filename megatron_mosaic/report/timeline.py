@@ -7,21 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
-from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.report.palette import module_colors
 from megatron_mosaic.report.units import seconds
 from megatron_mosaic.schedule.graph import RankKind
 from megatron_mosaic.schedule.simulate import Timeline
 
-# Forward and backward pass of the language model, then of the other modules in turn.
-_LANGUAGE_COLORS = ("#d9752b", "#f6cfa6")
-_COLORS = (
-    ("#1f7a8c", "#a9d6de"),
-    ("#5b4a8a", "#c6bde0"),
-    ("#4c8a4a", "#c1dfbf"),
-    ("#a33b5e", "#e8bccb"),
-    ("#6b6b6b", "#d0d0d0"),
-)
 _MOST_ROWS = 20
 _LEAST_LABELLED_SHARE = 0.014  # of the step, at the smallest legible size
 
@@ -41,7 +32,7 @@ def draw_timeline(figure: Figure | SubFigure, timeline: Timeline, *, predicted: 
     """
     axes = figure.subplots()
     program, rows = timeline.program, _rows(timeline)
-    colors = _colors([stage.module for stage in program.stages])
+    colors = module_colors([stage.module for stage in program.stages])
     axes.set_xlim(0, timeline.makespan_s or 1.0)
     for row, kind in enumerate(rows):
         _draw_row(axes, timeline, kind, row=row, colors=colors)
@@ -72,13 +63,6 @@ def _rows(timeline: Timeline) -> Sequence[RankKind]:
     rest = [k for k in range(len(kinds)) if k not in first.values()]
     spread = np.linspace(0, len(rest) - 1, _MOST_ROWS - len({*first.values()})).round().astype(int)
     return [kinds[k] for k in sorted({*first.values(), *(rest[n] for n in spread)})]
-
-
-def _colors(modules: Sequence[str]) -> Mapping[str, tuple[str, str]]:
-    names = list(dict.fromkeys(modules))
-    others = [name for name in names if name != LANGUAGE]
-    colors = {name: _COLORS[n % len(_COLORS)] for n, name in enumerate(others)}
-    return {name: colors.get(name, _LANGUAGE_COLORS) for name in names}
 
 
 def _runs(timeline: Timeline, module: str, *, backward: int) -> bool:
