@@ -30,6 +30,11 @@ def figure_notes(
             for stage, times in tasks_s.items()
         },
         "transfers_s": {str(edge): _short(time_s) for edge, time_s in transfers_s.items()},
+        "task_bytes": {
+            f"{name}.{stage}": round(costs.memory.activations_per_task)
+            for name, hosted in choice.estimate.modules.items()
+            for stage, costs in enumerate(hosted.stages)
+        },
     }
     if baseline is not None:
         notes["baseline_step_s"] = _short(baseline.step_s)

@@ -48,6 +48,8 @@ class Prediction:
         capacity_bytes: Memory of a GPU.
         tasks_s: Times of every stage's tasks; empty where one is missing.
         transfers_s: Times of a microbatch, by the text of the edge.
+        task_bytes: Activations of a stage's longest task, from its forward to its backward pass;
+            empty where one is missing.
     """
 
     step_s: float | None
@@ -59,6 +61,7 @@ class Prediction:
     capacity_bytes: float | None
     tasks_s: Mapping[Stage, PassTimes]
     transfers_s: Mapping[str, float]
+    task_bytes: Mapping[Stage, float]
 
 
 def read_prediction(plan: Plan) -> Prediction:
@@ -82,6 +85,7 @@ def read_prediction(plan: Plan) -> Prediction:
         capacity_bytes=_optional("capacity_bytes", written),
         tasks_s=_tasks_s(plan, mapping("predicted.tasks_s", written.get("tasks_s", {}))),
         transfers_s=_numbers("transfers_s", written.get("transfers_s", {})),
+        task_bytes=_of_stages(plan, _numbers("task_bytes", written.get("task_bytes", {}))),
     )
 
 
@@ -122,10 +126,15 @@ def _tasks_s(plan: Plan, written: Mapping[Any, Any]) -> Mapping[Stage, PassTimes
         if not isinstance(pair, list) or len(pair) != 2:
             raise _error(f"tasks_s.{name}", pair, "be the times of a forward and a backward pass")
         times[str(name)] = PassTimes(*(_number(f"tasks_s.{name}", value) for value in pair))
+    return _of_stages(plan, times)
+
+
+def _of_stages[T](plan: Plan, written: Mapping[str, T]) -> Mapping[Stage, T]:
+    """What is written of stages, by stage; nothing if it is not written of all."""
     stages = {f"{stage.module}.{stage.stage}": stage for stage in stage_order(plan)}
-    if not stages.keys() <= times.keys():
+    if not stages.keys() <= written.keys():
         return {}
-    return {stage: times[name] for name, stage in stages.items()}
+    return {stage: written[name] for name, stage in stages.items()}
 
 
 def _numbers(field: str, written: Any) -> dict[str, float]:

@@ -1,0 +1,56 @@
+"""The report as one HTML page that needs nothing but itself."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.report.page_data import page_data
+from megatron_mosaic.report.prediction import read_prediction
+from megatron_mosaic.report.step import read_step
+
+# In the order in which each needs those before it.
+_SCRIPTS = ("numbers", "step", "view", "theme", "rows", "memory", "words", "panels", "input", "main")
+
+
+def write_page(plan: Plan, path: Path, *, name: str, trace: Path | None = None) -> None:
+    """Writes the report of a plan.
+
+    Args:
+        plan: The plan.
+        path: HTML file to write.
+        name: Of the plan file.
+        trace: Folder of a traced run of the plan, to be drawn beside the simulation.
+
+    Raises:
+        PlanError: The prediction or the trace cannot be read.
+    """
+    prediction = read_prediction(plan)
+    step = read_step(plan, prediction, trace=trace)
+    path.write_text(page(page_data(plan, prediction, step, name=name)), encoding="utf-8")
+
+
+def page(data: dict[str, Any]) -> str:
+    """Puts styles, scripts and data into the page."""
+    scripts = "\n".join(_source(f"{name}.js") for name in _SCRIPTS)
+    parts = {
+        "{{style}}": _source("page.css"),
+        # One function around all: nothing of it is seen from outside.
+        "{{script}}": f'"use strict";\n(() => {{\n{scripts}}})();',
+        "{{data}}": _embedded(data),
+    }
+    text = _source("page.html")
+    for mark, part in parts.items():
+        before, after = text.split(mark)
+        text = f"{before}{part}{after}"
+    return text
+
+
+def _source(name: str) -> str:
+    return (files("megatron_mosaic.report") / "page" / name).read_text(encoding="utf-8")
+
+
+def _embedded(data: dict[str, Any]) -> str:
+    """JSON that no tag inside a text can end."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

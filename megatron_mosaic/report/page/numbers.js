@@ -1,0 +1,31 @@
+// Numbers with units, for people.
+
+/** Seconds with three digits, in the unit that suits them. */
+function seconds(us) {
+  const size = Math.abs(us);
+  if (size < 1000) return `${Math.round(us)} µs`;
+  if (size < 1e5) return `${Number((us / 1e3).toPrecision(3))} ms`;
+  if (size < 1e6) return `${(us / 1e3).toFixed(0)} ms`;
+  return size < 1e7 ? `${(us / 1e6).toFixed(2)} s` : `${(us / 1e6).toFixed(1)} s`;
+}
+
+/** A point in time, with digits enough to tell points apart that are so far from each other. */
+function moment(us, apart) {
+  const unit = apart >= 1e5 ? 1e6 : 1e3;
+  const digits = Math.max(0, Math.min(unit === 1e6 ? 6 : 3, Math.ceil(-Math.log10(apart / unit))));
+  return `${(us / unit).toFixed(digits)} ${unit === 1e6 ? "s" : "ms"}`;
+}
+
+function gib(bytes) {
+  return `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(1)}%`;
+}
+
+/** A round step between marks of an axis: 1, 2 or 5 times a power of ten, at least `least`. */
+function roundStep(least) {
+  const power = 10 ** Math.floor(Math.log10(least));
+  return [1, 2, 5, 10].map((n) => n * power).find((step) => step >= least * 0.999);
+}

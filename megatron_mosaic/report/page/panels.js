@@ -1,0 +1,144 @@
+// Everything beside the timeline, made once as elements of the page.
+
+/** Makes an element; strings become text, never markup. */
+function element(tag, attributes, ...children) {
+  const made = document.createElement(tag);
+  Object.entries(attributes).forEach(([name, value]) => made.setAttribute(name, value));
+  made.append(...children);
+  return made;
+}
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+function swatch(color) {
+  const made = element("i", {});
+  made.style.background = color;
+  return made;
+}
+
+function fillHeader(data) {
+  document.title = `${data.name}: ${data.title}`;
+  byId("name").textContent = data.name;
+  byId("title").textContent = data.title;
+  byId("summary").textContent = data.summary;
+  byId("numbers").append(...data.numbers.map(({ label, value, note }) =>
+    element("div", {}, element("dt", {}, label),
+      element("dd", {}, value, element("small", {}, note)))));
+}
+
+function sourceText(data) {
+  const example = "Durations are an example: a microbatch takes 1 s forward and 2 s backward on every stage.";
+  const measured = "The plan file predicts no durations: the simulation takes the measured ones.";
+  const text = { example, measured, predicted: "" }[data.source];
+  const traced = data.measured;
+  if (!traced || traced.rows.length === traced.num_ranks) return text;
+  return `${text} Of ${traced.num_ranks} traced ranks the first one of each kind is shown.`.trim();
+}
+
+function fillLegend(target, state) {
+  const { data, theme } = state;
+  const runs = (module, backward) => data.tasks.stage.some((stage, task) =>
+    data.stages[stage].module === module && data.tasks.backward[task] === backward);
+  const entries = data.modules.flatMap((module, n) => {
+    const colors = state.colors.get(module);
+    return [[colors.forward, `${module.name} forward`, 0], [colors.backward, `${module.name} backward`, 1]]
+      .filter(([, , backward]) => runs(n, backward));
+  });
+  entries.push([theme.track, "waiting"]);
+  if (data.once_us) entries.push([theme.once, `synchronising and optimizer, ${seconds(data.once_us)}`]);
+  if (data.measured) entries.push(["", "in each row: simulated above, measured below"]);
+  target.replaceChildren(...entries.map(([color, text]) =>
+    element("span", {}, ...(color ? [swatch(color)] : []), text)));
+}
+
+/** A row of stacked pieces on a common scale. */
+function stackRow(label, small, pieces, whole, value, limit) {
+  const bars = element("div", { class: "bars" });
+  let end = 0;
+  for (const [name, size, color, text] of pieces) {
+    const piece = swatch(color);
+    piece.style.left = `${(100 * end) / whole}%`;
+    piece.style.width = `${(100 * size) / whole}%`;
+    piece.title = `${name} ${text}`;
+    bars.append(piece);
+    end += size;
+  }
+  if (limit) {
+    const mark = element("i", { class: "limit", title: `a GPU has ${gib(limit)}` });
+    mark.style.left = `${(100 * limit) / whole}%`;
+    bars.append(mark);
+  }
+  const name = element("div", { class: "label" }, label, ...(small ? [element("small", {}, small)] : []));
+  return [name, bars, element("div", { class: "value" }, value)];
+}
+
+function fillBreakdown(data) {
+  byId("breakdown-section").hidden = !data.breakdown.length;
+  if (!data.breakdown.length) return;
+  const us = (value) => value * 1e6;
+  const sums = data.breakdown.map(({ terms }) => Object.values(terms).reduce((a, b) => a + b, 0));
+  const whole = Math.max(...sums) || 1;
+  const stack = element("div", { class: "stack tall" });
+  data.breakdown.forEach(({ name, layout, terms, step_s: step }, n) => {
+    const pieces = Object.entries(terms).map(([term, value]) =>
+      [termName(term), value, data.colors.time[term], seconds(us(value))]);
+    stack.append(...stackRow(name, layout, pieces, whole, seconds(us(step === null ? sums[n] : step))));
+  });
+  byId("breakdown").replaceChildren(stack, breakdownTable(data));
+}
+
+function breakdownTable(data) {
+  const heads = data.breakdown.map(({ name }) => element("th", { scope: "col" }, name));
+  const table = element("table", { class: "terms" },
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...heads)));
+  const body = element("tbody", {});
+  for (const [term, color] of Object.entries(data.colors.time)) {
+    const cells = data.breakdown.map(({ terms }) => element("td", {}, seconds((terms[term] || 0) * 1e6)));
+    body.append(element("tr", {}, element("th", { scope: "row" }, swatch(color), termName(term)), ...cells));
+  }
+  table.append(body);
+  return table;
+}
+
+function termName(term) {
+  const names = { compute_s: "compute", communication_s: "exposed communication",
+    bubble_s: "waiting (bubble)", sync_s: "synchronising", optimizer_s: "optimizer" };
+  return names[term] || term;
+}
+
+function fillPeaks(data) {
+  const kinds = data.kinds.filter((kind) => kind.memory);
+  byId("peaks-section").hidden = !kinds.length;
+  if (!kinds.length) return;
+  const sum = (kind) => Object.values(kind.memory).reduce((a, b) => a + b, 0);
+  const shown = [...kinds].sort((one, other) => sum(other) - sum(one)).slice(0, 16);
+  const whole = 1.03 * Math.max(data.capacity_bytes || 0, sum(shown[0])) || 1;
+  const stack = element("div", { class: "stack" });
+  for (const kind of kinds.filter((each) => shown.includes(each))) {
+    const pieces = Object.keys(data.colors.memory).filter((term) => kind.memory[term]).map((term) =>
+      [term, kind.memory[term], data.colors.memory[term], gib(kind.memory[term])]);
+    stack.append(...stackRow(ranksLabel(kind), "", pieces, whole, gib(sum(kind)), data.capacity_bytes));
+  }
+  const legend = element("div", { class: "legend" }, ...Object.entries(data.colors.memory).map(([term, color]) =>
+    element("span", {}, swatch(color), term)));
+  const hidden = kinds.length - shown.length;
+  if (hidden) legend.append(element("span", {}, `${hidden} emptier kinds of ranks left out`));
+  byId("peaks").replaceChildren(stack, legend);
+}
+
+function fillPlan(data) {
+  byId("facts").append(...Object.entries(data.plan.facts).map(([name, text]) =>
+    element("li", {}, element("span", {}, name), text)));
+  const { rows } = data.plan;
+  const names = Object.keys(rows[0]);
+  const texts = new Set(["module", "ranks", "layers", "trainable", "recompute"]);
+  const kind = (name) => (texts.has(name) ? { class: "text" } : {});
+  const head = names.map((name) => element("th", { scope: "col", ...kind(name) }, name));
+  const body = rows.map((row) => element("tr", {}, ...names.map((name) =>
+    name === "module" ? element("th", { scope: "row", ...kind(name) }, row[name])
+      : element("td", kind(name), `${row[name]}`))));
+  byId("plan").append(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body));
+  byId("yaml").textContent = data.plan.yaml;
+}

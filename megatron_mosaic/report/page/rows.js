@@ -1,0 +1,307 @@
+// The timeline: a row for each kind of ranks, drawn on a canvas.
+
+const AXIS = 26; // pixels of the axis above the rows
+const RIGHT = 64; // of the shares behind them
+
+/** Where things are, in CSS pixels: of the whole list of rows, and of the part that shows. */
+function rowsGeometry(state, width, mostHeight) {
+  const both = state.tracks === "both" && state.rows.some((row) => row.measured);
+  const count = state.rows.length;
+  const alone = count <= 8 ? 40 : count <= 16 ? 30 : count <= 40 ? 24 : 18;
+  const height = both ? alone * 1.6 : alone;
+  const left = width < 700 ? 110 : 220;
+  const total = AXIS + count * height;
+  return { both, left, width, height, total, shown: Math.min(total, mostHeight), scroll: 0 };
+}
+
+function plotWidth(place) {
+  return place.width - place.left - RIGHT;
+}
+
+function xOf(us, view, place) {
+  return place.left + ((us - view.begin) / (view.end - view.begin)) * plotWidth(place);
+}
+
+function timeAt(x, view, place) {
+  return view.begin + ((x - place.left) / plotWidth(place)) * (view.end - view.begin);
+}
+
+/** Tracks of a row that show, each with its top and height inside the row. */
+function tracksOf(row, state) {
+  const { both, height } = state.place;
+  const pad = height > 20 ? 3 : 1.5;
+  const inner = height - 2 * pad;
+  if (both && row.measured) {
+    const half = (inner - 2) / 2;
+    return [
+      { name: "simulated", top: pad, height: half },
+      { name: "measured", top: pad + half + 2, height: half },
+    ];
+  }
+  const name = state.tracks === "measured" && row.measured ? "measured" : "simulated";
+  return [{ name, top: pad, height: inner }];
+}
+
+function drawRows(canvas, state) {
+  const { place, rows, theme } = state;
+  const pen = prepared(canvas, place.width, place.shown);
+  const first = Math.floor(place.scroll / place.height);
+  const last = Math.ceil((place.scroll + place.shown - AXIS) / place.height);
+  pen.save();
+  pen.beginPath();
+  pen.rect(0, AXIS, place.width, place.shown - AXIS);
+  pen.clip();
+  for (let number = Math.max(0, first); number < Math.min(rows.length, last); number++) {
+    drawRow(pen, state, number);
+  }
+  if (state.path) drawPath(pen, state);
+  drawPointer(pen, state);
+  pen.restore();
+  drawAxis(pen, state);
+  pen.fillStyle = theme.quiet;
+}
+
+function rowTop(place, number) {
+  return AXIS + number * place.height - place.scroll;
+}
+
+function drawRow(pen, state, number) {
+  const row = state.rows[number];
+  const top = rowTop(state.place, number);
+  drawLabel(pen, state, row, top, number === state.row);
+  for (const slot of tracksOf(row, state)) {
+    const track = row[slot.name];
+    const box = { top: top + slot.top, height: slot.height };
+    pen.save();
+    pen.beginPath();
+    pen.rect(state.place.left, box.top, plotWidth(state.place), box.height);
+    pen.clip();
+    pen.fillStyle = state.theme.track;
+    pen.fillRect(state.place.left, box.top, plotWidth(state.place), box.height);
+    if (slot.name === "simulated") drawOnce(pen, state, box);
+    drawTasks(pen, state, track, box);
+    pen.restore();
+    drawShare(pen, state, track, box, slot.name);
+  }
+}
+
+function drawLabel(pen, state, row, top, chosen) {
+  const { place, theme } = state;
+  const middle = top + place.height / 2;
+  if (chosen) {
+    pen.fillStyle = theme.accent;
+    pen.fillRect(0, top + 3, 3, place.height - 6);
+  }
+  pen.textBaseline = "middle";
+  pen.textAlign = "left";
+  const two = place.height >= 30;
+  pen.font = `600 ${place.height < 20 ? 11 : 12}px ${FONT}`;
+  pen.fillStyle = theme.text;
+  const end = place.left - 12;
+  const name = fitted(pen, row.label, end - 10);
+  pen.fillText(name, 10, two ? middle - 7 : middle);
+  const used = 10 + pen.measureText(name).width + 10;
+  pen.font = `${place.height < 20 ? 10 : 11}px ${FONT}`;
+  pen.fillStyle = theme.quiet;
+  if (two) pen.fillText(fitted(pen, row.stages, end - 10), 10, middle + 8);
+  else if (end - used > 30) pen.fillText(fitted(pen, row.stages, end - used), used, middle);
+}
+
+function fitted(pen, text, width) {
+  if (pen.measureText(text).width <= width) return text;
+  let length = text.length;
+  while (length > 1 && pen.measureText(`${text.slice(0, length)}…`).width > width) length--;
+  return `${text.slice(0, length)}…`;
+}
+
+function drawTasks(pen, state, track, box) {
+  const { view, place, data, theme, path } = state;
+  for (let n = Math.max(0, lastStarted(track, view.begin)); n < track.index.length; n++) {
+    if (track.start[n] > view.end) break;
+    const x = xOf(track.start[n], view, place);
+    const width = Math.max(xOf(track.end[n], view, place) - x, 0.5);
+    const task = track.index[n];
+    const colors = state.colors.get(moduleOf(data, task));
+    const backward = data.tasks.backward[task];
+    pen.globalAlpha = path && !path.has(task) ? 0.25 : 1;
+    pen.fillStyle = backward ? colors.backward : colors.forward;
+    pen.fillRect(x, box.top, width, box.height);
+    pen.globalAlpha = 1;
+    if (width > 5) {
+      pen.fillStyle = theme.paper;
+      pen.fillRect(x, box.top, 0.75, box.height);
+    }
+    if (width > 12 && box.height >= 11 && !(path && !path.has(task))) {
+      drawNumber(pen, state, task, { x, width, ...box }, backward ? colors.onBackward : colors.onForward);
+    }
+  }
+}
+
+/** Microbatches inside a task, in the part of it that shows. */
+function drawNumber(pen, state, task, box, color) {
+  const from = Math.max(box.x, state.place.left);
+  const until = Math.min(box.x + box.width, state.place.width - RIGHT);
+  pen.font = `${box.height < 15 ? 10 : 11}px ${FONT}`;
+  const long = microbatches(state.data, task);
+  const room = until - from - 5;
+  const text = [long, `${state.data.tasks.first[task]}`].find((t) => pen.measureText(t).width <= room);
+  if (text === undefined) return;
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  pen.fillStyle = color;
+  pen.fillText(text, (from + until) / 2, box.top + box.height / 2 + 0.5);
+}
+
+/** What a step does once, after its tasks. */
+function drawOnce(pen, state, box) {
+  const { data, view, place, theme } = state;
+  if (!data.once_us) return;
+  const x = xOf(state.simulatedEnd, view, place);
+  const width = xOf(state.simulatedEnd + data.once_us, view, place) - x;
+  pen.fillStyle = theme.once;
+  pen.fillRect(x, box.top, width, box.height);
+}
+
+function drawShare(pen, state, track, box, name) {
+  const whole = name === "measured" ? state.measuredEnd : state.simulatedEnd;
+  pen.font = `11px ${FONT}`;
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  pen.fillStyle = state.theme.quiet;
+  const text = percent(whole ? 1 - track.busy / whole : 0);
+  pen.fillText(text, state.place.width - 6, box.top + box.height / 2);
+}
+
+/** The axis; marks are round numbers, as many as have room. */
+function drawAxis(pen, state) {
+  const { view, place, theme } = state;
+  const step = roundStep(((view.end - view.begin) * 90) / plotWidth(place));
+  pen.font = `11px ${FONT}`;
+  pen.textBaseline = "alphabetic";
+  pen.textAlign = "center";
+  for (let us = Math.ceil(view.begin / step) * step; us <= view.end; us += step) {
+    const x = xOf(us, view, place);
+    pen.fillStyle = theme.quiet;
+    pen.fillText(us ? moment(us, step) : "0", x, 14);
+    pen.fillStyle = theme.line;
+    pen.fillRect(x, 19, 1, 7);
+  }
+  pen.textAlign = "right";
+  pen.fillStyle = theme.quiet;
+  pen.fillText("waiting", place.width - 6, 14);
+}
+
+/** The task under the pointer, the one that it waited for, and the pointer's time. */
+function drawPointer(pen, state) {
+  const { place, theme, hover, view } = state;
+  if (state.pointer !== null) {
+    const x = xOf(state.pointer, view, place);
+    pen.globalAlpha = 0.5;
+    pen.fillStyle = theme.text;
+    if (x >= place.left && x <= place.width - RIGHT) pen.fillRect(x, AXIS, 1, place.shown);
+    pen.globalAlpha = 1;
+  }
+  if (state.dragSpan) drawSpan(pen, state);
+  if (!hover) return;
+  const box = taskBox(state, hover);
+  const before = cause(state, hover);
+  if (before) {
+    const source = taskBox(state, before);
+    pen.strokeStyle = theme.accent;
+    pen.lineWidth = 1.5;
+    outline(pen, place, source);
+    line(pen, place, [[source.x + source.width, middleOf(source)], [box.x, middleOf(box)]]);
+  }
+  pen.strokeStyle = theme.text;
+  pen.lineWidth = 1.5;
+  outline(pen, place, box);
+}
+
+function drawSpan(pen, state) {
+  const [from, until] = state.dragSpan.map((us) => xOf(us, state.view, state.place));
+  pen.globalAlpha = 0.18;
+  pen.fillStyle = state.theme.accent;
+  pen.fillRect(Math.min(from, until), AXIS, Math.abs(until - from), state.place.shown);
+  pen.globalAlpha = 1;
+}
+
+function taskBox(state, { row, name, at }) {
+  const track = state.rows[row][name];
+  const slot = tracksOf(state.rows[row], state).find((each) => each.name === name);
+  const x = xOf(track.start[at], state.view, state.place);
+  const width = xOf(track.end[at], state.view, state.place) - x;
+  return { x, width, top: rowTop(state.place, row) + slot.top, height: slot.height };
+}
+
+function middleOf(box) {
+  return box.top + box.height / 2;
+}
+
+function outline(pen, place, { x, width, top, height }) {
+  clipped(pen, place, () => pen.strokeRect(x, top + 0.5, Math.max(width, 1), height - 1));
+}
+
+function line(pen, place, points) {
+  clipped(pen, place, () => {
+    pen.beginPath();
+    points.forEach(([x, y]) => pen.lineTo(x, y));
+    pen.stroke();
+  });
+}
+
+function clipped(pen, place, draw) {
+  pen.save();
+  pen.beginPath();
+  pen.rect(place.left, AXIS, plotWidth(place), place.shown);
+  pen.clip();
+  draw();
+  pen.restore();
+}
+
+/** The critical path as a line through its tasks; it changes rows only where it must. */
+function drawPath(pen, state) {
+  const name = pathTrack(state);
+  const points = [];
+  let row = -1;
+  for (const task of state.path) {
+    if (row < 0 || placeOf(state, row, name, task) < 0) row = rowWith(state, name, task);
+    if (row < 0) continue;
+    const box = taskBox(state, { row, name, at: placeOf(state, row, name, task) });
+    points.push([box.x, middleOf(box)], [box.x + box.width, middleOf(box)]);
+  }
+  pen.strokeStyle = state.theme.text;
+  pen.lineWidth = 1.5;
+  line(pen, state.place, points);
+}
+
+function pathTrack(state) {
+  return state.tracks === "measured" ? "measured" : "simulated";
+}
+
+function rowWith(state, name, task) {
+  return state.rows.findIndex((_, number) => placeOf(state, number, name, task) >= 0);
+}
+
+/** Place of a task in a track of a row; -1 if it has none. */
+function placeOf(state, number, name, task) {
+  const track = state.rows[number][name];
+  if (!track) return -1;
+  if (!track.places) track.places = new Map(track.index.map((each, at) => [each, at]));
+  return track.places.has(task) ? track.places.get(task) : -1;
+}
+
+/** The task that another waited for last, on the row where it is; null if it did not wait. */
+function cause(state, { row, name, at }) {
+  const track = state.rows[row][name];
+  const task = track.index[at];
+  const before = task - track.behind[task];
+  if (before === task || waited(track, at) < 1) return null;
+  const own = placeOf(state, row, name, before);
+  const where = own >= 0 ? row : rowWith(state, name, before);
+  return where < 0 ? null : { row: where, name, at: placeOf(state, where, name, before) };
+}
+
+/** Time between a task and the one before it on its ranks. */
+function waited(track, at) {
+  return track.start[at] - (at ? track.end[at - 1] : 0);
+}

@@ -1,0 +1,102 @@
+// The step as rows of tasks, from the columns that the page carries.
+
+/**
+ * Makes the rows: one for each kind of ranks, with one or two tracks of tasks; with a trace
+ * one for each traced rank.
+ *
+ * A track holds its tasks in their order: `index` into the columns of tasks, start and end in
+ * microseconds, and `behind`, how far back the task is that each waited for last.
+ */
+function makeRows(data) {
+  const simulated = data.kinds.map((kind) => simulatedTrack(data, kind));
+  const rowOf = (kind, measured) => ({
+    kind,
+    label: measured ? `rank ${measured.rank}` : ranksLabel(data.kinds[kind]),
+    stages: data.kinds[kind].stages.map((stage) => stageName(data, stage)).join(" + "),
+    simulated: simulated[kind],
+    measured: measured ? measuredTrack(data, simulated[kind], measured) : null,
+  });
+  const traced = data.measured ? data.measured.rows : [];
+  const others = data.kinds.map((_, kind) => kind);
+  const missing = others.filter((kind) => !traced.some((row) => row.kind === kind));
+  return [...traced.map((row) => rowOf(row.kind, row)), ...missing.map((kind) => rowOf(kind))];
+}
+
+function simulatedTrack(data, kind) {
+  const hosted = new Set(kind.stages);
+  const index = [];
+  data.tasks.stage.forEach((stage, task) => {
+    if (hosted.has(stage)) index.push(task);
+  });
+  const { start_us: start, duration_us: duration, behind } = data.simulated;
+  return track(data, index, behind, index.map((task) => [start[task], duration[task]]));
+}
+
+function measuredTrack(data, simulated, row) {
+  const index = row.index || simulated.index;
+  const times = index.map((_, place) => [row.start_us[place], row.duration_us[place]]);
+  return track(data, index, data.measured.behind, times);
+}
+
+function track(data, index, behind, times) {
+  const start = Float64Array.from(times, ([begin]) => begin);
+  const end = Float64Array.from(times, ([begin, duration]) => begin + duration);
+  const busy = times.reduce((sum, [, duration]) => sum + duration, 0);
+  return { index, behind, start, end, busy };
+}
+
+/** Position of the last task of a track that starts by a time; -1 before the first. */
+function lastStarted(track, us) {
+  let low = 0;
+  let high = track.start.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (track.start[middle] <= us) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
+
+function moduleOf(data, task) {
+  return data.modules[data.stages[data.tasks.stage[task]].module];
+}
+
+function stageName(data, stage) {
+  return `${data.modules[data.stages[stage].module].name}.${data.stages[stage].stage}`;
+}
+
+function microbatches(data, task) {
+  const first = data.tasks.first[task];
+  const count = data.tasks.count[task];
+  return count > 1 ? `${first}–${first + count - 1}` : `${first}`;
+}
+
+function taskName(data, task) {
+  const kind = data.tasks.backward[task] ? "B" : "F";
+  return `${kind}${microbatches(data, task)} ${stageName(data, data.tasks.stage[task])}`;
+}
+
+function ranksLabel(kind) {
+  const name = kind.num_ranks > 1 ? "ranks" : "rank";
+  const ranks = kind.ranks.replaceAll("-", "–");
+  return `${name} ${ranks.length > 20 ? `${ranks.slice(0, 18)}…` : ranks}`;
+}
+
+/** Tasks from the end of the step back to its beginning, each waiting for the one before. */
+function criticalPath(row, tracks, name) {
+  const last = tracks.reduce((best, each) =>
+    each[name].end.at(-1) > best[name].end.at(-1) ? each : best, row);
+  const path = [];
+  let task = last[name].index[lastEnding(last[name])];
+  const behind = last[name].behind;
+  for (let steps = 0; task !== undefined && steps < behind.length; steps++) {
+    path.push(task);
+    if (!behind[task]) break;
+    task -= behind[task];
+  }
+  return path.reverse();
+}
+
+function lastEnding(track) {
+  return track.end.reduce((best, end, place) => (end > track.end[best] ? place : best), 0);
+}

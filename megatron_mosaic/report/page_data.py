@@ -1,0 +1,190 @@
+"""What the page of a report draws, as one compact document."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS, module_colors
+from megatron_mosaic.report.prediction import Memory, Prediction
+from megatron_mosaic.report.step import Measured, MeasuredRow, ReportedStep
+from megatron_mosaic.report.summary import key_numbers, summary
+from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.program import Integers, Program
+from megatron_mosaic.schedule.simulate import Seconds, Timeline
+
+_SIZES = {
+    "tensor_model_parallel_size": "TP",
+    "context_parallel_size": "CP",
+    "data_parallel_size": "DP",
+    "pipeline_model_parallel_size": "PP",
+    "virtual_pipeline_model_parallel_size": "VPP",
+    "expert_model_parallel_size": "EP",
+}
+
+
+def page_data(
+    plan: Plan, prediction: Prediction, step: ReportedStep, *, name: str
+) -> dict[str, Any]:
+    """Gathers what the page shows.
+
+    Tasks are columns of numbers, once each, whatever number of ranks runs them; times are whole
+    microseconds.
+
+    Args:
+        plan: The plan.
+        prediction: What it predicts.
+        step: A step of it.
+        name: Of the plan file.
+    """
+    program = step.timeline.program
+    return {
+        "name": name,
+        "title": _title(plan),
+        "summary": summary(prediction),
+        "numbers": [number._asdict() for number in key_numbers(prediction, step)],
+        "source": step.source,
+        "modules": _modules(program),
+        "stages": _stages(program, prediction),
+        "kinds": [_kind(program, kind, prediction.memory) for kind in program.kinds],
+        "tasks": _tasks(program),
+        "simulated": _simulated(step.timeline, step.after),
+        "once_us": _once_us(prediction, step),
+        "measured": _measured(step.measured, step.timeline) if step.measured else None,
+        "breakdown": _breakdown(prediction),
+        "capacity_bytes": prediction.capacity_bytes,
+        "colors": {"memory": dict(MEMORY_COLORS), "time": dict(TIME_COLORS)},
+        "plan": {"rows": list(_plan_rows(plan)), "facts": _facts(plan), "yaml": plan.to_yaml()},
+    }
+
+
+def _title(plan: Plan) -> str:
+    modules = " + ".join((*plan.encoders, "language"))
+    return f"{modules} on {plan.world_size:,} rank{'s' * (plan.world_size > 1)}"
+
+
+def _modules(program: Program) -> list[dict[str, Any]]:
+    colors = module_colors(stage.module for stage in program.stages)
+    return [{"name": name, "colors": list(pair)} for name, pair in colors.items()]
+
+
+def _stages(program: Program, prediction: Prediction) -> list[dict[str, Any]]:
+    names = list(dict.fromkeys(stage.module for stage in program.stages))
+    return [
+        {
+            "module": names.index(stage.module),
+            "stage": stage.stage,
+            "task_bytes": prediction.task_bytes.get(stage),
+        }
+        for stage in program.stages
+    ]
+
+
+def _kind(program: Program, kind: RankKind, memory: Iterable[Memory]) -> dict[str, Any]:
+    ranks = show_ranks(kind.ranks)
+    terms = next((bar.terms for bar in memory if bar.ranks == ranks), None)
+    return {
+        "ranks": ranks.strip("[]"),
+        "num_ranks": len(kind.ranks),
+        "stages": [program.stages.index(stage) for stage in kind.stages],
+        "memory": dict(terms) if terms else None,
+    }
+
+
+def _tasks(program: Program) -> dict[str, list[int]]:
+    return {name: column.tolist() for name, column in program.tasks._asdict().items()}
+
+
+def _simulated(timeline: Timeline, after: Integers) -> dict[str, Any]:
+    return {**_times_us(timeline.start_s, timeline.end_s), "behind": _behind(after)}
+
+
+def _measured(measured: Measured, timeline: Timeline) -> dict[str, Any]:
+    return {
+        "step": measured.step,
+        "steps_us": [_us(each) for each in measured.steps_s],
+        "num_ranks": measured.num_ranks,
+        "behind": _behind(measured.after),
+        "rows": [_measured_row(row, timeline.program) for row in measured.rows],
+    }
+
+
+def _measured_row(row: MeasuredRow, program: Program) -> dict[str, Any]:
+    """A row; its tasks are named only where they ran in another order than the schedule's."""
+    own = program.tasks_of(program.kinds[row.kind])
+    index = None if np.array_equal(row.index, own) else row.index.tolist()
+    times = _times_us(row.start_s, row.end_s)
+    return {"rank": row.rank, "kind": row.kind, "index": index, **times}
+
+
+def _times_us(start_s: Seconds, end_s: Seconds) -> dict[str, list[int]]:
+    start_us = np.rint(start_s * 1e6).astype(np.int64)
+    end_us = np.rint(end_s * 1e6).astype(np.int64)
+    return {"start_us": start_us.tolist(), "duration_us": (end_us - start_us).tolist()}
+
+
+def _behind(after: Integers) -> list[int]:
+    """How many tasks back the one is that a task waited for last; 0 if there is none."""
+    return np.where(after < 0, 0, np.arange(len(after)) - after).tolist()
+
+
+def _once_us(prediction: Prediction, step: ReportedStep) -> int:
+    """What a step does once after its tasks, where that is known."""
+    if step.source != "predicted":
+        return 0
+    return _us(sum(prediction.breakdown.get(term, 0.0) for term in ("sync_s", "optimizer_s")))
+
+
+def _breakdown(prediction: Prediction) -> list[dict[str, Any]]:
+    rows = [("this plan", "", prediction.step_s, prediction.breakdown)]
+    other = prediction.baseline_breakdown
+    rows.append(("homogeneous", prediction.baseline_layout, prediction.baseline_step_s, other))
+    return [
+        {"name": name, "layout": layout, "terms": dict(terms), "step_s": step_s}
+        for name, layout, step_s, terms in rows
+        if terms
+    ]
+
+
+def _plan_rows(plan: Plan) -> Iterable[Mapping[str, Any]]:
+    for name, placement in plan.modules.items():
+        written = asdict(placement)
+        sizes = {short: written[field] for field, short in _SIZES.items()}
+        yield {
+            "module": name,
+            "ranks": show_ranks(placement.ranks).strip("[]"),
+            **{short: size for short, size in sizes.items()},
+            "layers": _layers(placement.layers_per_stage),
+            "trainable": _trainable(placement.trainable),
+            "recompute": placement.recompute or "as the script says",
+        }
+
+
+def _layers(layers_per_stage: Sequence[int] | None) -> str:
+    return "evenly" if layers_per_stage is None else ", ".join(map(str, layers_per_stage))
+
+
+def _trainable(trainable: Sequence[str] | None) -> str:
+    if trainable is None:
+        return "everything"
+    return ", ".join(trainable) or "nothing"
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    group = plan.schedule.encoder_group
+    facts = {
+        "schedule": plan.schedule.kind,
+        "global batch": f"{plan.global_batch_size:,} samples",
+        "micro batch": f"{plan.micro_batch_size} sample{'s' * (plan.micro_batch_size > 1)}",
+        "microbatches": f"{plan.num_microbatches:,} a step",
+    }
+    if plan.schedule.kind == "colocated":
+        facts["encoder task"] = f"{group} microbatches" if group else "the whole batch"
+    return facts
+
+
+def _us(value_s: float) -> int:
+    return round(value_s * 1e6)
