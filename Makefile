@@ -24,7 +24,8 @@ test: lint types unit
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.lock setup.py tools/setup.sh
+$(INSTALLED): requirements.lock setup.py tools/setup.sh tools/browser.sh
+	tools/browser.sh
 	tools/setup.sh
 
 lint: setup

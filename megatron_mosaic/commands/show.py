@@ -7,23 +7,35 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 
 _PICTURES = (".png", ".svg", ".pdf")
+_STEPS = (".html", ".json")  # what shows a measured step too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("plan", type=Path, help="plan file, YAML")
-    parser.add_argument("-o", "--output", type=Path, help="picture to write: PNG, SVG or PDF")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="what to write: a report (.html), a trace for ui.perfetto.dev (.json), or a picture "
+        "(.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="DIR",
+        help="folder that a run with --mosaic-trace wrote: shown beside what is predicted",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the plan's schedule and prediction, and writes a picture if one is asked for."""
+    """Prints the plan's schedule and prediction, and writes a file if one is asked for."""
     from megatron_mosaic.report.prediction import read_prediction
     from megatron_mosaic.report.terminal import describe
     from megatron_mosaic.schedule.build import build_schedule
     from megatron_mosaic.schedule.drawing import draw
 
-    if args.output is not None:
-        _check_output(args.output)
+    _check_arguments(args.output, args.trace)
     plan = Plan.load(args.plan)
     try:
         described = describe(read_prediction(plan))
@@ -34,13 +46,33 @@ def run(args: argparse.Namespace) -> None:
         print()
         print(described)
     if args.output is not None:
+        _write(plan, args)
+
+
+def _write(plan: Plan, args: argparse.Namespace) -> None:
+    if args.output.suffix == ".html":
+        from megatron_mosaic.report.page import write_page
+
+        write_page(plan, args.output, name=args.plan.name, trace=args.trace)
+    elif args.output.suffix == ".json":
+        from megatron_mosaic.report.perfetto import write_perfetto
+
+        write_perfetto(plan, args.output, trace=args.trace)
+    else:
         from megatron_mosaic.report.figure import draw_plan
 
         draw_plan(plan, args.output)
 
 
-def _check_output(path: Path) -> None:
-    if path.suffix not in _PICTURES:
-        raise PlanError(f"--output={path} must end with {', '.join(_PICTURES)}; rename the picture")
-    if not path.parent.is_dir():
-        raise PlanError(f"--output={path} must be in a folder that exists; make {path.parent}")
+def _check_arguments(output: Path | None, trace: Path | None) -> None:
+    if output is not None and output.suffix not in (*_STEPS, *_PICTURES):
+        raise PlanError(
+            f"--output={output} must end with {', '.join((*_STEPS, *_PICTURES))}; rename it"
+        )
+    if output is not None and not output.parent.is_dir():
+        raise PlanError(f"--output={output} must be in a folder that exists; make {output.parent}")
+    if trace is not None and (output is None or output.suffix not in _STEPS):
+        raise PlanError(
+            f"--trace={trace} must go with --output that ends with {' or '.join(_STEPS)}, "
+            f"not {output}; write -o report.html"
+        )

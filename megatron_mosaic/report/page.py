@@ -11,7 +11,18 @@ from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.step import read_step
 
 # In the order in which each needs those before it.
-_SCRIPTS = ("numbers", "step", "view", "theme", "rows", "memory", "words", "panels", "input", "main")
+_SCRIPTS = (
+    "numbers",
+    "step",
+    "view",
+    "theme",
+    "rows",
+    "memory",
+    "words",
+    "panels",
+    "input",
+    "main",
+)
 
 
 def write_page(plan: Plan, path: Path, *, name: str, trace: Path | None = None) -> None:

@@ -84,10 +84,9 @@ def _stages(program: Program, prediction: Prediction) -> list[dict[str, Any]]:
 
 
 def _kind(program: Program, kind: RankKind, memory: Iterable[Memory]) -> dict[str, Any]:
-    ranks = show_ranks(kind.ranks)
-    terms = next((bar.terms for bar in memory if bar.ranks == ranks), None)
+    terms = next((bar.terms for bar in memory if bar.holds(kind.ranks[0])), None)
     return {
-        "ranks": ranks.strip("[]"),
+        "ranks": show_ranks(kind.ranks).strip("[]"),
         "num_ranks": len(kind.ranks),
         "stages": [program.stages.index(stage) for stage in kind.stages],
         "memory": dict(terms) if terms else None,
@@ -152,11 +151,10 @@ def _breakdown(prediction: Prediction) -> list[dict[str, Any]]:
 def _plan_rows(plan: Plan) -> Iterable[Mapping[str, Any]]:
     for name, placement in plan.modules.items():
         written = asdict(placement)
-        sizes = {short: written[field] for field, short in _SIZES.items()}
         yield {
             "module": name,
             "ranks": show_ranks(placement.ranks).strip("[]"),
-            **{short: size for short, size in sizes.items()},
+            **{short: written[field] for field, short in _SIZES.items()},
             "layers": _layers(placement.layers_per_stage),
             "trainable": _trainable(placement.trainable),
             "recompute": placement.recompute or "as the script says",

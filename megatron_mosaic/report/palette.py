@@ -14,15 +14,16 @@ _COLORS = (
     ("#a33b5e", "#e8bccb"),
     ("#6b6b6b", "#d0d0d0"),
 )
+# None of a module's: a colour means one thing.
 MEMORY_COLORS: Mapping[str, str] = dict(
     zip(
         MEMORY_TERMS,
-        ("#17406d", "#1f7a8c", "#7fb8c4", "#d9752b", "#f0c38f", "#9aa5ae"),
+        ("#17406d", "#4d7aa6", "#9db9d3", "#c9a227", "#ead9a0", "#9aa5ae"),
         strict=True,
     )
 )
 TIME_COLORS: Mapping[str, str] = dict(
-    zip(TIME_TERMS, ("#1f7a8c", "#d9752b", "#cfd6dc", "#b0563b", "#17406d"), strict=True)
+    zip(TIME_TERMS, ("#17406d", "#7ba0c4", "#cfd6dc", "#c9a227", "#ead9a0"), strict=True)
 )
 
 

@@ -1,5 +1,6 @@
 """What the planner expects of a plan, read from the plan's ``predicted``."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Memory:
     def total_bytes(self) -> float:
         """All terms."""
         return sum(self.terms.values())
+
+    def holds(self, rank: int) -> bool:
+        """Whether a rank is one of them."""
+        spans = (span.partition("-") for span in re.findall(r"\d+(?:-\d+)?", self.ranks))
+        return any(int(first) <= rank <= int(last or first) for first, _, last in spans)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,11 +54,11 @@ def key_numbers(prediction: Prediction, step: ReportedStep) -> Iterator[Number]:
     if step_s is not None:
         yield Number("step, predicted", seconds(step_s))
     if step_s and other_s is not None:
-        note = f"{seconds(other_s)} a step"
-        yield Number("homogeneous baseline", f"{other_s / step_s:.2f}×", f"{note} to this plan's")
+        note = f"baseline: {seconds(other_s)} a step"
+        yield Number("against homogeneous", f"{other_s / step_s:.2f}×", note)
     if step.measured is not None:
         yield _measured_number(step, step.measured)
-    yield Number("ranks wait", f"{waiting_share(step):.1%}", "of the tasks' time, on average")
+    yield Number("ranks wait", f"{waiting_share(step):.1%}", "of the time of all tasks, on average")
     if prediction.memory:
         fullest = max(prediction.memory, key=lambda bar: bar.total_bytes)
         of = f" of {gib(prediction.capacity_bytes)}" if prediction.capacity_bytes else ""

@@ -10,9 +10,7 @@ from megatron_mosaic.schedule.program import START, Inputs, Integers, Program
 _Seconds = NDArray[np.float64]
 
 
-def last_inputs(
-    program: Program, *, end_s: _Seconds, edge_s: _Seconds | None = None
-) -> Integers:
+def last_inputs(program: Program, *, end_s: _Seconds, edge_s: _Seconds | None = None) -> Integers:
     """Finds for every task the one that it waited for last, by when all of them ended.
 
     Args:

@@ -186,7 +186,11 @@ def test_show_prints_the_prediction_and_writes_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("output", "predicted", "message"),
     [
-        ("plan.gif", PREDICTED, r"--output=.*plan\.gif must end with \.png, \.svg, \.pdf; rename"),
+        (
+            "plan.gif",
+            PREDICTED,
+            r"--output=.*plan\.gif must end with \.html, \.json, \.png, \.svg, \.pdf; rename",
+        ),
         ("no/plan.png", PREDICTED, r"--output=.*plan\.png must be in a folder that exists; make"),
         ("plan.png", "predicted: {step_s: []}\n", r"plan\.yaml: predicted\.step_s=\[\] must be a"),
     ],

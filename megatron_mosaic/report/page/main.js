@@ -8,6 +8,7 @@ function start() {
   const state = {
     data, rows, tracks: "both", row: fullestRow(data, rows),
     simulatedEnd: lastEnd("simulated"), measuredEnd: lastEnd("measured"),
+    labelWidth: clamp(longestLabel(rows), 130, 330),
     hover: null, pointer: null, drag: null, dragSpan: null, showsPath: false, path: null,
   };
   state.wholeEnd = Math.max(state.simulatedEnd + data.once_us, state.measuredEnd) || 1;
@@ -42,7 +43,7 @@ function painter(state) {
     paintMemory(state);
     const { begin, end } = state.view;
     const apart = (end - begin) / 500;
-    byId("range").textContent = `${moment(begin, apart)} – ${moment(end, apart)}`;
+    byId("range").textContent = `${moment(begin, apart, state.wholeEnd)} – ${moment(end, apart, state.wholeEnd)}`;
   };
   return () => {
     if (!waits) requestAnimationFrame(paint);
@@ -64,6 +65,8 @@ function layOut(state) {
   state.place.scroll = Math.min(scrollTop, state.place.total - state.place.shown);
   scroll.style.height = `${state.place.shown}px`;
   byId("rows-height").style.height = `${state.place.total}px`;
+  const { left, height } = state.place;
+  Object.assign(byId("rows").dataset, { left, height, whole: state.wholeEnd });
 }
 
 function paintMemory(state) {

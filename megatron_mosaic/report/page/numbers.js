@@ -9,11 +9,11 @@ function seconds(us) {
   return size < 1e7 ? `${(us / 1e6).toFixed(2)} s` : `${(us / 1e6).toFixed(1)} s`;
 }
 
-/** A point in time, with digits enough to tell points apart that are so far from each other. */
-function moment(us, apart) {
-  const unit = apart >= 1e5 ? 1e6 : 1e3;
-  const digits = Math.max(0, Math.min(unit === 1e6 ? 6 : 3, Math.ceil(-Math.log10(apart / unit))));
-  return `${(us / unit).toFixed(digits)} ${unit === 1e6 ? "s" : "ms"}`;
+/** A point in time of a step of some length, with digits that tell points `apart` from it. */
+function moment(us, apart, whole) {
+  const [unit, name] = whole >= 1e6 ? [1e6, "s"] : [1e3, "ms"];
+  const digits = Math.ceil(-Math.log10(apart / unit) - 1e-9);
+  return `${(us / unit).toFixed(clamp(digits, 0, Math.log10(unit)))} ${name}`;
 }
 
 function gib(bytes) {

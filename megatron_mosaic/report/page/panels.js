@@ -132,7 +132,9 @@ function fillPlan(data) {
   byId("facts").append(...Object.entries(data.plan.facts).map(([name, text]) =>
     element("li", {}, element("span", {}, name), text)));
   const { rows } = data.plan;
-  const names = Object.keys(rows[0]);
+  const usual = new Set(["CP", "VPP", "EP"]); // columns of ones say nothing
+  const names = Object.keys(rows[0]).filter((name) =>
+    !usual.has(name) || rows.some((row) => row[name] > 1));
   const texts = new Set(["module", "ranks", "layers", "trainable", "recompute"]);
   const kind = (name) => (texts.has(name) ? { class: "text" } : {});
   const head = names.map((name) => element("th", { scope: "col", ...kind(name) }, name));

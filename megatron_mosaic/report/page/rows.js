@@ -9,9 +9,19 @@ function rowsGeometry(state, width, mostHeight) {
   const count = state.rows.length;
   const alone = count <= 8 ? 40 : count <= 16 ? 30 : count <= 40 ? 24 : 18;
   const height = both ? alone * 1.6 : alone;
-  const left = width < 700 ? 110 : 220;
+  const left = Math.min(state.labelWidth, 0.3 * width);
   const total = AXIS + count * height;
   return { both, left, width, height, total, shown: Math.min(total, mostHeight), scroll: 0 };
+}
+
+/** Pixels of the longest label on one line. */
+function longestLabel(rows) {
+  const pen = document.createElement("canvas").getContext("2d");
+  const width = (text, font) => {
+    pen.font = `${font} ${FONT}`;
+    return pen.measureText(text).width;
+  };
+  return 36 + Math.max(...rows.map((row) => width(row.label, "600 12px") + width(row.stages, "11px")));
 }
 
 function plotWidth(place) {
@@ -43,7 +53,7 @@ function tracksOf(row, state) {
 }
 
 function drawRows(canvas, state) {
-  const { place, rows, theme } = state;
+  const { place, rows } = state;
   const pen = prepared(canvas, place.width, place.shown);
   const first = Math.floor(place.scroll / place.height);
   const last = Math.ceil((place.scroll + place.shown - AXIS) / place.height);
@@ -58,7 +68,6 @@ function drawRows(canvas, state) {
   drawPointer(pen, state);
   pen.restore();
   drawAxis(pen, state);
-  pen.fillStyle = theme.quiet;
 }
 
 function rowTop(place, number) {
@@ -94,7 +103,7 @@ function drawLabel(pen, state, row, top, chosen) {
   }
   pen.textBaseline = "middle";
   pen.textAlign = "left";
-  const two = place.height >= 30;
+  const two = place.height >= 36 && state.labelWidth > place.left;
   pen.font = `600 ${place.height < 20 ? 11 : 12}px ${FONT}`;
   pen.fillStyle = theme.text;
   const end = place.left - 12;
@@ -142,10 +151,8 @@ function drawNumber(pen, state, task, box, color) {
   const from = Math.max(box.x, state.place.left);
   const until = Math.min(box.x + box.width, state.place.width - RIGHT);
   pen.font = `${box.height < 15 ? 10 : 11}px ${FONT}`;
-  const long = microbatches(state.data, task);
-  const room = until - from - 5;
-  const text = [long, `${state.data.tasks.first[task]}`].find((t) => pen.measureText(t).width <= room);
-  if (text === undefined) return;
+  const text = microbatches(state.data, task);
+  if (pen.measureText(text).width > until - from - 4) return;
   pen.textAlign = "center";
   pen.textBaseline = "middle";
   pen.fillStyle = color;
@@ -182,7 +189,7 @@ function drawAxis(pen, state) {
   for (let us = Math.ceil(view.begin / step) * step; us <= view.end; us += step) {
     const x = xOf(us, view, place);
     pen.fillStyle = theme.quiet;
-    pen.fillText(us ? moment(us, step) : "0", x, 14);
+    pen.fillText(us ? moment(us, step, view.whole) : "0", x, 14);
     pen.fillStyle = theme.line;
     pen.fillRect(x, 19, 1, 7);
   }

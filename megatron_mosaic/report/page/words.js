@@ -19,9 +19,9 @@ function taskWords(state, found) {
   const colors = state.colors.get(moduleOf(state.data, task));
   const wait = waited(track, found.at);
   const lines = [
-    ["", `${kind} of microbatch${count > 1 ? "es" : ""} ${microbatches(state.data, task)}`],
+    [kind, `microbatch${count > 1 ? "es" : ""} ${microbatches(state.data, task)}`],
     ["on", row.label],
-    ...timeLines(track, found.at, row.measured ? found.name : ""),
+    ...timeLines(state, track, found.at, row.measured ? found.name : ""),
     ...(row.measured ? comparison(state, row, found) : []),
     ...(wait >= 1 ? [["waited", `${seconds(wait)}${waitedFor(state, found)}`]] : []),
   ];
@@ -30,10 +30,11 @@ function taskWords(state, found) {
   return { heading: found.waits ? `waiting for input of ${name}` : name, color: found.waits ? null : color, lines };
 }
 
-function timeLines(track, at, name) {
+function timeLines(state, track, at, name) {
   const [start, end] = [track.start[at], track.end[at]];
   const apart = Math.max(1, (end - start) / 100);
-  const span = `${moment(start, apart)} to ${moment(end, apart)}`;
+  const { whole } = state.view;
+  const span = `${moment(start, apart, whole)} to ${moment(end, apart, whole)}`;
   return [[name || "runs", span], ["takes", seconds(end - start)]];
 }
 
@@ -41,7 +42,7 @@ function timeLines(track, at, name) {
 function comparison(state, row, found) {
   const other = found.name === "measured" ? "simulated" : "measured";
   const at = placeOf(state, found.row, other, row[found.name].index[found.at]);
-  return at < 0 ? [] : timeLines(row[other], at, other);
+  return at < 0 ? [] : timeLines(state, row[other], at, other);
 }
 
 function waitedFor(state, found) {
@@ -59,8 +60,9 @@ function waitedFor(state, found) {
 function memoryWords(state, us) {
   const held = heldAt(state.memory.points, us);
   const layers = [...state.memory.layers].reverse();
+  const apart = (state.view.end - state.view.begin) / 500;
   return {
-    heading: `${gib(total(layers, held))} at ${moment(us, (state.view.end - state.view.begin) / 500)}`,
+    heading: `${gib(total(layers, held))} at ${moment(us, apart, state.view.whole)}`,
     color: null,
     lines: layers.map((layer) => [layer.name, gib(layer.bytes(held))]),
   };

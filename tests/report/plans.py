@@ -1,0 +1,58 @@
+"""Plans that reports are tested with, and traces of them as a run writes them."""
+
+import json
+
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
+from tests.report.test_report import PLAN, PREDICTED
+
+TASK_BYTES = """\
+  task_bytes: {vision.0: 1073741824, language.0: 5368709120, language.1: 10737418240}
+"""
+
+
+def small_plan(predicted=PREDICTED + TASK_BYTES):
+    return Plan.loads(PLAN + predicted, where="plan.yaml")
+
+
+def large_plan():
+    """4,096 ranks: 32 stages, 128 replicas in two halves, and an encoder on half of the ranks."""
+    return Plan.loads(
+        """\
+format: 1
+world_size: 4096
+global_batch_size: 8192
+micro_batch_size: 1
+modules:
+  vision: {ranks: 0-2047, data_parallel_size: 512, tensor_model_parallel_size: 4}
+  language:
+    ranks: 0-4095
+    tensor_model_parallel_size: 4
+    data_parallel_size: 32
+    pipeline_model_parallel_size: 32
+edges: [[vision, language]]
+schedule: {kind: colocated, encoder_group: 8}
+""",
+        where="plan.yaml",
+    )
+
+
+def write_trace(plan, folder, *, slower=1.25, steps=3):
+    """Writes what a run would have, had all of it taken some times as long as predicted."""
+    timeline = predicted_timeline(plan, read_prediction(plan))
+    folder.mkdir()
+    for kind in timeline.program.kinds:
+        lines = [
+            json.dumps(
+                {
+                    "step": step,
+                    **span.task._asdict(),
+                    "start_s": 100.0 * step + slower * span.start_s,
+                    "end_s": 100.0 * step + slower * span.end_s,
+                }
+            )
+            for step in range(steps)
+            for span in timeline.spans(kind)
+        ]
+        for rank in kind.ranks:
+            (folder / f"rank{rank}.jsonl").write_text("".join(f"{line}\n" for line in lines))

@@ -1,0 +1,100 @@
+"""A step as a trace for Perfetto."""
+
+import json
+from bisect import bisect_right
+from collections import defaultdict
+
+import pytest
+
+from megatron_mosaic.cli import main
+from megatron_mosaic.report.perfetto import trace_events
+from megatron_mosaic.report.prediction import read_prediction
+from megatron_mosaic.report.step import read_step
+from tests.report.plans import large_plan, small_plan, write_trace
+from tests.report.test_report import PLAN, PREDICTED
+
+
+def events_of(plan, trace=None):
+    return trace_events(read_step(plan, read_prediction(plan), trace=trace))
+
+
+def test_trace_names_kinds_of_ranks_and_measured_ranks(tmp_path):
+    plan = small_plan()
+    write_trace(plan, tmp_path / "trace")
+
+    events = events_of(plan, tmp_path / "trace")
+
+    names = {
+        (event["name"], event["pid"], event["tid"]): event["args"].get("name")
+        for event in events
+        if event["ph"] == "M"
+    }
+    assert names["process_name", 0, 0] == "ranks 0-1: vision.0"
+    assert names["process_name", 2, 0] == "ranks 3: language.1"
+    assert names["thread_name", 0, 0] == "simulated"
+    assert names["thread_name", 0, 2] == "rank 1, measured"
+
+
+def test_trace_has_the_times_of_tasks_in_microseconds():
+    slices = [event for event in events_of(small_plan()) if event["ph"] == "X"]
+
+    # vF0 1 s, transfer 1 s, F0 on both stages 2 s, B0 4 s, transfer 1 s, vB0 1 s.
+    found = next(s for s in slices if s["pid"] == 0 and s["cat"] == "backward")
+    assert (found["name"], found["ts"], found["dur"]) == ("B0 vision.0", 9_000_000, 1_000_000)
+    assert found["args"] == {"stage": "vision.0", "microbatches": [0], "after": "B0 language.0"}
+
+
+@pytest.mark.parametrize("plan", [small_plan(), large_plan()], ids=["4 ranks", "4096 ranks"])
+def test_trace_is_of_the_form_that_viewers_read(plan):
+    events = events_of(plan)
+
+    last_us, ends_us, arrows = 0, defaultdict(int), defaultdict(list)
+    slices = defaultdict(list)
+    for event in events:
+        assert isinstance(event["name"], str)
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        if event["ph"] == "M":
+            assert event["args"]
+            continue
+        assert event["ts"] >= last_us  # in the order of time
+        last_us = event["ts"]
+        thread = event["pid"], event["tid"]
+        if event["ph"] == "X":
+            assert event["dur"] >= 0
+            assert event["ts"] >= ends_us[thread]  # tasks of a thread do not overlap
+            ends_us[thread] = event["ts"] + event["dur"]
+            slices[thread].append(event)
+        else:
+            arrows[event["id"]].append(event)
+    assert arrows
+    for start, end in arrows.values():
+        assert (start["ph"], end["ph"]) == ("s", "f")
+        for event in (start, end):
+            own = slices[event["pid"], event["tid"]]
+            around = own[bisect_right(own, event["ts"], key=lambda each: each["ts"]) - 1]
+            assert around["ts"] <= event["ts"] <= around["ts"] + around["dur"]
+
+
+def test_show_writes_a_trace_with_one_event_for_every_task(tmp_path):
+    plan, output = tmp_path / "plan.yaml", tmp_path / "trace.json"
+    plan.write_text(PLAN + PREDICTED)
+
+    status = main(["show", str(plan), "-o", str(output)])
+
+    document = json.loads(output.read_text())
+    assert status == 0
+    assert document["displayTimeUnit"] == "ms"
+    # Three kinds of ranks, four microbatches forward and backward.
+    assert len([e for e in document["traceEvents"] if e["ph"] == "X"]) == 24
+
+
+def test_measured_tasks_stand_beside_the_simulated_ones(tmp_path):
+    plan = small_plan()
+    write_trace(plan, tmp_path / "trace", slower=2.0)
+
+    slices = [e for e in events_of(plan, tmp_path / "trace") if e["ph"] == "X"]
+
+    times = {(e["tid"], e["name"]): e["ts"] for e in slices if e["pid"] == 0}
+    assert times[0, "B0 vision.0"] == 9_000_000
+    assert times[1, "B0 vision.0"] == 18_000_000
