@@ -83,7 +83,7 @@ class Walker:
         """Runs all steps in order, then waits until everything sent has left."""
         awaited = {step.transfer for step in steps if isinstance(step, Wait)}
         for position, step in enumerate(steps):
-            self._progress.begin(position)
+            self._progress.begin(position, step)
             match step:
                 case Post(transfer):
                     self._post(transfer, awaited=transfer in awaited)
