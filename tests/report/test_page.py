@@ -95,7 +95,7 @@ def test_page_opens_without_a_message_or_a_request(name, window, pages):
 
 def test_page_says_what_the_plan_gains(small):
     assert small.text("h1") == "vision + language on 4 ranks"
-    assert small.text("#summary").startswith("A step takes 2.00 s, 1.50 times as fast as under")
+    assert small.text("#summary").startswith("A step takes 2.00\u00a0s, 1.50 times as fast as under")
     assert "fullest GPU50.0 GiB" in small.text("#numbers")
 
 
@@ -112,7 +112,7 @@ def test_page_says_what_the_plan_gains(small):
             2.5,
             {
                 "": "F0 language.0",
-                "waited": "2.00 s for F0 vision.0 on ranks 0–1, 1.00 s of it on the way",
+                "waited": "2.00 s for F0 vision.0 on ranks 0–1, 1.00 s of it for the transfer",
             },
         ),
         (1, 1.0, {"": "waiting for input of F0 language.0"}),

@@ -3,11 +3,10 @@
 function start() {
   const data = JSON.parse(byId("data").textContent);
   const rows = makeRows(data);
-  const lastEnd = (name) => rows.reduce((most, row) =>
-    row[name] ? row[name].end.reduce((a, b) => Math.max(a, b), most) : most, 0);
+  const endOf = (name) => Math.max(0, ...rows.map((row) => (row[name] ? lastEnd(row[name]) : 0)));
   const state = {
     data, rows, tracks: "both", row: fullestRow(data, rows),
-    simulatedEnd: lastEnd("simulated"), measuredEnd: lastEnd("measured"),
+    simulatedEnd: endOf("simulated"), measuredEnd: endOf("measured"),
     labelWidth: clamp(longestLabel(rows), 130, 330),
     hover: null, pointer: null, drag: null, dragSpan: null, showsPath: false, path: null,
   };
@@ -38,7 +37,9 @@ function painter(state) {
   const paint = () => {
     waits = false;
     layOut(state);
-    state.path = state.showsPath ? new Set(criticalPath(...pathEnds(state))) : null;
+    if (state.pathOf !== pathTrack(state)) state.wholePath = new Set(criticalPath(state));
+    state.pathOf = pathTrack(state);
+    state.path = state.showsPath ? state.wholePath : null;
     drawRows(byId("rows"), state);
     paintMemory(state);
     const { begin, end } = state.view;
@@ -51,16 +52,10 @@ function painter(state) {
   };
 }
 
-function pathEnds(state) {
-  const name = pathTrack(state);
-  const rows = state.rows.filter((row) => row[name]);
-  return [rows[0], rows, name];
-}
-
 function layOut(state) {
   const scroll = byId("scroll");
   const scrollTop = scroll.scrollTop;
-  const most = Math.max(240, Math.round(window.innerHeight * 0.66));
+  const most = Math.max(240, Math.round(window.innerHeight * 0.72));
   state.place = rowsGeometry(state, scroll.clientWidth, most);
   state.place.scroll = Math.min(scrollTop, state.place.total - state.place.shown);
   scroll.style.height = `${state.place.shown}px`;

@@ -3,6 +3,7 @@
 /** Seconds with three digits, in the unit that suits them. */
 function seconds(us) {
   const size = Math.abs(us);
+  if (size === 0) return "0 s";
   if (size < 1000) return `${Math.round(us)} µs`;
   if (size < 1e5) return `${Number((us / 1e3).toPrecision(3))} ms`;
   if (size < 1e6) return `${(us / 1e3).toFixed(0)} ms`;
@@ -14,6 +15,11 @@ function moment(us, apart, whole) {
   const [unit, name] = whole >= 1e6 ? [1e6, "s"] : [1e3, "ms"];
   const digits = Math.ceil(-Math.log10(apart / unit) - 1e-9);
   return `${(us / unit).toFixed(clamp(digits, 0, Math.log10(unit)))} ${name}`;
+}
+
+/** Text in which no line breaks between a number and its unit. */
+function unbroken(text) {
+  return text.replace(/(\d) (s|ms|µs|GiB)\b/g, "$1\u00a0$2");
 }
 
 function gib(bytes) {

@@ -22,10 +22,10 @@ function fillHeader(data) {
   document.title = `${data.name}: ${data.title}`;
   byId("name").textContent = data.name;
   byId("title").textContent = data.title;
-  byId("summary").textContent = data.summary;
+  byId("summary").textContent = unbroken(data.summary);
   byId("numbers").append(...data.numbers.map(({ label, value, note }) =>
     element("div", {}, element("dt", {}, label),
-      element("dd", {}, value, element("small", {}, note)))));
+      element("dd", {}, value, element("small", {}, unbroken(note))))));
 }
 
 function sourceText(data) {

@@ -7,8 +7,8 @@ const RIGHT = 64; // of the shares behind them
 function rowsGeometry(state, width, mostHeight) {
   const both = state.tracks === "both" && state.rows.some((row) => row.measured);
   const count = state.rows.length;
-  const alone = count <= 8 ? 40 : count <= 16 ? 30 : count <= 40 ? 24 : 18;
-  const height = both ? alone * 1.6 : alone;
+  const [least, most] = both ? [30, 64] : [16, 40];
+  const height = clamp(Math.floor((mostHeight - AXIS) / count), least, most);
   const left = Math.min(state.labelWidth, 0.3 * width);
   const total = AXIS + count * height;
   return { both, left, width, height, total, shown: Math.min(total, mostHeight), scroll: 0 };

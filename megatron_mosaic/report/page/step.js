@@ -82,19 +82,17 @@ function ranksLabel(kind) {
   return `${name} ${ranks.length > 20 ? `${ranks.slice(0, 18)}…` : ranks}`;
 }
 
-/** Tasks from the end of the step back to its beginning, each waiting for the one before. */
-function criticalPath(row, tracks, name) {
-  const last = tracks.reduce((best, each) =>
-    each[name].end.at(-1) > best[name].end.at(-1) ? each : best, row);
-  const path = [];
-  let task = last[name].index[lastEnding(last[name])];
-  const behind = last[name].behind;
-  for (let steps = 0; task !== undefined && steps < behind.length; steps++) {
-    path.push(task);
-    if (!behind[task]) break;
-    task -= behind[task];
-  }
+/** Tasks from the beginning of the step to its end, each of which the next one waited for. */
+function criticalPath(state) {
+  const tracks = state.rows.map((row) => row[pathTrack(state)]).filter(Boolean);
+  const last = tracks.reduce((best, track) => (lastEnd(track) > lastEnd(best) ? track : best));
+  const path = [last.index[lastEnding(last)]];
+  while (last.behind[path.at(-1)]) path.push(path.at(-1) - last.behind[path.at(-1)]);
   return path.reverse();
+}
+
+function lastEnd(track) {
+  return track.end[lastEnding(track)];
 }
 
 function lastEnding(track) {

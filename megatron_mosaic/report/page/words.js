@@ -54,7 +54,7 @@ function waitedFor(state, found) {
   const way = own.start[found.at] - track.end[before.at];
   const name = taskName(state.data, track.index[before.at]);
   const where = before.row === found.row ? "" : ` on ${row.label}`;
-  return ` for ${name}${where}${way >= 1 ? `, ${seconds(way)} of it on the way` : ""}`;
+  return ` for ${name}${where}${way >= 1 ? `, ${seconds(way)} of it for the transfer` : ""}`;
 }
 
 function memoryWords(state, us) {
