@@ -78,7 +78,8 @@ def _language_lists(plan: Plan, *, num_microbatches: int, forward_only: bool) ->
 def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
     """Microbatches of which a rank of the stage holds activations at most: as in the schedule."""
     schedule = interleaved(plan, num_microbatches=num_microbatches)
-    return peak_live(schedule, plan.modules[stage.module].stage_ranks(stage.stage)[0], *stage)
+    rank = plan.modules[stage.module].stage_ranks(stage.stage)[0]
+    return peak_live(schedule, rank, stage.module, stage=stage.stage)
 
 
 def _place_tasks(
