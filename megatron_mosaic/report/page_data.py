@@ -88,7 +88,7 @@ def _kind(program: Program, kind: RankKind, memory: Iterable[Memory]) -> dict[st
     return {
         "ranks": show_ranks(kind.ranks).strip("[]"),
         "num_ranks": len(kind.ranks),
-        "stages": [program.stages.index(stage) for stage in kind.stages],
+        "stages": np.unique(program.tasks.stage[program.tasks_of(kind)]).tolist(),
         "memory": dict(terms) if terms else None,
     }
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.report.prediction import read_prediction
@@ -76,6 +78,9 @@ def _thread(row: MeasuredRow) -> int:
 def _simulated_events(step: ReportedStep) -> Iterator[_Event]:
     timeline = step.timeline
     program = timeline.program
+    first_kind = np.zeros(len(timeline.start_s), dtype=np.int64)
+    for pid, kind in reversed([*enumerate(program.kinds)]):
+        first_kind[program.tasks_of(kind)] = pid
     for pid, kind in enumerate(program.kinds):
         own = program.tasks_of(kind)
         waits_for = _from_elsewhere(program, kind, step.after)
@@ -84,7 +89,8 @@ def _simulated_events(step: ReportedStep) -> Iterator[_Event]:
         ):
             yield _slice(program, task, pid, _SIMULATED, start_s, end_s, step.after)
             if task in waits_for:
-                yield from _arrow(step, waits_for[task], task, pid=pid)
+                before = waits_for[task]
+                yield from _arrow(step, before, task, source=int(first_kind[before]), pid=pid)
 
 
 def _measured_events(step: ReportedStep) -> Iterator[_Event]:
@@ -132,18 +138,14 @@ def _from_elsewhere(program: Program, kind: RankKind, after: Integers) -> Mappin
     }
 
 
-def _arrow(step: ReportedStep, before: int, task: int, *, pid: int) -> Iterator[_Event]:
+def _arrow(
+    step: ReportedStep, before: int, task: int, *, source: int, pid: int
+) -> Iterator[_Event]:
     """The two ends of an arrow; each lies inside the slice that it belongs to."""
-    timeline, stages = step.timeline, step.timeline.program.stages
-    stage = stages[int(timeline.program.tasks.stage[before])]
-    source = next(k for k, kind in enumerate(timeline.program.kinds) if stage in kind.stages)
+    timeline = step.timeline
     arrow = {"name": "waits for", "cat": "wait", "id": f"{pid}.{task}", "tid": _SIMULATED}
-    yield {
-        **arrow,
-        "ph": "s",
-        "pid": source,
-        "ts": _inside(timeline.start_s, timeline.end_s, before),
-    }
+    start_us = _inside(timeline.start_s, timeline.end_s, before)
+    yield {**arrow, "ph": "s", "pid": source, "ts": start_us}
     yield {**arrow, "ph": "f", "bp": "e", "pid": pid, "ts": _us(timeline.start_s[task])}
 
 

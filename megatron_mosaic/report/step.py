@@ -114,13 +114,13 @@ def _measured(program: Program, steps: Sequence[MeasuredStep]) -> Measured:
     warm = steps[1:] or steps
     step = typical_step(warm)
     kind_of = {rank: k for k, kind in enumerate(program.kinds) for rank in kind.ranks}
-    positions = {program.task(n): n for n in range(len(program.tasks.stage))}
+    positions = [
+        {program.task(n): n for n in program.tasks_of(kind).tolist()} for kind in program.kinds
+    ]
     rows = [
-        _row(rank, spans, kind=kind_of.get(rank, -1), positions=positions)
+        _row(rank, spans, kind=kind_of.get(rank), positions=positions)
         for rank, spans in step.spans.items()
     ]
-    for row in rows:
-        _check_row(program, row)
     return Measured(
         step=step.number,
         steps_s=tuple(each.makespan_s for each in warm),
@@ -131,24 +131,26 @@ def _measured(program: Program, steps: Sequence[MeasuredStep]) -> Measured:
 
 
 def _row(
-    rank: int, spans: Sequence[Span], *, kind: int, positions: Mapping[Task, int]
+    rank: int,
+    spans: Sequence[Span],
+    *,
+    kind: int | None,
+    positions: Sequence[Mapping[Task, int]],
 ) -> MeasuredRow:
-    unknown = next((span.task for span in spans if span.task not in positions), None)
-    if unknown is not None or kind < 0:
-        raise _other_plan(rank, f"task={unknown or spans[0].task}")
+    """Finds a rank's tasks among those of its kind; idle ranks have no kind."""
+    own = {} if kind is None else positions[kind]
+    unknown = next((span.task for span in spans if span.task not in own), None)
+    if unknown is not None:
+        raise _other_plan(rank, f"task={unknown}")
+    if kind is None or len({span.task for span in spans}) != len(own) or len(spans) != len(own):
+        raise _other_plan(rank, f"num_tasks={len(spans)}")
     return MeasuredRow(
         rank=rank,
         kind=kind,
-        index=np.array([positions[span.task] for span in spans]),
+        index=np.array([own[span.task] for span in spans]),
         start_s=np.array([span.start_s for span in spans]),
         end_s=np.array([span.end_s for span in spans]),
     )
-
-
-def _check_row(program: Program, row: MeasuredRow) -> None:
-    own = program.tasks_of(program.kinds[row.kind])
-    if not np.array_equal(np.sort(row.index), own):
-        raise _other_plan(row.rank, f"num_tasks={len(row.index)}")
 
 
 def _other_plan(rank: int, found: str) -> PlanError:

@@ -95,7 +95,9 @@ def test_page_opens_without_a_message_or_a_request(name, window, pages):
 
 def test_page_says_what_the_plan_gains(small):
     assert small.text("h1") == "vision + language on 4 ranks"
-    assert small.text("#summary").startswith("A step takes 2.00\u00a0s, 1.50 times as fast as under")
+    assert small.text("#summary").startswith(
+        "A step takes 2.00\u00a0s, 1.50 times as fast as under"
+    )
     assert "fullest GPU50.0 GiB" in small.text("#numbers")
 
 
