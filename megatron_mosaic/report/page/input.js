@@ -171,7 +171,8 @@ function chooseTask(state, by) {
   const first = Math.max(0, lastStarted(track, state.view.begin));
   const at = clamp(here ? state.hover.at + by : first, 0, track.index.length - 1);
   const outside = track.start[at] < state.view.begin || track.start[at] > state.view.end;
-  if (outside) state.view = moved(state.view, track.start[at] - (state.view.begin + state.view.end) / 2);
+  if (outside)
+    state.view = moved(state.view, track.start[at] - (state.view.begin + state.view.end) / 2);
   state.hover = { row: state.row, name, at, waits: false };
   const words = taskWords(state, state.hover);
   const box = taskBox(state, state.hover);

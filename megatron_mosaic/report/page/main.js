@@ -5,10 +5,19 @@ function start() {
   const rows = makeRows(data);
   const endOf = (name) => Math.max(0, ...rows.map((row) => (row[name] ? lastEnd(row[name]) : 0)));
   const state = {
-    data, rows, tracks: "both", row: fullestRow(data, rows),
-    simulatedEnd: endOf("simulated"), measuredEnd: endOf("measured"),
+    data,
+    rows,
+    tracks: "both",
+    row: fullestRow(data, rows),
+    simulatedEnd: endOf("simulated"),
+    measuredEnd: endOf("measured"),
     labelWidth: clamp(longestLabel(rows), 130, 330),
-    hover: null, pointer: null, drag: null, dragSpan: null, showsPath: false, path: null,
+    hover: null,
+    pointer: null,
+    drag: null,
+    dragSpan: null,
+    showsPath: false,
+    path: null,
   };
   state.wholeEnd = Math.max(state.simulatedEnd + data.once_us, state.measuredEnd) || 1;
   state.view = wholeView(state.wholeEnd);
@@ -44,7 +53,8 @@ function painter(state) {
     paintMemory(state);
     const { begin, end } = state.view;
     const apart = (end - begin) / 500;
-    byId("range").textContent = `${moment(begin, apart, state.wholeEnd)} – ${moment(end, apart, state.wholeEnd)}`;
+    byId("range").textContent =
+      `${moment(begin, apart, state.wholeEnd)} – ${moment(end, apart, state.wholeEnd)}`;
   };
   return () => {
     if (!waits) requestAnimationFrame(paint);
@@ -73,9 +83,11 @@ function paintMemory(state) {
     state.memory = memoryLayers(state, row);
     [state.memoryOf, state.memoryTheme] = [key, state.theme];
     byId("memory-title").textContent = `Memory of a GPU of ${row.label}${
-      state.memory.known ? "" : ", with activations at their peak"}`;
-    byId("memory-legend").replaceChildren(...state.memory.layers.map((layer) =>
-      element("span", {}, swatch(layer.color), layer.name)));
+      state.memory.known ? "" : ", with activations at their peak"
+    }`;
+    byId("memory-legend").replaceChildren(
+      ...state.memory.layers.map((layer) => element("span", {}, swatch(layer.color), layer.name)),
+    );
   }
   drawMemory(byId("memory"), state);
 }
@@ -101,7 +113,9 @@ function chooseTheme(state, redraw) {
   const apply = () => {
     root.dataset.theme = chosen || (system.matches ? "dark" : "light");
     state.theme = readTheme();
-    state.colors = new Map(state.data.modules.map((each) => [each, moduleColors(each, state.theme)]));
+    state.colors = new Map(
+      state.data.modules.map((each) => [each, moduleColors(each, state.theme)]),
+    );
     fillLegend(byId("legend"), state);
     redraw();
   };

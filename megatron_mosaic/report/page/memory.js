@@ -23,9 +23,13 @@ function liveBytes(data, track) {
     const own = data.stages[stage[task]];
     const bytes = (own.task_bytes * count[task]) / longest[stage[task]];
     if (!backward[task]) events.push([track.start[at], own.module, bytes]);
-    if (backward[task] || !returns.has(stage[task])) events.push([track.end[at], own.module, -bytes]);
+    if (backward[task] || !returns.has(stage[task]))
+      events.push([track.end[at], own.module, -bytes]);
   });
-  return summed(events.sort(([one], [other]) => one - other), data.modules.length);
+  return summed(
+    events.sort(([one], [other]) => one - other),
+    data.modules.length,
+  );
 }
 
 function summed(events, numModules) {
@@ -52,14 +56,28 @@ function memoryLayers(state, row) {
     color: data.colors.memory[term],
     bytes: () => terms[term],
   }));
-  const flat = { name: "activations", color: data.colors.memory.activations, bytes: () => terms.activations || 0 };
-  const live = data.modules.map((module, n) => ({
-    name: `activations of ${module.name}`,
-    color: state.colors.get(module).forward,
-    bytes: (held) => held[n],
-  })).filter((_, n) => points.some(([, held]) => held[n] > 0));
-  const working = { name: "working, at most", color: data.colors.memory.working, bytes: () => terms.working || 0 };
-  return { points, layers: [...stays, ...(known ? live : [flat]), ...(terms.working ? [working] : [])], known };
+  const flat = {
+    name: "activations",
+    color: data.colors.memory.activations,
+    bytes: () => terms.activations || 0,
+  };
+  const live = data.modules
+    .map((module, n) => ({
+      name: `activations of ${module.name}`,
+      color: state.colors.get(module).forward,
+      bytes: (held) => held[n],
+    }))
+    .filter((_, n) => points.some(([, held]) => held[n] > 0));
+  const working = {
+    name: "working, at most",
+    color: data.colors.memory.working,
+    bytes: () => terms.working || 0,
+  };
+  return {
+    points,
+    layers: [...stays, ...(known ? live : [flat]), ...(terms.working ? [working] : [])],
+    known,
+  };
 }
 
 function heldAt(points, us) {
@@ -79,7 +97,12 @@ function drawMemory(canvas, state) {
   const pen = prepared(canvas, place.width, MEMORY_HEIGHT);
   const box = { top: 10, bottom: MEMORY_HEIGHT - 8 };
   const totals = memory.points.map(([, held]) => total(memory.layers, held));
-  const most = 1.08 * Math.max(data.capacity_bytes || 0, totals.reduce((a, b) => Math.max(a, b), 0));
+  const most =
+    1.08 *
+    Math.max(
+      data.capacity_bytes || 0,
+      totals.reduce((a, b) => Math.max(a, b), 0),
+    );
   const y = (bytes) => box.bottom - (bytes / most) * (box.bottom - box.top);
   pen.fillStyle = theme.track;
   pen.fillRect(place.left, box.top, plotWidth(place), box.bottom - box.top);

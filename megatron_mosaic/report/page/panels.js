@@ -23,13 +23,21 @@ function fillHeader(data) {
   byId("name").textContent = data.name;
   byId("title").textContent = data.title;
   byId("summary").textContent = unbroken(data.summary);
-  byId("numbers").append(...data.numbers.map(({ label, value, note }) =>
-    element("div", {}, element("dt", {}, label),
-      element("dd", {}, value, element("small", {}, unbroken(note))))));
+  byId("numbers").append(
+    ...data.numbers.map(({ label, value, note }) =>
+      element(
+        "div",
+        {},
+        element("dt", {}, label),
+        element("dd", {}, value, element("small", {}, unbroken(note))),
+      ),
+    ),
+  );
 }
 
 function sourceText(data) {
-  const example = "Durations are an example: a microbatch takes 1 s forward and 2 s backward on every stage.";
+  const example =
+    "Durations are an example: a microbatch takes 1 s forward and 2 s backward on every stage.";
   const measured = "The plan file predicts no durations: the simulation takes the measured ones.";
   const text = { example, measured, predicted: "" }[data.source];
   const traced = data.measured;
@@ -39,18 +47,25 @@ function sourceText(data) {
 
 function fillLegend(target, state) {
   const { data, theme } = state;
-  const runs = (module, backward) => data.tasks.stage.some((stage, task) =>
-    data.stages[stage].module === module && data.tasks.backward[task] === backward);
+  const runs = (module, backward) =>
+    data.tasks.stage.some(
+      (stage, task) =>
+        data.stages[stage].module === module && data.tasks.backward[task] === backward,
+    );
   const entries = data.modules.flatMap((module, n) => {
     const colors = state.colors.get(module);
-    return [[colors.forward, `${module.name} forward`, 0], [colors.backward, `${module.name} backward`, 1]]
-      .filter(([, , backward]) => runs(n, backward));
+    return [
+      [colors.forward, `${module.name} forward`, 0],
+      [colors.backward, `${module.name} backward`, 1],
+    ].filter(([, , backward]) => runs(n, backward));
   });
   entries.push([theme.track, "waiting"]);
-  if (data.once_us) entries.push([theme.once, `synchronising and optimizer, ${seconds(data.once_us)}`]);
+  if (data.once_us)
+    entries.push([theme.once, `synchronising and optimizer, ${seconds(data.once_us)}`]);
   if (data.measured) entries.push(["", "in each row: simulated above, measured below"]);
-  target.replaceChildren(...entries.map(([color, text]) =>
-    element("span", {}, ...(color ? [swatch(color)] : []), text)));
+  target.replaceChildren(
+    ...entries.map(([color, text]) => element("span", {}, ...(color ? [swatch(color)] : []), text)),
+  );
 }
 
 /** A row of stacked pieces on a common scale. */
@@ -70,7 +85,12 @@ function stackRow(label, small, pieces, whole, value, limit) {
     mark.style.left = `${(100 * limit) / whole}%`;
     bars.append(mark);
   }
-  const name = element("div", { class: "label" }, label, ...(small ? [element("small", {}, small)] : []));
+  const name = element(
+    "div",
+    { class: "label" },
+    label,
+    ...(small ? [element("small", {}, small)] : []),
+  );
   return [name, bars, element("div", { class: "value" }, value)];
 }
 
@@ -82,29 +102,47 @@ function fillBreakdown(data) {
   const whole = Math.max(...sums) || 1;
   const stack = element("div", { class: "stack tall" });
   data.breakdown.forEach(({ name, layout, terms, step_s: step }, n) => {
-    const pieces = Object.entries(terms).map(([term, value]) =>
-      [termName(term), value, data.colors.time[term], seconds(us(value))]);
-    stack.append(...stackRow(name, layout, pieces, whole, seconds(us(step === null ? sums[n] : step))));
+    const pieces = Object.entries(terms).map(([term, value]) => [
+      termName(term),
+      value,
+      data.colors.time[term],
+      seconds(us(value)),
+    ]);
+    stack.append(
+      ...stackRow(name, layout, pieces, whole, seconds(us(step === null ? sums[n] : step))),
+    );
   });
   byId("breakdown").replaceChildren(stack, breakdownTable(data));
 }
 
 function breakdownTable(data) {
   const heads = data.breakdown.map(({ name }) => element("th", { scope: "col" }, name));
-  const table = element("table", { class: "terms" },
-    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...heads)));
+  const table = element(
+    "table",
+    { class: "terms" },
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...heads)),
+  );
   const body = element("tbody", {});
   for (const [term, color] of Object.entries(data.colors.time)) {
-    const cells = data.breakdown.map(({ terms }) => element("td", {}, seconds((terms[term] || 0) * 1e6)));
-    body.append(element("tr", {}, element("th", { scope: "row" }, swatch(color), termName(term)), ...cells));
+    const cells = data.breakdown.map(({ terms }) =>
+      element("td", {}, seconds((terms[term] || 0) * 1e6)),
+    );
+    body.append(
+      element("tr", {}, element("th", { scope: "row" }, swatch(color), termName(term)), ...cells),
+    );
   }
   table.append(body);
   return table;
 }
 
 function termName(term) {
-  const names = { compute_s: "compute", communication_s: "exposed communication",
-    bubble_s: "waiting (bubble)", sync_s: "synchronising", optimizer_s: "optimizer" };
+  const names = {
+    compute_s: "compute",
+    communication_s: "exposed communication",
+    bubble_s: "waiting (bubble)",
+    sync_s: "synchronising",
+    optimizer_s: "optimizer",
+  };
   return names[term] || term;
 }
 
@@ -117,30 +155,53 @@ function fillPeaks(data) {
   const whole = 1.03 * Math.max(data.capacity_bytes || 0, sum(shown[0])) || 1;
   const stack = element("div", { class: "stack" });
   for (const kind of kinds.filter((each) => shown.includes(each))) {
-    const pieces = Object.keys(data.colors.memory).filter((term) => kind.memory[term]).map((term) =>
-      [term, kind.memory[term], data.colors.memory[term], gib(kind.memory[term])]);
-    stack.append(...stackRow(ranksLabel(kind), "", pieces, whole, gib(sum(kind)), data.capacity_bytes));
+    const pieces = Object.keys(data.colors.memory)
+      .filter((term) => kind.memory[term])
+      .map((term) => [term, kind.memory[term], data.colors.memory[term], gib(kind.memory[term])]);
+    stack.append(
+      ...stackRow(ranksLabel(kind), "", pieces, whole, gib(sum(kind)), data.capacity_bytes),
+    );
   }
-  const legend = element("div", { class: "legend" }, ...Object.entries(data.colors.memory).map(([term, color]) =>
-    element("span", {}, swatch(color), term)));
+  const legend = element(
+    "div",
+    { class: "legend" },
+    ...Object.entries(data.colors.memory).map(([term, color]) =>
+      element("span", {}, swatch(color), term),
+    ),
+  );
   const hidden = kinds.length - shown.length;
   if (hidden) legend.append(element("span", {}, `${hidden} emptier kinds of ranks left out`));
   byId("peaks").replaceChildren(stack, legend);
 }
 
 function fillPlan(data) {
-  byId("facts").append(...Object.entries(data.plan.facts).map(([name, text]) =>
-    element("li", {}, element("span", {}, name), text)));
+  byId("facts").append(
+    ...Object.entries(data.plan.facts).map(([name, text]) =>
+      element("li", {}, element("span", {}, name), text),
+    ),
+  );
   const { rows } = data.plan;
   const usual = new Set(["CP", "VPP", "EP"]); // columns of ones say nothing
-  const names = Object.keys(rows[0]).filter((name) =>
-    !usual.has(name) || rows.some((row) => row[name] > 1));
+  const names = Object.keys(rows[0]).filter(
+    (name) => !usual.has(name) || rows.some((row) => row[name] > 1),
+  );
   const texts = new Set(["module", "ranks", "layers", "trainable", "recompute"]);
   const kind = (name) => (texts.has(name) ? { class: "text" } : {});
   const head = names.map((name) => element("th", { scope: "col", ...kind(name) }, name));
-  const body = rows.map((row) => element("tr", {}, ...names.map((name) =>
-    name === "module" ? element("th", { scope: "row", ...kind(name) }, row[name])
-      : element("td", kind(name), `${row[name]}`))));
-  byId("plan").append(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body));
+  const body = rows.map((row) =>
+    element(
+      "tr",
+      {},
+      ...names.map((name) =>
+        name === "module"
+          ? element("th", { scope: "row", ...kind(name) }, row[name])
+          : element("td", kind(name), `${row[name]}`),
+      ),
+    ),
+  );
+  byId("plan").append(
+    element("thead", {}, element("tr", {}, ...head)),
+    element("tbody", {}, ...body),
+  );
   byId("yaml").textContent = data.plan.yaml;
 }

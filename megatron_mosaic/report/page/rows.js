@@ -21,7 +21,9 @@ function longestLabel(rows) {
     pen.font = `${font} ${FONT}`;
     return pen.measureText(text).width;
   };
-  return 36 + Math.max(...rows.map((row) => width(row.label, "600 12px") + width(row.stages, "11px")));
+  return (
+    36 + Math.max(...rows.map((row) => width(row.label, "600 12px") + width(row.stages, "11px")))
+  );
 }
 
 function plotWidth(place) {
@@ -141,7 +143,13 @@ function drawTasks(pen, state, track, box) {
       pen.fillRect(x, box.top, 0.75, box.height);
     }
     if (width > 12 && box.height >= 11 && !(path && !path.has(task))) {
-      drawNumber(pen, state, task, { x, width, ...box }, backward ? colors.onBackward : colors.onForward);
+      drawNumber(
+        pen,
+        state,
+        task,
+        { x, width, ...box },
+        backward ? colors.onBackward : colors.onForward,
+      );
     }
   }
 }
@@ -217,7 +225,10 @@ function drawPointer(pen, state) {
     pen.strokeStyle = theme.accent;
     pen.lineWidth = 1.5;
     outline(pen, place, source);
-    line(pen, place, [[source.x + source.width, middleOf(source)], [box.x, middleOf(box)]]);
+    line(pen, place, [
+      [source.x + source.width, middleOf(source)],
+      [box.x, middleOf(box)],
+    ]);
   }
   pen.strokeStyle = theme.text;
   pen.lineWidth = 1.5;

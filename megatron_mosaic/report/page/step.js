@@ -29,7 +29,12 @@ function simulatedTrack(data, kind) {
     if (hosted.has(stage)) index.push(task);
   });
   const { start_us: start, duration_us: duration, behind } = data.simulated;
-  return track(data, index, behind, index.map((task) => [start[task], duration[task]]));
+  return track(
+    data,
+    index,
+    behind,
+    index.map((task) => [start[task], duration[task]]),
+  );
 }
 
 function measuredTrack(data, simulated, row) {

@@ -27,7 +27,11 @@ function taskWords(state, found) {
   ];
   const color = kind === "backward" ? colors.backward : colors.forward;
   const name = taskName(state.data, task);
-  return { heading: found.waits ? `waiting for input of ${name}` : name, color: found.waits ? null : color, lines };
+  return {
+    heading: found.waits ? `waiting for input of ${name}` : name,
+    color: found.waits ? null : color,
+    lines,
+  };
 }
 
 function timeLines(state, track, at, name) {
@@ -35,7 +39,10 @@ function timeLines(state, track, at, name) {
   const apart = Math.max(1, (end - start) / 100);
   const { whole } = state.view;
   const span = `${moment(start, apart, whole)} to ${moment(end, apart, whole)}`;
-  return [[name || "runs", span], ["takes", seconds(end - start)]];
+  return [
+    [name || "runs", span],
+    ["takes", seconds(end - start)],
+  ];
 }
 
 /** The same task as the other track has it. */
@@ -76,7 +83,8 @@ function spoken({ heading, lines }) {
 function showTip(tip, words, x, y) {
   const head = element("b", {}, ...(words.color ? [swatch(words.color)] : []), words.heading);
   const rows = words.lines.map(([name, text]) =>
-    element("tr", {}, element("th", {}, name), element("td", {}, text)));
+    element("tr", {}, element("th", {}, name), element("td", {}, text)),
+  );
   tip.replaceChildren(head, element("table", {}, ...rows));
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
