@@ -172,16 +172,25 @@ def _trainable(trainable: Sequence[str] | None) -> str:
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    group = plan.schedule.encoder_group
+    schedule = plan.schedule
     facts = {
-        "schedule": plan.schedule.kind,
+        "schedule": schedule.kind,
         "global batch": f"{plan.global_batch_size:,} samples",
-        "micro batch": f"{plan.micro_batch_size} sample{'s' * (plan.micro_batch_size > 1)}",
+        "micro batch": _counted(plan.micro_batch_size, "sample"),
         "microbatches": f"{plan.num_microbatches:,} a step",
     }
-    if plan.schedule.kind == "colocated":
-        facts["encoder task"] = f"{group} microbatches" if group else "the whole batch"
+    if plan.encoders and schedule.kind in ("colocated", "bubble_fill"):
+        group = schedule.group_size(plan.num_microbatches)
+        facts["encoder task"] = _counted(group, "microbatch", "microbatches")
+    if schedule.max_live is not None:
+        facts["live encoder tasks"] = f"at most {schedule.max_live}"
+    if schedule.ahead:
+        facts["frozen encoders"] = "a step ahead"
     return facts
+
+
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _us(value_s: float) -> int:

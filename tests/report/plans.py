@@ -15,8 +15,26 @@ def small_plan(predicted=PREDICTED + TASK_BYTES):
     return Plan.loads(PLAN + predicted, where="plan.yaml")
 
 
+def filled_plan():
+    """Encoder tasks in the waits of the language model, on each rank where it has them."""
+    return Plan.loads(
+        """\
+format: 1
+world_size: 2
+global_batch_size: 4
+micro_batch_size: 1
+modules:
+  vision: {ranks: 0-1, data_parallel_size: 2}
+  language: {ranks: 0-1, pipeline_model_parallel_size: 2}
+edges: [[vision, language]]
+schedule: {kind: bubble_fill}
+""",
+        where="plan.yaml",
+    )
+
+
 def large_plan():
-    """4,096 ranks: 32 stages, 128 replicas in two halves, and an encoder on half of the ranks."""
+    """4,096 ranks: 32 stages with 128 ranks each, and an encoder on half of them."""
     return Plan.loads(
         """\
 format: 1

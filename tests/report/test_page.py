@@ -7,7 +7,7 @@ import pytest
 from megatron_mosaic.cli import main
 from megatron_mosaic.report.page import write_page
 from tests.report import browser
-from tests.report.plans import TASK_BYTES, large_plan, small_plan, write_trace
+from tests.report.plans import TASK_BYTES, filled_plan, large_plan, small_plan, write_trace
 from tests.report.test_report import PLAN, PREDICTED
 
 pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
@@ -240,6 +240,22 @@ def test_page_without_a_prediction_says_that_durations_are_an_example(window, pa
 
     assert window.text("#source").startswith("Durations are an example")
     assert window.script("return document.getElementById('peaks-section').hidden") is True
+
+
+def test_replicas_that_run_apart_have_times_of_their_own(window, tmp_path):
+    write_page(filled_plan(), tmp_path / "page.html", name="plan.yaml")
+    window.open(tmp_path / "page.html")
+    window.settle()
+
+    # The first language stage starts as soon as it can; the second one has to wait for it.
+    first = {}
+    for row in (0, 1):
+        window.script("document.getElementById('scroll').focus()")
+        for key in ("\ue013", "\ue013", *(["\ue015"] * row), "n", "n"):
+            window.press(key)
+        first[row] = tip(window)[""]
+
+    assert first == {0: "F0 language.0", 1: "F1 vision.0"}
 
 
 def test_text_of_a_plan_is_never_markup(window, tmp_path):

@@ -62,6 +62,8 @@ function fillLegend(target, state) {
   entries.push([theme.track, "waiting"]);
   if (data.once_us)
     entries.push([theme.once, `synchronising and optimizer, ${seconds(data.once_us)}`]);
+  if (state.rows.some((row) => [...row.turns.values()].some((turn) => turn > 0)))
+    entries.push(["", "lines in a task: how many stages of its module the rank has before it"]);
   if (data.measured) entries.push(["", "in each row: simulated above, measured below"]);
   target.replaceChildren(
     ...entries.map(([color, text]) => element("span", {}, ...(color ? [swatch(color)] : []), text)),

@@ -90,7 +90,7 @@ function drawRow(pen, state, number) {
     pen.fillStyle = state.theme.track;
     pen.fillRect(state.place.left, box.top, plotWidth(state.place), box.height);
     if (slot.name === "simulated") drawOnce(pen, state, box);
-    drawTasks(pen, state, track, box);
+    drawTasks(pen, state, row, track, box);
     pen.restore();
     drawShare(pen, state, track, box, slot.name);
   }
@@ -125,33 +125,36 @@ function fitted(pen, text, width) {
   return `${text.slice(0, length)}…`;
 }
 
-function drawTasks(pen, state, track, box) {
-  const { view, place, data, theme, path } = state;
+function drawTasks(pen, state, row, track, box) {
+  const { view, place } = state;
   for (let n = Math.max(0, lastStarted(track, view.begin)); n < track.index.length; n++) {
     if (track.start[n] > view.end) break;
     const x = xOf(track.start[n], view, place);
     const width = Math.max(xOf(track.end[n], view, place) - x, 0.5);
-    const task = track.index[n];
-    const colors = state.colors.get(moduleOf(data, task));
-    const backward = data.tasks.backward[task];
-    pen.globalAlpha = path && !path.has(task) ? 0.25 : 1;
-    pen.fillStyle = backward ? colors.backward : colors.forward;
-    pen.fillRect(x, box.top, width, box.height);
-    pen.globalAlpha = 1;
-    if (width > 5) {
-      pen.fillStyle = theme.paper;
-      pen.fillRect(x, box.top, 0.75, box.height);
-    }
-    if (width > 12 && box.height >= 11 && !(path && !path.has(task))) {
-      drawNumber(
-        pen,
-        state,
-        task,
-        { x, width, ...box },
-        backward ? colors.onBackward : colors.onForward,
-      );
-    }
+    drawTask(pen, state, row, track.index[n], { x, width, ...box });
   }
+}
+
+function drawTask(pen, state, row, task, box) {
+  const { data, theme, path } = state;
+  const faint = path && !path.has(task);
+  const { forward, backward, onForward, onBackward } = state.colors.get(moduleOf(data, task));
+  const [color, onColor] = data.tasks.backward[task]
+    ? [backward, onBackward]
+    : [forward, onForward];
+  pen.globalAlpha = faint ? 0.25 : 1;
+  pen.fillStyle = color;
+  pen.fillRect(box.x, box.top, box.width, box.height);
+  pen.fillStyle = onColor;
+  for (let turn = row.turns.get(data.tasks.stage[task]); turn > 0 && box.width > 3; turn--) {
+    pen.fillRect(box.x + 2, box.top + box.height - 1 - 2.5 * turn, box.width - 3, 1);
+  }
+  pen.globalAlpha = 1;
+  if (box.width > 5) {
+    pen.fillStyle = theme.paper;
+    pen.fillRect(box.x, box.top, 0.75, box.height);
+  }
+  if (box.width > 12 && box.height >= 11 && !faint) drawNumber(pen, state, task, box, onColor);
 }
 
 /** Microbatches inside a task, in the part of it that shows. */

@@ -13,6 +13,7 @@ function makeRows(data) {
     kind,
     label: measured ? `rank ${measured.rank}` : ranksLabel(data.kinds[kind]),
     stages: data.kinds[kind].stages.map((stage) => stageName(data, stage)).join(" + "),
+    turns: turnsOf(data, data.kinds[kind].stages),
     simulated: simulated[kind],
     measured: measured ? measuredTrack(data, simulated[kind], measured) : null,
   });
@@ -20,6 +21,18 @@ function makeRows(data) {
   const others = data.kinds.map((_, kind) => kind);
   const missing = others.filter((kind) => !traced.some((row) => row.kind === kind));
   return [...traced.map((row) => rowOf(row.kind, row)), ...missing.map((kind) => rowOf(kind))];
+}
+
+/** For every stage of a rank, how many earlier ones of the same module the rank has. */
+function turnsOf(data, stages) {
+  const count = new Map();
+  return new Map(
+    stages.map((stage) => {
+      const { module } = data.stages[stage];
+      count.set(module, (count.get(module) ?? -1) + 1);
+      return [stage, count.get(module)];
+    }),
+  );
 }
 
 function simulatedTrack(data, kind) {
