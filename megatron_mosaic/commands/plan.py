@@ -156,17 +156,16 @@ def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
     heads = ("plan", "step s", "compute", "communication", "bubble", "sync", "optimizer", "GiB")
     rows: list[Sequence[str]] = [heads]
     for label, entry in entries:
-        breakdown = entry.estimate.breakdown
+        breakdown = entry.step.breakdown
         times = (
             entry.step_s,
             breakdown.compute_s,
             breakdown.communication_s,
-            # What the simulation finds beyond the closed form is time in which ranks wait.
-            max(0.0, breakdown.bubble_s + entry.step_s - entry.estimate.step_s),
+            breakdown.bubble_s,
             breakdown.sync_s,
             breakdown.optimizer_s,
         )
-        peak = f"{entry.estimate.peak_bytes / 2**30:.1f}"
+        peak = f"{entry.step.peak_bytes / 2**30:.1f}"
         rows.append((label, *(f"{seconds:.4f}" for seconds in times), peak))
     return columns(rows)
 
@@ -191,7 +190,7 @@ def _memory(entries: "Sequence[tuple[str, Simulated]]") -> str:
     """Memory of the choice by term; of equal kinds of ranks the first."""
     from megatron_mosaic.planner.explanation import hosted_text
 
-    memory = entries[0][1].estimate.memory
+    memory = entries[0][1].step.memory
     rows: list[Sequence[str]] = [("rank of", *next(iter(memory.values())), "GiB")]
     seen = set()
     for hosted, terms in memory.items():

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mosaic.cost.costs import HostedStage
+from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.planner import Answer, as_estimates, digests, prediction
 from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
+from megatron_mosaic.schedule.graph import Stage
 
 _TERMS = {
     "compute_s": "compute",
@@ -105,7 +106,7 @@ def _sentences(answer: Answer) -> list[str]:
     else:
         sentences.append(_difference(choice, baseline))
         sentences.append(_balance(choice, baseline))
-    sentences.append(_memory(choice.estimate, limit_bytes=answer.problem.memory_bytes))
+    sentences.append(_memory(choice.step, limit_bytes=answer.problem.memory_bytes))
     return sentences
 
 
@@ -114,7 +115,7 @@ def _homogeneous_wins(answer: Answer) -> str:
     if not rest:
         return "The homogeneous layout is the fastest; no other kind of placement came close."
     nearest, seconds = rest[0], rest[0].step_s - answer.choice.step_s
-    terms = _largest_changes(nearest.estimate, answer.choice.estimate)
+    terms = _largest_changes(nearest, answer.choice)
     reason = f", mostly by {terms[0][0]}" if terms else ""
     return (
         f"The homogeneous layout is the fastest; the best {nearest.estimate.candidate.placement} "
@@ -124,7 +125,7 @@ def _homogeneous_wins(answer: Answer) -> str:
 
 def _difference(choice: Simulated, baseline: Simulated) -> str:
     """Which terms make the choice faster, and which it pays for that."""
-    changes = _largest_changes(baseline.estimate, choice.estimate)
+    changes = _largest_changes(baseline, choice)
     saved = [f"{_ms(s)} of {term}" for term, s in changes if s > 0]
     paid = [f"{_ms(-s)} of {term}" for term, s in changes if s < 0]
     gain = baseline.step_s / choice.step_s - 1
@@ -136,10 +137,10 @@ def _difference(choice: Simulated, baseline: Simulated) -> str:
     return f"{text}, and pays {' and '.join(paid)}." if paid else f"{text}."
 
 
-def _largest_changes(before: Estimate, after: Estimate) -> list[tuple[str, float]]:
+def _largest_changes(before: Simulated, after: Simulated) -> list[tuple[str, float]]:
     """Terms that change by at least a hundredth of the step, the largest first."""
     changes = [
-        (words, getattr(before.breakdown, term) - getattr(after.breakdown, term))
+        (words, getattr(before.step.breakdown, term) - getattr(after.step.breakdown, term))
         for term, words in _TERMS.items()
     ]
     least_s = after.step_s / 100
@@ -180,8 +181,8 @@ def encoder_share(estimate: Estimate) -> float:
     return max(own / (own + rest) for own, rest in zip(encoders, busy, strict=True))
 
 
-def _memory(estimate: Estimate, *, limit_bytes: float) -> str:
-    hosted, terms = max(estimate.memory.items(), key=lambda item: sum(item[1].values()))
+def _memory(step: StepEstimate, *, limit_bytes: float) -> str:
+    hosted, terms = max(step.memory.items(), key=lambda item: sum(item[1].values()))
     largest = sorted(terms, key=lambda term: -terms[term])[:2]
     shown = " and ".join(f"{gib(terms[term])} of {term}" for term in largest)
     return (
@@ -190,7 +191,7 @@ def _memory(estimate: Estimate, *, limit_bytes: float) -> str:
     )
 
 
-def hosted_text(hosted: tuple[HostedStage, ...]) -> str:
+def hosted_text(hosted: tuple[Stage, ...]) -> str:
     """Stages of a rank in words."""
     return " + ".join(f"{module}.{stage}" for module, stage in hosted)
 
@@ -270,7 +271,7 @@ def _entry(entry: Simulated) -> dict[str, Any]:
         "num_microbatches": estimate.num_microbatches,
         "schedule": {"kind": candidate.kind, "encoder_group": candidate.encoder_group},
         "num_ranks": candidate.num_ranks,
-        "tokens_flops": estimate.flops,
+        "model_flops": entry.step.flops,
         "modules": {
             name: {
                 "host": host,
@@ -288,6 +289,6 @@ def _entry(entry: Simulated) -> dict[str, Any]:
         },
         "memory_bytes": {
             hosted_text(hosted): {term: round(held) for term, held in terms.items()}
-            for hosted, terms in estimate.memory.items()
+            for hosted, terms in entry.step.memory.items()
         },
     }

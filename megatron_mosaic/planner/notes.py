@@ -2,29 +2,28 @@
 
 from typing import Any
 
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import Simulated, durations
+from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.schedule.graph import rank_kinds
 
 
 def figure_notes(
-    choice: Simulated, *, baseline: Simulated | None, plan: Plan, problem: Problem
+    plan: Plan, *, cost_model: CostModel, baseline: Simulated | None
 ) -> dict[str, Any]:
     """Notes that ``megatron-mosaic show`` draws.
 
     Args:
-        choice: The plan's estimate.
-        baseline: The best layout that is the same for all modules.
         plan: The plan.
-        problem: What was asked.
+        cost_model: What things cost.
+        baseline: The best layout that is the same for all modules.
     """
-    tasks_s, transfers_s = durations(choice.estimate)
+    tasks_s, transfers_s = cost_model.plan_durations(plan)
     notes: dict[str, Any] = {
-        "capacity_bytes": round(problem.cluster.gpu.memory_bytes),
-        "memory_bytes": _memory(choice.estimate, plan),
+        "capacity_bytes": round(cost_model.cluster.gpu.memory_bytes),
+        "memory_bytes": _memory(plan, cost_model),
         "tasks_s": {
             f"{stage.module}.{stage.stage}": [_short(time_s) for time_s in times]
             for stage, times in tasks_s.items()
@@ -37,19 +36,14 @@ def figure_notes(
     return notes
 
 
-def _memory(estimate: Estimate, plan: Plan) -> list[dict[str, Any]]:
-    """Terms of every kind of rank; one that hosts less than any estimate has the least of those."""
-    bars = []
-    for kind in rank_kinds(plan):
-        hosting = [
-            (len(hosted), terms)
-            for hosted, terms in estimate.memory.items()
-            if set(map(tuple, kind.stages)) <= set(map(tuple, hosted))
-        ]
-        _, terms = min(hosting, key=lambda item: item[0])
-        sizes = {term: round(size) for term, size in terms.items()}
-        bars.append({"ranks": show_ranks(kind.ranks), **sizes})
-    return bars
+def _memory(plan: Plan, cost_model: CostModel) -> list[dict[str, Any]]:
+    """Terms of every kind of rank."""
+    memory = cost_model.plan_memory(plan)
+    return [
+        {"ranks": show_ranks(kind.ranks)}
+        | {term: round(size) for term, size in memory[kind.stages].items()}
+        for kind in rank_kinds(plan)
+    ]
 
 
 def _layout(estimate: Estimate) -> str:

@@ -3,27 +3,33 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_mosaic.cost.costs import StageCosts
-from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.cost.cost_model import CostModel
+from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.hosted import Hosted
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.plan_program import program_of_plan
-from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
-from megatron_mosaic.schedule.steps import Edge
 
 MAX_TASKS = 400_000
 """Tasks up to which a step is simulated: a few seconds."""
 
 
 class Simulated(NamedTuple):
-    """An estimate, and its step time by simulation; the closed form's if it is too large."""
+    """An estimate in closed form, and the cost model's of its plan.
+
+    Args:
+        estimate: What the search has ranked by.
+        step: Of the plan by simulation; the closed form's if the step has too many tasks.
+        is_simulated: Whether it is.
+    """
 
     estimate: Estimate
-    step_s: float
+    step: StepEstimate
     is_simulated: bool
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.step.step_s
 
 
 def num_tasks(estimate: Estimate) -> int:
@@ -34,17 +40,16 @@ def num_tasks(estimate: Estimate) -> int:
     )
 
 
-def simulated(estimate: Estimate, problem: Problem) -> Simulated:
-    """Simulates a step; what happens once in a step is added as in the closed form."""
+def simulated(estimate: Estimate, problem: Problem, cost_model: CostModel) -> Simulated:
+    """Simulates a step of an estimate's plan."""
     if num_tasks(estimate) > MAX_TASKS:
-        return Simulated(estimate, estimate.step_s, False)
-    breakdown = estimate.breakdown
-    once_s = breakdown.sync_s + breakdown.optimizer_s
-    return Simulated(estimate, timeline(estimate, problem).makespan_s + once_s, True)
-
-
-def timeline(estimate: Estimate, problem: Problem) -> Timeline:
-    """Simulates the schedule of a step."""
+        step = StepEstimate(
+            breakdown=estimate.breakdown,
+            memory=estimate.memory,
+            flops=cost_model.step_flops(num_samples=problem.global_batch_size),
+            num_gpus=problem.num_gpus,
+        )
+        return Simulated(estimate, step, False)
     plan = plan_of(
         estimate.candidate,
         model=problem.model,
@@ -52,35 +57,12 @@ def timeline(estimate: Estimate, problem: Problem) -> Timeline:
         global_batch_size=problem.global_batch_size,
         layers_per_stage=estimate.layers_per_stage,
     )
-    tasks_s, transfers_s = durations(estimate)
-    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
+    return Simulated(estimate, cost_model.estimate(plan), True)
 
 
-def durations(estimate: Estimate) -> tuple[dict[Stage, PassTimes], dict[Edge, float]]:
-    """Times of an estimate's tasks, and of a microbatch's transfers, as a simulation takes them."""
-    tasks_s: dict[Stage, PassTimes] = {}
-    transfers_s: dict[Edge, float] = {}
-    for name, hosted in estimate.modules.items():
-        for number, stage in enumerate(hosted.stages):
-            tasks_s[Stage(name, number)] = _times(hosted, stage, number)
-            if number:
-                hop_s = hosted.stages[number - 1].hop_s / hosted.group
-                transfers_s[Edge(name, number - 1, name, number)] = hop_s
-        if hosted.choice is not None and not hosted.choice.shares:
-            edge = Edge(name, len(hosted.stages) - 1, LANGUAGE, 0)
-            transfers_s[edge] = hosted.entry_s / hosted.group
-    return tasks_s, transfers_s
-
-
-def rerank(estimates: Sequence[Estimate], problem: Problem) -> list[Simulated]:
+def rerank(
+    estimates: Sequence[Estimate], problem: Problem, cost_model: CostModel
+) -> list[Simulated]:
     """Orders estimates by their simulated step times; equals stay in their order."""
-    return sorted((simulated(e, problem) for e in estimates), key=lambda found: found.step_s)
-
-
-def _times(hosted: Hosted, stage: StageCosts, number: int) -> PassTimes:
-    # On shared ranks nothing else runs while rows change their layout.
-    last = number == len(hosted.stages) - 1
-    shares = hosted.choice is not None and hosted.choice.shares
-    entry_s = hosted.entry_s if last and shares else 0.0
-    back_s = entry_s if stage.backward_s else 0.0
-    return PassTimes(stage.forward_s + entry_s, stage.backward_s + back_s)
+    found = [simulated(estimate, problem, cost_model) for estimate in estimates]
+    return sorted(found, key=lambda entry: entry.step_s)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.planner.around import Around, Light
@@ -16,7 +17,7 @@ from megatron_mosaic.planner.bounds import (
     module_times,
 )
 from megatron_mosaic.planner.candidate import Candidate, Host
-from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
+from megatron_mosaic.planner.estimate import Estimate, Estimator
 from megatron_mosaic.planner.hosted import Hosted
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.ways import (
@@ -53,7 +54,7 @@ class Found:
 
 def search(
     problem: Problem,
-    prices: Prices,
+    cost_model: CostModel,
     *,
     top: int = 3,
     time_limit_s: float | None = None,
@@ -66,14 +67,14 @@ def search(
 
     Args:
         problem: What is asked.
-        prices: The cost model.
+        cost_model: What things cost.
         top: Candidates to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
         first: Ends the search with the first candidates that fit.
         clock: Seconds; tests have their own.
     """
     stop_s = inf if time_limit_s is None else clock() + time_limit_s
-    run = Run(problem, prices, top=top, late=lambda: clock() > stop_s)
+    run = Run(problem, cost_model, top=top, late=lambda: clock() > stop_s)
     run.find_baseline()
     if not (first and run.best.estimates):
         run.find_best(first=first)
@@ -105,10 +106,10 @@ class Run:
     """One search: what is known so far."""
 
     def __init__(
-        self, problem: Problem, prices: Prices, *, top: int, late: Callable[[], bool]
+        self, problem: Problem, cost_model: CostModel, *, top: int, late: Callable[[], bool]
     ) -> None:
         self.problem, self.late = problem, late
-        self.estimator = Estimator(problem, prices)
+        self.estimator = Estimator(problem, cost_model)
         self.best, self.baseline = _Best(top, []), _Best(1, [])
         self.num_estimates = 0
         self.unexplored_s = inf  # bound of what a time limit has left out

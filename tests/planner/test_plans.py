@@ -18,7 +18,7 @@ from megatron_mosaic.planner.space import language_sizes
 from megatron_mosaic.planner.ways import every_candidate
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.graph import Stage
-from tests.planner.problems import cluster, encoder, language, model, prices, problem
+from tests.planner.problems import cluster, cost_model, encoder, language, model, problem
 
 ENCODER = encoder("vision")
 BIG_ENCODER = encoder("vision", hidden=2048, layers=12, trainable=None)
@@ -73,7 +73,7 @@ def plan_for(asked, estimate):
 @pytest.mark.parametrize("name", SMALL)
 def test_every_candidate_is_a_legal_plan_that_the_model_allows(name):
     asked = SMALL[name]
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     estimates = [estimator.estimate(c) for c in candidates(asked, count=150)]
     assert sum(estimate is not None for estimate in estimates) >= 50
 
@@ -86,7 +86,7 @@ def test_every_candidate_is_a_legal_plan_that_the_model_allows(name):
 
 def test_live_tasks_of_estimates_are_those_of_the_schedules():
     asked = SMALL["two encoders"]
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     for candidate in candidates(asked, count=100):
         estimate = estimator.estimate(candidate)
         if estimate is None:
@@ -103,13 +103,13 @@ def test_live_tasks_of_estimates_are_those_of_the_schedules():
 
 def test_closed_form_is_close_to_the_simulation_for_all_placements():
     asked = SMALL["two encoders"]
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     placements = set()
     for candidate in candidates(asked, count=100):
         estimate = estimator.estimate(candidate)
         if estimate is not None:
             placements.add(candidate.placement)
-            step_s = simulated(estimate, asked).step_s
+            step_s = simulated(estimate, asked, estimator.cost_model).step_s
             # Mixtures of shared and own ranks are estimated as if nothing overlapped.
             slack = 0.35 if candidate.placement == "partial overlap" else 0.1
             assert estimate.step_s == pytest.approx(step_s, rel=slack), candidate
@@ -137,7 +137,7 @@ def test_plan_carries_prediction_baseline_and_digests():
 
 
 def test_search_is_deterministic():
-    found = [search(SMALL["two encoders"], prices(SMALL["two encoders"])) for _ in range(2)]
+    found = [search(SMALL["two encoders"], cost_model(SMALL["two encoders"])) for _ in range(2)]
 
     assert [e.candidate for e in found[0].best] == [e.candidate for e in found[1].best]
     assert found[0].num_estimates == found[1].num_estimates
@@ -220,7 +220,7 @@ def test_nothing_fits_names_the_term_in_the_way_and_the_gpus_that_fit():
 
 def test_nothing_fits_names_the_pin_that_is_in_the_way():
     asked = problem(model(ENCODER), 2, 256, memory_gib=10.0)
-    assert search(asked, prices(asked)).best
+    assert search(asked, cost_model(asked)).best
     pins = {"language.recompute": "full", "micro_batch_size": "128"}
 
     with pytest.raises(PlanError, match=r"remove the pinned micro_batch_size, or choose another"):
@@ -246,8 +246,8 @@ def test_time_limit_ends_with_a_bound_below_the_best():
     ticks = iter(range(10_000))
     asked = SMALL["one encoder"]
 
-    found = search(asked, prices(asked), time_limit_s=3, clock=lambda: float(next(ticks)))
-    whole = search(asked, prices(asked))
+    found = search(asked, cost_model(asked), time_limit_s=3, clock=lambda: float(next(ticks)))
+    whole = search(asked, cost_model(asked))
 
     assert found.bound_s <= whole.best[0].step_s <= found.best[0].step_s
     assert found.num_estimates < whole.num_estimates
@@ -321,7 +321,7 @@ def test_plan_command_refuses_in_one_line(arguments, message, capsys):
 def test_plan_names_what_trains_as_model_files_do():
     asked = problem(model(ENCODER, language=language(trainable=("output_layer",))), 4, 16)
 
-    plan = make_plan(asked, prices=prices(asked)).plan()
+    plan = make_plan(asked, cost_model=cost_model(asked)).plan()
 
     assert plan.modules["language"].trainable == ("output_layer",)
     assert plan.modules["vision"].trainable == ("projector",)
