@@ -7,8 +7,8 @@ from megatron_mosaic.cost.costs import ModuleCosts, PartRun
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimator
+from megatron_mosaic.planner.legal_sizes import context_sizes, language_sizes, tensor_sizes
 from megatron_mosaic.planner.partition import chain_of
-from megatron_mosaic.planner.space import context_sizes, language_sizes, tensor_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice
-from megatron_mosaic.planner.hosted import Hosted, apart_stages, closed_form, memory_by_rank
+from megatron_mosaic.planner.closed_form import Hosted, apart_stages, closed_form, memory_by_rank
 from megatron_mosaic.planner.partition import NOTHING, Chain, Load, Room, chain_of, split_layers
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.schedule.graph import Stage

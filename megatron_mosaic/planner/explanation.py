@@ -8,7 +8,8 @@ from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.planner import Answer, as_estimates, digests, prediction
+from megatron_mosaic.planner.planner import Answer, as_estimates, digests
+from megatron_mosaic.planner.prediction import prediction
 from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
 from megatron_mosaic.schedule.graph import Stage

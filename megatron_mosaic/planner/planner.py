@@ -12,8 +12,8 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
 from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.notes import figure_notes
-from megatron_mosaic.planner.obstacle import refuse
+from megatron_mosaic.planner.infeasible import refuse
+from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.rerank import Simulated, rerank, simulated
 from megatron_mosaic.planner.search import Found, search
@@ -96,23 +96,6 @@ def make_plan(
     return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
 
 
-def prediction(choice: Simulated) -> dict[str, Any]:
-    """What a plan file says of a plan's step."""
-    breakdown = choice.step.breakdown
-    return {
-        "step_s": _rounded(choice.step_s),
-        "peak_bytes": round(choice.step.peak_bytes),
-        "placement": choice.estimate.candidate.placement,
-        "breakdown": {
-            "compute_s": _rounded(breakdown.compute_s),
-            "communication_s": _rounded(breakdown.communication_s),
-            "bubble_s": _rounded(breakdown.bubble_s),
-            "sync_s": _rounded(breakdown.sync_s),
-            "optimizer_s": _rounded(breakdown.optimizer_s),
-        },
-    }
-
-
 def digests(problem: Problem) -> Mapping[str, str]:
     """Digests of what a plan was made from, so that a change of it shows."""
     return {
@@ -132,7 +115,3 @@ def as_estimates(answer: Answer) -> list[Estimate]:
 
 def _digest(text: str) -> str:
     return f"sha256:{sha256(text.encode()).hexdigest()}"
-
-
-def _rounded(seconds: float) -> float:
-    return float(f"{seconds:.6g}")

@@ -8,7 +8,6 @@ from time import monotonic
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
-from megatron_mosaic.planner.around import Around, Light
 from megatron_mosaic.planner.bounds import (
     LanguageOption,
     ModuleTimes,
@@ -17,14 +16,15 @@ from megatron_mosaic.planner.bounds import (
     module_times,
 )
 from megatron_mosaic.planner.candidate import Candidate, Host
+from megatron_mosaic.planner.closed_form import Hosted
+from megatron_mosaic.planner.encoder_search import EncoderSearch, Light
 from megatron_mosaic.planner.estimate import Estimate, Estimator
-from megatron_mosaic.planner.hosted import Hosted
-from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.ways import (
+from megatron_mosaic.planner.placements import (
     assignments,
     homogeneous,
     schedules,
 )
+from megatron_mosaic.planner.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +172,7 @@ class Run:
                 continue
             self.options_of.clear()
             for kind, group, hosts in self._ways(option):
-                Around(self, option, alone, kind, group, hosts).explore()
+                EncoderSearch(self, option, alone, kind, group, hosts).explore()
                 if self.late():
                     self.unexplored_s = min(self.unexplored_s, option.bound_s)
                     return

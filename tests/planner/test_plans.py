@@ -10,12 +10,12 @@ from megatron_mosaic.layout.model_facts import ModuleFacts, check_module
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.estimate import Estimator
+from megatron_mosaic.planner.legal_sizes import language_sizes
+from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import read_pins
 from megatron_mosaic.planner.rerank import simulated
 from megatron_mosaic.planner.search import search
-from megatron_mosaic.planner.space import language_sizes
-from megatron_mosaic.planner.ways import every_candidate
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.graph import Stage
 from tests.planner.problems import cluster, cost_model, encoder, language, model, problem

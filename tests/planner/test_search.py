@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_mosaic.planner.estimate import Estimator
+from megatron_mosaic.planner.legal_sizes import language_sizes
+from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.search import search
-from megatron_mosaic.planner.space import language_sizes
-from megatron_mosaic.planner.ways import every_candidate
 from tests.planner.problems import cost_model, encoder, language, model, problem
 
 

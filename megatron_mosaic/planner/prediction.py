@@ -1,4 +1,4 @@
-"""What a plan file carries for figures: memory of every rank, and times to simulate a step with."""
+"""What a plan file says of the step that is predicted: its times and memory, also for figures."""
 
 from typing import Any
 
@@ -8,6 +8,23 @@ from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.schedule.graph import rank_kinds
+
+
+def prediction(choice: Simulated) -> dict[str, Any]:
+    """What a plan file says of a plan's step."""
+    breakdown = choice.step.breakdown
+    return {
+        "step_s": _short(choice.step_s),
+        "peak_bytes": round(choice.step.peak_bytes),
+        "placement": choice.estimate.candidate.placement,
+        "breakdown": {
+            "compute_s": _short(breakdown.compute_s),
+            "communication_s": _short(breakdown.communication_s),
+            "bubble_s": _short(breakdown.bubble_s),
+            "sync_s": _short(breakdown.sync_s),
+            "optimizer_s": _short(breakdown.optimizer_s),
+        },
+    }
 
 
 def figure_notes(

@@ -7,8 +7,8 @@ from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
+from megatron_mosaic.planner.legal_sizes import context_sizes, encoder_sizes, tensor_sizes
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.space import context_sizes, encoder_sizes, tensor_sizes
 
 MAX_MIXED = 4
 """Encoders up to which every mixture of shared and own ranks is tried; above, one may differ."""

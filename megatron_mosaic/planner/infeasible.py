@@ -9,9 +9,9 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.planner.bounds import encoder_work_s, language_options
 from megatron_mosaic.planner.candidate import Candidate
 from megatron_mosaic.planner.estimate import Estimate, Estimator
+from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.problem import SIZE_NAMES, Pins, Problem
 from megatron_mosaic.planner.search import search
-from megatron_mosaic.planner.ways import every_candidate
 
 MOST_COMPARED = 2_000
 """Candidates that are compared for the one that misses the memory by least."""
