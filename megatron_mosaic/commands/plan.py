@@ -137,7 +137,7 @@ def _text(explanation: "Explanation") -> str:
         f"{problem.model.name} on {problem.num_gpus} GPUs of {problem.cluster.name}, "
         f"{problem.global_batch_size} samples a step",
         f"{found.num_language} layouts of language compared, {found.num_estimates} plans "
-        f"estimated; no plan takes less than {found.bound_s:.4g} s: {bound}",
+        f"estimated; no plan under the schedules of the search takes less than {found.bound_s:.4g} s: {bound}",
         "",
         _steps(entries),
         "",
@@ -175,12 +175,12 @@ def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
 
     rows: list[Sequence[str]] = [("plan", "placement", "schedule", "module", "sizes")]
     for label, entry in entries:
-        candidate = entry.estimate.candidate
+        candidate = entry.candidate
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
         if candidate.kind == "colocated":
             schedule += f" group {candidate.encoder_group}"
         start = (label, candidate.placement, schedule)
-        for name, text in modules_text(entry.estimate).items():
+        for name, text in modules_text(entry).items():
             rows.append((*start, name, text))
             start = ("", "", "")
     return columns(rows)

@@ -61,7 +61,9 @@ def ranks_memory(
 
 def task_microbatches(plan: Plan, name: str) -> int:
     """Microbatches of a module's tasks, of the longest where they differ."""
-    if plan.schedule.kind != "colocated" or LANGUAGE in upstream(plan, name) | {name}:
+    if plan.schedule.kind not in ("colocated", "bubble_fill") or LANGUAGE in upstream(
+        plan, name
+    ) | {name}:
         return 1
     return len(encoder_groups(plan, num_microbatches=plan.num_microbatches)[0])
 

@@ -158,6 +158,7 @@ def _placement(
         context_parallel_size=sizes.cp,
         data_parallel_size=sizes.dp,
         pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.chunks,
         sequence_parallel=sizes.sequence_parallel,
         trainable=model.modules[name].trainable,
         # An even split is what a plan without the key means.

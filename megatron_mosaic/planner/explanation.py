@@ -61,6 +61,7 @@ def sizes_text(sizes: ParallelSizes, layers_per_stage: tuple[int, ...]) -> str:
         for name, size in zip(("tp", "cp", "dp", "pp"), _grid(sizes), strict=True)
         if size > 1
     ]
+    words += [f"vp{sizes.chunks}"] if sizes.chunks > 1 else []
     words += [f"ep{sizes.ep}"] if sizes.ep > 1 else []
     words += [f"etp{sizes.etp}"] if sizes.etp != sizes.tp else []
     words += ["sp"] if sizes.sequence_parallel else []
@@ -81,9 +82,9 @@ def runs_text(counts: tuple[int, ...]) -> str:
     return ",".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
 
 
-def modules_text(estimate: Estimate) -> dict[str, str]:
+def modules_text(entry: Simulated) -> dict[str, str]:
     """Sizes and hosts of every module in words."""
-    candidate, split = estimate.candidate, estimate.layers_per_stage
+    candidate, split = entry.candidate, entry.layers_per_stage
     texts = {
         encoder.name: f"{sizes_text(encoder.sizes, split[encoder.name])} on {_HOSTS[encoder.host]}"
         for encoder in candidate.encoders
@@ -102,7 +103,7 @@ def _sentences(answer: Answer) -> list[str]:
         sentences.append("There is one module, so every layout is homogeneous.")
     elif baseline is None:
         sentences.append("No homogeneous layout fits, or has what is pinned.")
-    elif baseline.estimate.candidate == choice.estimate.candidate:
+    elif baseline.candidate == choice.candidate:
         sentences.append(_homogeneous_wins(answer))
     else:
         sentences.append(_difference(choice, baseline))
@@ -112,14 +113,14 @@ def _sentences(answer: Answer) -> list[str]:
 
 
 def _homogeneous_wins(answer: Answer) -> str:
-    rest = [e for e in answer.best if not e.estimate.candidate.is_homogeneous]
+    rest = [e for e in answer.best if not e.candidate.is_homogeneous]
     if not rest:
         return "The homogeneous layout is the fastest; no other kind of placement came close."
     nearest, seconds = rest[0], rest[0].step_s - answer.choice.step_s
     terms = _largest_changes(nearest, answer.choice)
     reason = f", mostly by {terms[0][0]}" if terms else ""
     return (
-        f"The homogeneous layout is the fastest; the best {nearest.estimate.candidate.placement} "
+        f"The homogeneous layout is the fastest; the best {nearest.candidate.placement} "
         f"one takes {_ms(seconds)} longer{reason}."
     )
 
@@ -131,7 +132,7 @@ def _difference(choice: Simulated, baseline: Simulated) -> str:
     paid = [f"{_ms(-s)} of {term}" for term, s in changes if s < 0]
     gain = baseline.step_s / choice.step_s - 1
     text = (
-        f"The {choice.estimate.candidate.placement} layout takes {_ms(choice.step_s)} a step, the "
+        f"The {choice.candidate.placement} layout takes {_ms(choice.step_s)} a step, the "
         f"best homogeneous one {_ms(baseline.step_s)} ({gain:.1%} longer): it saves "
         f"{' and '.join(saved) or 'nothing in a single term'}"
     )
@@ -151,8 +152,8 @@ def _largest_changes(before: Simulated, after: Simulated) -> list[tuple[str, flo
 def _balance(choice: Simulated, baseline: Simulated) -> str:
     """What encoders do to the pipeline in both layouts."""
     parts = []
-    for name, text in modules_text(choice.estimate).items():
-        before = modules_text(baseline.estimate)[name]
+    for name, text in modules_text(choice).items():
+        before = modules_text(baseline)[name]
         if text != before:
             parts.append(f"{name} has {text} (homogeneous: {before})")
     changes = "; ".join(parts) or "all modules have the same sizes in both"
@@ -259,7 +260,7 @@ def as_document(explanation: Explanation) -> dict[str, Any]:
 
 def _entry(entry: Simulated) -> dict[str, Any]:
     estimate = entry.estimate
-    candidate = estimate.candidate
+    candidate = entry.candidate
     sizes: Mapping[str, tuple[ParallelSizes, str | None]] = {
         **{e.name: (e.sizes, e.host) for e in candidate.encoders},
         LANGUAGE: (candidate.language, None),
@@ -280,11 +281,12 @@ def _entry(entry: Simulated) -> dict[str, Any]:
                 "context_parallel_size": its.cp,
                 "data_parallel_size": its.dp,
                 "pipeline_model_parallel_size": its.pp,
+                "virtual_pipeline_model_parallel_size": its.chunks,
                 "expert_model_parallel_size": its.ep,
                 "expert_tensor_parallel_size": its.etp,
                 "sequence_parallel": its.sequence_parallel,
                 "recompute": its.recompute,
-                "layers_per_stage": list(estimate.layers_per_stage[name]),
+                "layers_per_stage": list(entry.layers_per_stage[name]),
             }
             for name, (its, host) in sizes.items()
         },

@@ -8,14 +8,14 @@ from typing import Any
 from megatron_mosaic import __version__
 from megatron_mosaic.cluster.cluster_file import write_cluster
 from megatron_mosaic.cost.cost_model import CostModel
+from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
-from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import Simulated, rerank, simulated
+from megatron_mosaic.planner.rerank import Simulated, rerank
 from megatron_mosaic.planner.search import Found, search
 
 
@@ -44,15 +44,7 @@ class Answer:
 
     def plan(self) -> Plan:
         """The plan to run, with ranks and notes."""
-        estimate = self.choice.estimate
-        plan = plan_of(
-            estimate.candidate,
-            model=self.problem.model,
-            num_gpus=self.problem.num_gpus,
-            global_batch_size=self.problem.global_batch_size,
-            layers_per_stage=estimate.layers_per_stage,
-            inputs=digests(self.problem),
-        )
+        plan = self.choice.plan(self.problem, inputs=digests(self.problem))
         return replace(plan, predicted=self._predicted(plan))
 
     def _predicted(self, plan: Plan) -> dict[str, Any]:
@@ -89,10 +81,16 @@ def make_plan(
     candidates = list(found.best)
     if found.baseline is not None and found.baseline not in candidates:
         candidates.append(found.baseline)
-    best = tuple(rerank(candidates, problem, cost_model)[:top])
-    baseline = None
-    if found.baseline is not None:
-        baseline = simulated(found.baseline, problem, cost_model)
+    entries = rerank(candidates, problem, cost_model)
+    if not entries:
+        raise PlanError(
+            f"set: schedule.kind={problem.pins.kind} must be possible for one of the "
+            f"{len(candidates)} best layouts, with a pipeline, encoders on ranks of their own, "
+            f"microbatches that are a multiple of its ranks, and layers that divide evenly; "
+            f"remove it or pin such a layout"
+        )
+    baseline = next((entry for entry in entries if entry.estimate == found.baseline), None)
+    best = tuple(entries[:top])
     return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
 
 

@@ -16,7 +16,7 @@ def prediction(choice: Simulated) -> dict[str, Any]:
     return {
         "step_s": _short(choice.step_s),
         "peak_bytes": round(choice.step.peak_bytes),
-        "placement": choice.estimate.candidate.placement,
+        "placement": choice.candidate.placement,
         "breakdown": {
             "compute_s": _short(breakdown.compute_s),
             "communication_s": _short(breakdown.communication_s),

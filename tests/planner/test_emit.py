@@ -500,13 +500,13 @@ def test_args_command_refuses_nodes_without_gpus(capsys):
 def test_megatron_takes_every_homogeneous_baseline_of_the_planner(name):
     baseline = make_plan(SMALL[name]).baseline
     assert baseline is not None
-    sizes = baseline.estimate.candidate.language
+    sizes = baseline.candidate.language
     plan = plan_of(
-        baseline.estimate.candidate,
+        baseline.candidate,
         model=SMALL[name].model,
         num_gpus=SMALL[name].num_gpus,
         global_batch_size=SMALL[name].global_batch_size,
-        layers_per_stage=baseline.estimate.layers_per_stage,
+        layers_per_stage=baseline.layers_per_stage,
     )
 
     words = words_of(emitted("megatron", plan.to_yaml()).text)

@@ -151,11 +151,11 @@ def test_answer_is_never_slower_than_its_baseline_nor_out_of_memory(name):
 
     if answer.baseline is not None:
         assert answer.choice.step_s <= answer.baseline.step_s
-    assert all(entry.estimate.peak_bytes <= asked.memory_bytes for entry in answer.best)
+    assert all(entry.step.peak_bytes <= asked.memory_bytes for entry in answer.best)
 
 
 def test_homogeneous_encoders_inherit_sizes_of_language():
-    baseline = make_plan(SMALL["one encoder"]).baseline.estimate.candidate
+    baseline = make_plan(SMALL["one encoder"]).baseline.candidate
 
     vision = baseline.encoders[0]
     assert baseline.is_homogeneous
@@ -179,7 +179,7 @@ def test_pinned_fields_hold_in_every_plan(pins, holds):
     asked = SMALL["one encoder"]
     answer = make_plan(replace(asked, pins=read_pins(pins, model=asked.model)))
 
-    assert all(holds(entry.estimate.candidate) for entry in answer.best)
+    assert all(holds(entry.candidate) for entry in answer.best)
 
 
 def test_pinned_layers_are_taken_as_they_are():
@@ -188,7 +188,7 @@ def test_pinned_layers_are_taken_as_they_are():
 
     answer = make_plan(replace(asked, pins=pins))
 
-    assert answer.choice.estimate.layers_per_stage["language"] == (3, 5)
+    assert answer.choice.layers_per_stage["language"] == (3, 5)
 
 
 @pytest.mark.parametrize(
