@@ -137,7 +137,8 @@ def _text(explanation: "Explanation") -> str:
         f"{problem.model.name} on {problem.num_gpus} GPUs of {problem.cluster.name}, "
         f"{problem.global_batch_size} samples a step",
         f"{found.num_language} layouts of language compared, {found.num_estimates} plans "
-        f"estimated; no plan under the schedules of the search takes less than {found.bound_s:.4g} s: {bound}",
+        f"estimated; under the schedules of the search none takes less than {found.bound_s:.4g} s: "
+        f"{bound}",
         "",
         _steps(entries),
         "",
@@ -177,7 +178,7 @@ def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
     for label, entry in entries:
         candidate = entry.candidate
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
-        if candidate.kind == "colocated":
+        if candidate.kind in ("colocated", "bubble_fill"):
             schedule += f" group {candidate.encoder_group}"
         start = (label, candidate.placement, schedule)
         for name, text in modules_text(entry).items():

@@ -6,9 +6,10 @@ from math import ceil
 from megatron_mosaic.cost.costs import StageMemory
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.build import max_live
+from megatron_mosaic.schedule.build import build_schedule, max_live
 from megatron_mosaic.schedule.colocated import encoder_groups
 from megatron_mosaic.schedule.graph import Stage, rank_kinds, upstream
+from megatron_mosaic.schedule.task import Task
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
 """What memory goes to, in the order in which it is shown."""
@@ -46,6 +47,8 @@ def ranks_memory(
         Bytes by term, keyed by the stages that ranks of the kind host; idle ranks have none.
     """
     number = plan.num_microbatches
+    if plan.schedule.kind in ("interleaved", "bubble_fill"):
+        return _memory_of_lists(plan, stages)
     peaks = {
         Stage(name, index): memory_terms(
             stage, live_tasks=max_live(plan, Stage(name, index), num_microbatches=number)
@@ -59,11 +62,41 @@ def ranks_memory(
     }
 
 
+def _memory_of_lists(
+    plan: Plan, stages: Mapping[str, Sequence[StageMemory]]
+) -> dict[tuple[Stage, ...], dict[str, float]]:
+    """The same where stages of a rank have their peaks at different times: as the lists have it."""
+    schedule = build_schedule(plan)
+    found = {}
+    for kind in sorted(rank_kinds(plan)):
+        held = {stage: stages[stage.module][stage.stage] for stage in kind.stages}
+        together = _together([memory_terms(memory, live_tasks=0) for memory in held.values()])
+        tasks = schedule.tasks[kind.ranks[0]]
+        each = {stage: memory.activations_per_task for stage, memory in held.items()}
+        together |= {"activations": _peak_bytes(tasks, each), "buffers": _shared_buffers(held)}
+        found[kind.stages] = together
+    return found
+
+
+def _peak_bytes(tasks: Sequence[Task], task_bytes: Mapping[Stage, float]) -> float:
+    """Most that tasks hold at a time; without a backward pass nothing stays after the forward one."""
+    passed_back = {Stage(task.module, task.stage) for task in tasks if task.kind == "B"}
+    live_bytes = peak_bytes = 0.0
+    for task in tasks:
+        stage = Stage(task.module, task.stage)
+        if task.kind == "B":
+            live_bytes -= task_bytes[stage]
+            continue
+        peak_bytes = max(peak_bytes, live_bytes + task_bytes[stage])
+        if stage in passed_back:
+            live_bytes += task_bytes[stage]
+    return peak_bytes
+
+
 def task_microbatches(plan: Plan, name: str) -> int:
     """Microbatches of a module's tasks, of the longest where they differ."""
-    if plan.schedule.kind not in ("colocated", "bubble_fill") or LANGUAGE in upstream(
-        plan, name
-    ) | {name}:
+    in_groups = plan.schedule.kind in ("colocated", "bubble_fill")
+    if not in_groups or LANGUAGE in upstream(plan, name) | {name}:
         return 1
     return len(encoder_groups(plan, num_microbatches=plan.num_microbatches)[0])
 
@@ -73,6 +106,14 @@ def samples_per_task(plan: Plan, name: str) -> int:
     samples = plan.micro_batch_size * plan.language.data_parallel_size
     samples *= task_microbatches(plan, name)
     return ceil(samples / plan.modules[name].data_parallel_size)
+
+
+def _shared_buffers(held: Mapping[Stage, StageMemory]) -> float:
+    """What libraries hold for weights of each shape, which stages of one module share."""
+    largest: dict[str, float] = {}
+    for stage, memory in held.items():
+        largest[stage.module] = max(largest.get(stage.module, 0.0), memory.buffers)
+    return sum(largest.values())
 
 
 def _together(stages: list[Mapping[str, float]]) -> dict[str, float]:

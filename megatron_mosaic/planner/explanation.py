@@ -195,7 +195,13 @@ def _memory(step: StepEstimate, *, limit_bytes: float) -> str:
 
 def hosted_text(hosted: tuple[Stage, ...]) -> str:
     """Stages of a rank in words."""
-    return " + ".join(f"{module}.{stage}" for module, stage in hosted)
+    numbers: dict[str, list[str]] = {}
+    for module, stage in hosted:
+        numbers.setdefault(module, []).append(f"{stage}")
+    return " + ".join(
+        f"{module}.{','.join(own) if len(own) < 4 else f'{own[0]},{own[1]}..{own[-1]}'}"
+        for module, own in numbers.items()
+    )
 
 
 def gib(num_bytes: float) -> str:

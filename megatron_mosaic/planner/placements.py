@@ -35,7 +35,12 @@ def schedules(
 
 def searched_kind(kind: ScheduleKind | None) -> ScheduleKind | None:
     """The schedule whose closed form stands for one that is only simulated."""
-    return "1f1b" if kind == "interleaved" else kind
+    match kind:
+        case "interleaved":
+            return "1f1b"
+        case "bubble_fill":
+            return "colocated"
+    return kind
 
 
 def groups_of_microbatches(num_microbatches: int) -> list[int]:

@@ -44,8 +44,8 @@ class Answer:
 
     def plan(self) -> Plan:
         """The plan to run, with ranks and notes."""
-        plan = self.choice.plan(self.problem, inputs=digests(self.problem))
-        return replace(plan, predicted=self._predicted(plan))
+        plan = self.choice.plan
+        return replace(plan, inputs=digests(self.problem), predicted=self._predicted(plan))
 
     def _predicted(self, plan: Plan) -> dict[str, Any]:
         notes = figure_notes(plan, cost_model=self.cost_model, baseline=self.baseline)

@@ -12,12 +12,20 @@ from megatron_mosaic.planner.candidate import Candidate, plan_of
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.legal_sizes import divisors
 from megatron_mosaic.planner.problem import Problem
+from megatron_mosaic.schedule.fill import fill, least_live
+from megatron_mosaic.schedule.order import write_order
 
 MAX_TASKS = 400_000
 """Tasks up to which a step is simulated: a few seconds."""
 
 MAX_LISTED_TASKS = 30_000
-"""The same for schedules whose lists of tasks have to be built first."""
+"""The same with virtual stages, whose lists of tasks are built first."""
+
+MAX_FILLED_TASKS = 10_000
+"""The same for tasks that are placed one by one into the waits of others."""
+
+LEAST_BUBBLE = 0.001
+"""Share of a step that ranks wait, below which no other schedule is tried."""
 
 
 class Simulated(NamedTuple):
@@ -27,6 +35,7 @@ class Simulated(NamedTuple):
         estimate: The layout in closed form, under the schedule that the search knows.
         candidate: The layout with the schedule that runs.
         layers_per_stage: Split of every module under that schedule.
+        plan: Its plan, without notes.
         step: Of the plan by simulation; the closed form's if the step has too many tasks.
         is_simulated: Whether it is.
     """
@@ -34,6 +43,7 @@ class Simulated(NamedTuple):
     estimate: Estimate
     candidate: Candidate
     layers_per_stage: Mapping[str, tuple[int, ...]]
+    plan: Plan
     step: StepEstimate
     is_simulated: bool
 
@@ -41,17 +51,6 @@ class Simulated(NamedTuple):
     def step_s(self) -> float:
         """Seconds of a step."""
         return self.step.step_s
-
-    def plan(self, problem: Problem, *, inputs: Mapping[str, str] | None = None) -> Plan:
-        """Its plan, without notes on the prediction."""
-        return plan_of(
-            self.candidate,
-            model=problem.model,
-            num_gpus=problem.num_gpus,
-            global_batch_size=problem.global_batch_size,
-            layers_per_stage=self.layers_per_stage,
-            inputs=inputs,
-        )
 
 
 def num_tasks(estimate: Estimate) -> int:
@@ -64,33 +63,29 @@ def num_tasks(estimate: Estimate) -> int:
 
 def simulated(estimate: Estimate, problem: Problem, cost_model: CostModel) -> Simulated:
     """Simulates a step of an estimate's plan, under the schedule of its closed form."""
+    candidate, split = estimate.candidate, estimate.layers_per_stage
+    plan = _plan(problem, candidate, split)
+    if num_tasks(estimate) <= MAX_TASKS:
+        return Simulated(estimate, candidate, split, plan, cost_model.estimate(plan), True)
     closed = StepEstimate(
         breakdown=estimate.breakdown,
         memory=estimate.memory,
         flops=cost_model.step_flops(num_samples=problem.global_batch_size),
         num_gpus=problem.num_gpus,
     )
-    found = Simulated(estimate, estimate.candidate, estimate.layers_per_stage, closed, False)
-    if num_tasks(estimate) > MAX_TASKS:
-        return found
-    return found._replace(step=cost_model.estimate(found.plan(problem)), is_simulated=True)
+    return Simulated(estimate, candidate, split, plan, closed, False)
 
 
-def interleavings(estimate: Estimate, problem: Problem) -> Iterator[Candidate]:
-    """Yields a 1F1B layout with virtual stages of the language model, of equal layers each.
-
-    What Megatron asks for: microbatches that fill the pipeline, and layers that divide.
-    """
-    candidate, sizes = estimate.candidate, estimate.candidate.language
-    num_layers = problem.model.language.num_layers
-    pinned = "layers_per_stage" in problem.pins.modules.get(LANGUAGE, {})
-    if candidate.kind != "1f1b" or sizes.pp == 1 or pinned:
-        return
-    if num_layers % sizes.pp or estimate.num_microbatches % sizes.pp:
-        return
-    for virtual in divisors(num_layers // sizes.pp)[1:]:
-        if num_tasks(estimate) * virtual <= MAX_LISTED_TASKS:
-            yield replace(candidate, kind="interleaved", language=replace(sizes, chunks=virtual))
+def _plan(
+    problem: Problem, candidate: Candidate, layers_per_stage: Mapping[str, tuple[int, ...]]
+) -> Plan:
+    return plan_of(
+        candidate,
+        model=problem.model,
+        num_gpus=problem.num_gpus,
+        global_batch_size=problem.global_batch_size,
+        layers_per_stage=layers_per_stage,
+    )
 
 
 def with_other_schedules(
@@ -100,19 +95,69 @@ def with_other_schedules(
     kind = problem.pins.kind
     if kind in (None, first.candidate.kind):
         yield first
-    if kind not in (None, "interleaved"):
-        return
-    breakdown = first.step.breakdown
-    if kind is None and breakdown.bubble_s < 0.001 * first.step_s:
-        return  # nothing to gain
+        if first.step.breakdown.bubble_s < LEAST_BUBBLE * first.step_s:
+            return
+    if kind in (None, "interleaved"):
+        yield from _interleaved(first, problem, cost_model)
+    if kind in (None, "bubble_fill"):
+        yield from _filled(first, problem, cost_model)
+
+
+def _interleaved(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
+    """Yields a 1F1B layout with virtual stages of the language model, of equal layers each.
+
+    What Megatron asks for: microbatches that fill the pipeline, and layers that divide.
+    """
+    candidate, sizes = first.candidate, first.candidate.language
     num_layers = problem.model.language.num_layers
-    for candidate in interleavings(first.estimate, problem):
-        stages = candidate.language.pp * candidate.language.chunks
+    pinned = "layers_per_stage" in problem.pins.modules.get(LANGUAGE, {})
+    if candidate.kind != "1f1b" or sizes.pp == 1 or pinned:
+        return
+    if num_layers % sizes.pp or first.estimate.num_microbatches % sizes.pp:
+        return
+    for virtual in divisors(num_layers // sizes.pp)[1:]:
+        if num_tasks(first.estimate) * virtual > MAX_LISTED_TASKS:
+            return
+        stages = sizes.pp * virtual
         split = {**first.layers_per_stage, LANGUAGE: (num_layers // stages,) * stages}
-        other = first._replace(candidate=candidate, layers_per_stage=split, is_simulated=True)
-        other = other._replace(step=cost_model.estimate(other.plan(problem)))
-        if other.step.peak_bytes <= problem.memory_bytes:
-            yield other
+        other = replace(candidate, kind="interleaved", language=replace(sizes, chunks=virtual))
+        plan = _plan(problem, other, split)
+        step = cost_model.estimate(plan)
+        if step.peak_bytes <= problem.memory_bytes:
+            yield Simulated(first.estimate, other, split, plan, step, True)
+
+
+def _filled(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
+    """Yields a colocated layout with encoder tasks in the waits of its pipeline.
+
+    Smaller groups fit into smaller waits. Where too many tasks are live for the memory, as few are
+    as the pipeline allows.
+    """
+    candidate = first.candidate
+    if candidate.kind != "colocated" or candidate.language.pp == 1:
+        return
+    samples = candidate.micro_batch_size * candidate.language.dp
+    most = max(encoder.sizes.dp for encoder in candidate.encoders)
+    for group in divisors(candidate.encoder_group)[::-1]:
+        tasks = num_tasks(first.estimate) * candidate.encoder_group // group
+        pinned = problem.pins.encoder_group not in (None, group)
+        if tasks > MAX_FILLED_TASKS or group * samples < most or pinned:
+            continue
+        other = replace(candidate, kind="bubble_fill", encoder_group=group)
+        unbound = _plan(problem, other, first.layers_per_stage)
+        bound = replace(unbound.schedule, max_live=least_live(unbound))
+        for plan in (unbound, replace(unbound, schedule=bound)):
+            plan = with_order(plan, cost_model)
+            step = cost_model.estimate(plan)
+            if step.peak_bytes <= problem.memory_bytes:
+                yield Simulated(first.estimate, other, first.layers_per_stage, plan, step, True)
+                break
+
+
+def with_order(plan: Plan, cost_model: CostModel) -> Plan:
+    """Gives a plan the order of tasks that fills the waits which the durations leave."""
+    order = write_order(plan, fill(plan, **cost_model.plan_durations(plan)._asdict()))
+    return replace(plan, schedule=replace(plan.schedule, order=order))
 
 
 def rerank(
