@@ -79,7 +79,7 @@ def _memory_of_lists(
 
 
 def _peak_bytes(tasks: Sequence[Task], task_bytes: Mapping[Stage, float]) -> float:
-    """Most that tasks hold at a time; without a backward pass nothing stays after the forward one."""
+    """Most that tasks hold at a time; a stage without backward passes keeps nothing."""
     passed_back = {Stage(task.module, task.stage) for task in tasks if task.kind == "B"}
     live_bytes = peak_bytes = 0.0
     for task in tasks:
