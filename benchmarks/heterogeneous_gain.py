@@ -15,7 +15,8 @@ from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleInStep
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.step import step_breakdown
-from megatron_mosaic.layout.plan import ScheduleChoice
+from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 from megatron_mosaic.model.library import load_model
 from megatron_mosaic.model.spec import LanguageHead, ModelSpec
 from megatron_mosaic.model.tokens import Distribution
@@ -96,9 +97,8 @@ def _cost_model(model: ModelSpec, gpu: str) -> CostModel:
 def homogeneous_step_s(model: ModelSpec, gpu: str) -> float:
     """Seconds of a step with the encoder inside the first stage, a sample at a time."""
     costs = _cost_model(model, gpu)
-    encoder = replace(_LANGUAGE, pp=1)
-    (vision,) = costs.stages("vision", encoder, samples_per_task=1)
-    first, last = costs.stages("language", _LANGUAGE, samples_per_task=1)
+    (vision,) = costs.stages(costs.module("vision", replace(_LANGUAGE, pp=1), samples=1))
+    first, last = costs.stages(costs.module("language", _LANGUAGE, samples=1))
     language = ModuleInStep(name="language", stages=(joined(first, vision), last))
     return step_breakdown(
         {"language": language}, edges=(), kind="1f1b", num_microbatches=_BATCH // _LANGUAGE.dp
@@ -107,17 +107,27 @@ def homogeneous_step_s(model: ModelSpec, gpu: str) -> float:
 
 def heterogeneous_step_s(model: ModelSpec, gpu: str) -> float:
     """Seconds of a step with the encoder on one more rank, two samples at a time."""
-    return (
-        _cost_model(model, gpu)
-        .estimate_sizes(
-            {"vision": ParallelSizes(), "language": _LANGUAGE},
-            micro_batch_size=1,
-            global_batch_size=_BATCH,
-            schedule=ScheduleChoice(kind="1f1b"),
-            num_gpus=_LANGUAGE.num_ranks + 1,
-        )
-        .step_s
+    num_ranks = _LANGUAGE.num_ranks
+    language = ModulePlacement(
+        name="language",
+        ranks=tuple(range(num_ranks)),
+        tensor_model_parallel_size=_LANGUAGE.tp,
+        data_parallel_size=_LANGUAGE.dp,
+        pipeline_model_parallel_size=_LANGUAGE.pp,
+        sequence_parallel=_LANGUAGE.sequence_parallel,
     )
+    plan = Plan(
+        world_size=num_ranks + 1,
+        global_batch_size=_BATCH,
+        micro_batch_size=1,
+        modules={
+            "vision": ModulePlacement(name="vision", ranks=(num_ranks,)),
+            "language": language,
+        },
+        edges=(("vision", "language"),),
+        schedule=ScheduleChoice(kind="1f1b"),
+    )
+    return _cost_model(model, gpu).estimate(plan).step_s
 
 
 def print_gains() -> list[dict[str, object]]:

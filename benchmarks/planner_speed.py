@@ -46,10 +46,10 @@ LIMIT_S = 20.0
 def measure(name: str, num_gpus: int, batch: int) -> dict[str, Any]:
     """Plans once in this process."""
     from megatron_mosaic.cluster.library import load_cluster
+    from megatron_mosaic.cost.cost_model import CostModel
     from megatron_mosaic.model.library import load_model
     from megatron_mosaic.planner.estimate import Estimator
     from megatron_mosaic.planner.planner import make_plan
-    from megatron_mosaic.planner.prices import ModelPrices
     from megatron_mosaic.planner.problem import Problem
     from megatron_mosaic.planner.rerank import simulated
 
@@ -58,8 +58,8 @@ def measure(name: str, num_gpus: int, batch: int) -> dict[str, Any]:
     start = perf_counter()
     answer = make_plan(problem, time_limit_s=LIMIT_S)
     search_s = perf_counter() - start
-    prices = ModelPrices(model, cluster, problem.settings)
-    estimator, candidate = Estimator(problem, prices), answer.choice.estimate.candidate
+    cost_model = CostModel(model, cluster, problem.settings)
+    estimator, candidate = Estimator(problem, cost_model), answer.choice.estimate.candidate
     estimator.estimate(candidate)  # what a search has asked before
     start, repeats = perf_counter(), 200
     for _ in range(repeats):
@@ -68,7 +68,7 @@ def measure(name: str, num_gpus: int, batch: int) -> dict[str, Any]:
         assert estimate.step_s
     estimate_s = (perf_counter() - start) / repeats
     start = perf_counter()
-    simulated(answer.choice.estimate, problem)
+    simulated(answer.choice.estimate, problem, cost_model)
     return {
         "model": name,
         "num_modules": len(model.modules),

@@ -40,17 +40,13 @@ def cluster_of(case: Case) -> Cluster:
 def predict(case: Case, cluster: Cluster | None = None) -> StepBreakdown:
     """Estimates the step of a case, whose encoders run before the language model's first stage."""
     model = CostModel(case.model, cluster or cluster_of(case), case.settings)
-    module = model.module("language", case.sizes, samples_per_task=case.micro_batch_size)
-    stages = model.stages(
-        "language",
-        case.sizes,
-        samples_per_task=case.micro_batch_size,
-        layers_per_stage=layers_per_stage(case, module),
-    )
+    module = model.module("language", case.sizes, samples=case.micro_batch_size)
+    stages = model.stages(module, layers_per_stage(case, module))
     for name in case.model.modules:
         if name != "language":
             sizes = replace(case.sizes, pp=1, chunks=1, ep=1)
-            (encoder,) = model.stages(name, sizes, samples_per_task=case.micro_batch_size)
+            costs = model.module(name, sizes, samples=case.micro_batch_size)
+            (encoder,) = model.stages(costs)
             stages = (joined(stages[0], encoder), *stages[1:])
     step = ModuleInStep(name="language", stages=stages, chunks=case.sizes.chunks)
     return step_breakdown(

@@ -45,7 +45,8 @@ class Gpu:
 
     Args:
         name: Such as ``"H100"``.
-        memory_bytes: Memory that a process can use.
+        memory_bytes: All its memory as the driver reports it. What the CUDA context and libraries
+            such as NCCL take is in it; plans leave that free (``Problem.reserved_bytes``).
         matmul_flops_per_s: Dense peak by precision, without sparsity.
         memory_bytes_per_s: Peak of its memory.
         num_sms: Streaming multiprocessors.

@@ -137,7 +137,8 @@ def _text(explanation: "Explanation") -> str:
         f"{problem.model.name} on {problem.num_gpus} GPUs of {problem.cluster.name}, "
         f"{problem.global_batch_size} samples a step",
         f"{found.num_language} layouts of language compared, {found.num_estimates} plans "
-        f"estimated; no plan takes less than {found.bound_s:.4g} s: {bound}",
+        f"estimated; under the schedules of the search none takes less than {found.bound_s:.4g} s: "
+        f"{bound}",
         "",
         _steps(entries),
         "",
@@ -156,17 +157,16 @@ def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
     heads = ("plan", "step s", "compute", "communication", "bubble", "sync", "optimizer", "GiB")
     rows: list[Sequence[str]] = [heads]
     for label, entry in entries:
-        breakdown = entry.estimate.breakdown
+        breakdown = entry.step.breakdown
         times = (
             entry.step_s,
             breakdown.compute_s,
             breakdown.communication_s,
-            # What the simulation finds beyond the closed form is time in which ranks wait.
-            max(0.0, breakdown.bubble_s + entry.step_s - entry.estimate.step_s),
+            breakdown.bubble_s,
             breakdown.sync_s,
             breakdown.optimizer_s,
         )
-        peak = f"{entry.estimate.peak_bytes / 2**30:.1f}"
+        peak = f"{entry.step.peak_bytes / 2**30:.1f}"
         rows.append((label, *(f"{seconds:.4f}" for seconds in times), peak))
     return columns(rows)
 
@@ -176,12 +176,12 @@ def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
 
     rows: list[Sequence[str]] = [("plan", "placement", "schedule", "module", "sizes")]
     for label, entry in entries:
-        candidate = entry.estimate.candidate
+        candidate = entry.candidate
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
-        if candidate.kind == "colocated":
+        if candidate.kind in ("colocated", "bubble_fill"):
             schedule += f" group {candidate.encoder_group}"
         start = (label, candidate.placement, schedule)
-        for name, text in modules_text(entry.estimate).items():
+        for name, text in modules_text(entry).items():
             rows.append((*start, name, text))
             start = ("", "", "")
     return columns(rows)
@@ -191,7 +191,7 @@ def _memory(entries: "Sequence[tuple[str, Simulated]]") -> str:
     """Memory of the choice by term; of equal kinds of ranks the first."""
     from megatron_mosaic.planner.explanation import hosted_text
 
-    memory = entries[0][1].estimate.memory
+    memory = entries[0][1].step.memory
     rows: list[Sequence[str]] = [("rank of", *next(iter(memory.values())), "GiB")]
     seen = set()
     for hosted, terms in memory.items():

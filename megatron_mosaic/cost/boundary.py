@@ -33,3 +33,16 @@ def boundary_s(
     tensor = Group.of(cluster, size=destination.tp, stride=1)
     kept_bytes = total_bytes / (destination.dp * destination.cp)
     return moved_s + all_gather_s(tensor, total_bytes=kept_bytes)
+
+
+def rows_are_in_place(source: ParallelSizes, destination: ParallelSizes) -> bool:
+    """Whether every rank that takes rows has made those that it needs, on equal ranks.
+
+    A source without context parallelism of its own is on the destination's first context-parallel
+    ranks; what Megatron has them do, it has all context-parallel ranks do alike.
+    """
+    return (
+        source.tp == destination.tp
+        and source.dp == destination.dp
+        and source.cp in (1, destination.cp)
+    )

@@ -1,286 +1,309 @@
-"""The cost model of one model on one cluster: what plans cost, with the costs of modules kept."""
+"""The cost model of one model on one cluster: what modules, stages and plans cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from megatron_mosaic.cluster.spec import Cluster
+from megatron_mosaic.cost.boundary import boundary_s, rows_are_in_place
 from megatron_mosaic.cost.collectives import Group, send_s
 from megatron_mosaic.cost.costs import (
-    HostedStage,
     ModuleCosts,
-    ModuleInStep,
+    PartRun,
     StageCosts,
+    StageMemory,
     StepEstimate,
 )
-from megatron_mosaic.cost.memory import ModuleParts, module_parts, stages_memory, with_memory
+from megatron_mosaic.cost.memory import module_parts, stage_memory, with_memory
 from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.parts import module_costs
-from megatron_mosaic.cost.plan_memory import (
-    live_in_step,
-    memory_terms,
-    ranks_memory,
-    samples_per_task,
-)
+from megatron_mosaic.cost.plan_memory import ranks_memory, samples_per_task, task_microbatches
+from megatron_mosaic.cost.plan_times import Durations, breakdown, durations, stages_in_plan
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
-from megatron_mosaic.cost.stages import stage_costs, stage_works
-from megatron_mosaic.cost.step import step_breakdown
-from megatron_mosaic.layout.placement import LANGUAGE
-from megatron_mosaic.layout.plan import Plan, ScheduleChoice
+from megatron_mosaic.cost.stages import StageWork, stage_costs
+from megatron_mosaic.errors import PlanError
+from megatron_mosaic.fields import show
+from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.spec import ModelSpec
+from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.plan_program import program_of_plan
+from megatron_mosaic.schedule.simulate import simulate
+
+
+class _StageKey(NamedTuple):
+    """What tells stages of a module under some sizes apart."""
+
+    first: bool
+    last: bool
+    layers: tuple[tuple[int, int], ...]
+    upstream: bool
 
 
 class CostModel:
-    """Estimates plans for one model on one cluster.
+    """Costs of one model on one cluster.
+
+    A module's parts cost the same for any number of replicas and stages, and stages with the same
+    parts cost the same, so most questions have been answered before.
 
     Args:
         model: What is trained.
         cluster: On what.
-        settings: What the run does the same for all modules.
+        settings: What the run does alike for all modules.
     """
 
     def __init__(
         self, model: ModelSpec, cluster: Cluster, settings: TrainingSettings | None = None
     ) -> None:
-        self.model = model
-        self.cluster = cluster
+        self.model, self.cluster = model, cluster
         self.settings = settings or TrainingSettings()
+        self._parts: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
         self._modules: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
-        self._flops: dict[str, float] = {}
-        self._stages: dict[tuple[object, ...], tuple[StageCosts, ...]] = {}
-
-    def module(self, name: str, sizes: ParallelSizes, *, samples_per_task: float) -> ModuleCosts:
-        """Costs of a module's parts under some sizes, for a task of some samples."""
-        key = (name, sizes, samples_per_task)
-        if (known := self._modules.get(key)) is None:
-            module, precision = self.model.modules[name], self.model.precision
-            costs = module_costs(
-                module,
-                sizes=sizes,
-                samples=samples_per_task,
-                cluster=self.cluster,
-                settings=self.settings,
-                precision=precision,
-            )
-            held = module_parts(
-                module,
-                sizes=sizes,
-                settings=self.settings,
-                samples=samples_per_task,
-                precision=precision,
-                gradient_arrives=self.trains_before(name),
-            )
-            known = self._modules[key] = with_memory(costs, held)
-        return known
-
-    def stages(
-        self,
-        name: str,
-        sizes: ParallelSizes,
-        *,
-        samples_per_task: float,
-        layers_per_stage: Sequence[int] | None = None,
-    ) -> tuple[StageCosts, ...]:
-        """Costs of a module's pipeline stages; an even split where none is given."""
-        split = tuple(layers_per_stage or even_split(self.model.modules[name].num_layers, sizes.pp))
-        key = (name, sizes, samples_per_task, split)
-        if (known := self._stages.get(key)) is None:
-            module = self.module(name, sizes, samples_per_task=samples_per_task)
-            works = stage_works(module, layers_per_stage=split, upstream=self.trains_before(name))
-            held = stages_memory(
-                ModuleParts(module.input, module.layers, module.output),
-                sizes=sizes,
-                settings=self.settings,
-                precision=self.model.precision,
-                layers_per_stage=split,
-            )
-            known = self._stages[key] = tuple(
-                stage_costs(
-                    work,
-                    module=module,
-                    cluster=self.cluster,
-                    settings=self.settings,
-                    precision=self.model.precision,
-                    memory=memory,
-                )
-                for work, memory in zip(works, held, strict=True)
-            )
-        return known
+        self._stages: dict[int, tuple[ModuleCosts, dict[_StageKey, StageCosts]]] = {}
+        self._trains_before = {name: self._upstream_trains(name) for name in model.modules}
 
     def trains_before(self, name: str) -> bool:
-        """Whether anything upstream of a module trains."""
-        sources = [source for source, target in self.model.edges if target == name]
+        """Whether anything upstream of a module trains, so that it has a gradient to pass on."""
+        return self._trains_before[name]
+
+    def _upstream_trains(self, name: str) -> bool:
+        sources = [source for source, destination in self.model.edges if destination == name]
         return any(
-            self.model.modules[source].trainable != () or self.trains_before(source)
+            self.model.modules[source].trainable != () or self._upstream_trains(source)
             for source in sources
         )
 
-    def flops_per_sample(self, name: str) -> float:
-        """Model FLOPs of a module's training step by sample."""
-        if (known := self._flops.get(name)) is None:
-            module = self.model.modules[name]
-            known = model_flops_per_token(module) * module.tokens_per_sample
-            self._flops[name] = known
+    def module(self, name: str, sizes: ParallelSizes, *, samples: float) -> ModuleCosts:
+        """Costs of a module for tasks of some samples of one replica."""
+        key = (name, sizes, samples)
+        known = self._modules.get(key)
+        if known is None:
+            parts = self._parts_of(name, sizes, samples)
+            known = replace(parts, sizes=sizes, hop_s=self._hop_s(parts, sizes))
+            self._modules[key] = known
         return known
 
-    def estimate(self, plan: Plan) -> StepEstimate:
-        """Estimates a step of a plan in closed form."""
-        sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
-        language_ranks = set(plan.modules[LANGUAGE].ranks)
-        modules = self._modules_in_step(
-            sizes,
-            num_samples=plan.global_batch_size,
-            num_microbatches=plan.num_microbatches,
-            schedule=plan.schedule,
-            layers_per_stage={
-                name: placement.layers_per_stage for name, placement in plan.modules.items()
-            },
-            shared={
-                name: not language_ranks.isdisjoint(placement.ranks)
-                for name, placement in plan.modules.items()
-            },
+    def _parts_of(self, name: str, sizes: ParallelSizes, samples: float) -> ModuleCosts:
+        # Tied embeddings alone care for stages: a second copy of them is on the last one.
+        alike = replace(sizes, dp=1, pp=min(sizes.pp, 2))
+        key = (name, alike, samples)
+        known = self._parts.get(key)
+        if known is None:
+            known = self._parts[key] = self.count_parts(name, alike, samples)
+        return known
+
+    def count_parts(self, name: str, sizes: ParallelSizes, samples: float) -> ModuleCosts:
+        """Counts a module's parts anew; all other costs follow from them."""
+        module = self.model.modules[name]
+        costs = module_costs(
+            module,
+            sizes=sizes,
+            samples=samples,
+            cluster=self.cluster,
+            settings=self.settings,
+            precision=self.model.precision,
         )
-        held = {
-            name: [
-                stage.memory
-                for stage in self.stages(
-                    name,
-                    sizes[name],
-                    samples_per_task=samples_per_task(plan, name),
-                    layers_per_stage=plan.modules[name].layers_per_stage,
-                )
-            ]
-            for name in plan.modules
-        }
-        return self._estimate(
-            modules,
-            schedule=plan.schedule,
-            num_microbatches=plan.num_microbatches,
-            num_samples=plan.global_batch_size,
-            num_gpus=plan.world_size,
-            memory=ranks_memory(plan, held),
+        held = module_parts(
+            module,
+            sizes=sizes,
+            settings=self.settings,
+            samples=samples,
+            precision=self.model.precision,
+            gradient_arrives=self.trains_before(name),
+        )
+        return with_memory(costs, held)
+
+    def _hop_s(self, parts: ModuleCosts, sizes: ParallelSizes) -> float:
+        if sizes.pp == 1:
+            return 0.0
+        stage = Group.of(self.cluster, size=2, stride=sizes.tp * sizes.cp * sizes.dp)
+        return send_s(stage.far, message_bytes=parts.hop_bytes)
+
+    def stages(
+        self, costs: ModuleCosts, layers_per_stage: Sequence[int] | None = None
+    ) -> tuple[StageCosts, ...]:
+        """Costs of a module's pipeline stages; ``None`` is an even split of its layers."""
+        kept = self._stages.get(id(costs))
+        if kept is None:
+            kept = self._stages[id(costs)] = (costs, {})
+        known = kept[1]
+        split = layers_per_stage or even_split(costs.num_layers, costs.sizes.pp)
+        stages, upstream = [], self._trains_before[costs.name]
+        runs = [[run.count, index] for index, run in enumerate(costs.layers) if run.count]
+        for number, count in enumerate(split):
+            first, last = number == 0, number == len(split) - 1
+            layers = _take(runs, count)
+            key = _StageKey(first, last, layers, upstream)
+            if key not in known:
+                known[key] = self._stage(costs, key)
+            stages.append(known[key])
+            upstream = upstream or (first and costs.input.trainable > 0)
+            upstream = upstream or any(costs.layers[i].costs.trainable > 0 for _, i in layers)
+        return tuple(stages)
+
+    def _stage(self, costs: ModuleCosts, key: _StageKey) -> StageCosts:
+        runs = [PartRun(count, costs.layers[index].costs) for count, index in key.layers]
+        if key.first:
+            runs.insert(0, PartRun(1, costs.input))
+        if key.last:
+            runs.append(PartRun(1, costs.output))
+        parts = tuple(part for count, part in runs for _ in range(count))
+        return stage_costs(
+            StageWork(parts=parts, upstream=key.upstream),
+            module=costs,
+            cluster=self.cluster,
+            settings=self.settings,
+            precision=self.model.precision,
+            memory=self.held(costs, *runs),
         )
 
-    def estimate_sizes(
+    def held(self, costs: ModuleCosts, *runs: PartRun) -> StageMemory:
+        """Memory of a stage that has these parts."""
+        return stage_memory(
+            runs, sizes=costs.sizes, settings=self.settings, precision=self.model.precision
+        )
+
+    def boundary_s(
         self,
-        sizes: Mapping[str, ParallelSizes],
+        edge: tuple[str, str],
+        source: ParallelSizes,
+        destination: ParallelSizes,
         *,
-        micro_batch_size: int,
-        global_batch_size: int,
-        schedule: ScheduleChoice,
-        num_gpus: int,
-        layers_per_stage: Mapping[str, Sequence[int] | None] | None = None,
-        shared: Mapping[str, bool] | None = None,
-    ) -> StepEstimate:
-        """Estimates a step from parallel sizes, which need not make a whole plan.
+        num_samples: int,
+        same_ranks: bool,
+    ) -> float:
+        """Time to bring rows from one module to another, and as long for their gradient.
 
         Args:
-            sizes: Of every module.
-            micro_batch_size: Samples of a microbatch of one replica of the language model.
-            global_batch_size: Samples of the step.
-            schedule: Order of work.
-            num_gpus: GPUs of the run, idle ones too.
-            layers_per_stage: Where a split is not even.
-            shared: Whether a module's ranks also host the language model; no if absent.
-
-        Note:
-            Memory is that of each stage alone: what shares a rank is known to plans only.
+            edge: The modules.
+            source: Sizes of the one that makes the rows.
+            destination: Sizes of the one that takes them.
+            num_samples: Samples of the task, of all replicas.
+            same_ranks: Whether the rows are made on the ranks that take them, place by place.
         """
-        num_microbatches = global_batch_size // (micro_batch_size * sizes[LANGUAGE].dp)
-        modules = self._modules_in_step(
-            sizes,
-            num_samples=global_batch_size,
-            num_microbatches=num_microbatches,
-            schedule=schedule,
-            layers_per_stage=layers_per_stage or {},
-            shared=shared or {},
+        if same_ranks and rows_are_in_place(source, destination):
+            return 0.0
+        modules = self.model.modules
+        rows_bytes = 2 * modules[edge[0]].rows_per_sample * modules[edge[1]].hidden_size
+        return boundary_s(
+            num_samples * rows_bytes, source=source, destination=destination, cluster=self.cluster
         )
-        memory = {
-            (HostedStage(name, stage),): memory_terms(
-                costs.memory,
-                live_tasks=live_in_step(
-                    name,
-                    stage,
-                    sizes=sizes,
-                    schedule=schedule,
-                    num_microbatches=num_microbatches,
-                    shared=module.shared,
-                ),
+
+    def plan_stages(self, plan: Plan) -> dict[str, tuple[StageCosts, ...]]:
+        """Costs of all stages of a plan, by module.
+
+        Raises:
+            PlanError: The plan is one for another model.
+        """
+        found = {}
+        for name, placement in plan.modules.items():
+            self._check(placement)
+            sizes = ParallelSizes.of(placement)
+            costs = self.module(name, sizes, samples=samples_per_task(plan, name))
+            split = placement.layers_per_stage
+            found[name] = self.stages(
+                costs, split or even_split(costs.num_layers, placement.num_stages)
             )
-            for name, module in modules.items()
-            for stage, costs in enumerate(module.stages)
-        }
-        return self._estimate(
-            modules,
-            schedule=schedule,
-            num_microbatches=num_microbatches,
-            num_samples=global_batch_size,
-            num_gpus=num_gpus,
-            memory=memory,
-        )
+        return found
 
-    def _modules_in_step(
-        self,
-        sizes: Mapping[str, ParallelSizes],
-        *,
-        num_samples: int,
-        num_microbatches: int,
-        schedule: ScheduleChoice,
-        layers_per_stage: Mapping[str, Sequence[int] | None],
-        shared: Mapping[str, bool],
-    ) -> dict[str, ModuleInStep]:
-        group = schedule.encoder_group or num_microbatches
-        encoders = {source for source, end in self.model.edges if end == LANGUAGE}
-        modules = {}
-        for name, its in sizes.items():
-            in_groups = schedule.kind == "colocated" and name in encoders
-            per_task = group if in_groups else 1
-            samples = per_task * num_samples / num_microbatches / its.dp
-            modules[name] = ModuleInStep(
-                name=name,
-                stages=self.stages(
-                    name,
-                    its,
-                    samples_per_task=samples,
-                    layers_per_stage=layers_per_stage.get(name),
-                ),
-                chunks=its.chunks,
-                shared=shared.get(name, False) and name != LANGUAGE,
-                entry_s=self.entry_s(name, samples),
-                task_microbatches=per_task,
+    def _check(self, placement: ModulePlacement) -> None:
+        where, name = f"model {self.model.name}", placement.name
+        if name not in self.model.modules:
+            raise PlanError(
+                f"{where}: module={name} must be one of {', '.join(self.model.modules)}; take the "
+                f"plan's own model"
             )
-        return modules
+        module = self.model.modules[name]
+        if module.trainable != placement.trainable:
+            raise PlanError(
+                f"modules.{name}: trainable={show(_listed(placement.trainable))} must be "
+                f"{show(_listed(module.trainable))} as in {where}; change one of them"
+            )
+        num_layers = sum(placement.layers_per_stage or (module.num_layers,))
+        if num_layers != module.num_layers:
+            raise PlanError(
+                f"modules.{name}: layers_per_stage={list(placement.layers_per_stage or ())} must "
+                f"add up to the {module.num_layers} layers of {where}; change one of them"
+            )
 
-    def _estimate(
-        self,
-        modules: Mapping[str, ModuleInStep],
-        *,
-        schedule: ScheduleChoice,
-        num_microbatches: int,
-        num_samples: int,
-        num_gpus: int,
-        memory: Mapping[tuple[HostedStage, ...], Mapping[str, float]],
-    ) -> StepEstimate:
-        breakdown = step_breakdown(
-            modules,
-            edges=self.model.edges,
-            kind=schedule.kind,
-            num_microbatches=num_microbatches,
-            encoder_group=schedule.encoder_group,
-        )
-        flops = num_samples * sum(self.flops_per_sample(name) for name in modules)
-        return StepEstimate(breakdown=breakdown, memory=memory, flops=flops, num_gpus=num_gpus)
+    def plan_boundaries_s(self, plan: Plan) -> dict[tuple[str, str], float]:
+        """Time to bring a task's rows over every edge of a plan."""
+        return {edge: self._plan_boundary_s(plan, edge) for edge in plan.edges}
 
-    def entry_s(self, name: str, samples: float) -> float:
-        """Time in which the rows that a module takes from others arrive, for one task."""
-        rows_bytes = sum(
-            2 * self.model.modules[source].rows_per_sample * samples
-            for source, target in self.model.edges
-            if target == name
+    def _plan_boundary_s(self, plan: Plan, edge: tuple[str, str]) -> float:
+        source, destination = (plan.modules[name] for name in edge)
+        samples = plan.micro_batch_size * plan.language.data_parallel_size
+        made = source.stage_ranks(source.num_stages - 1)
+        taken = destination.stage_ranks(0)
+        if source.context_parallel_size == 1:
+            taken = tuple(rank for rank in taken if destination.coordinates(rank).cp == 0)
+        return self.boundary_s(
+            edge,
+            ParallelSizes.of(source),
+            ParallelSizes.of(destination),
+            num_samples=samples * task_microbatches(plan, edge[0]),
+            same_ranks=made == taken,
         )
-        far = Group.of(self.cluster, size=2, stride=max(1, self.cluster.gpus_per_node)).far
-        return send_s(far, message_bytes=rows_bytes * self.model.modules[name].hidden_size)
+
+    def plan_memory(self, plan: Plan) -> dict[tuple[Stage, ...], dict[str, float]]:
+        """Bytes by term of every kind of rank, keyed by the stages that it hosts."""
+        return ranks_memory(
+            plan,
+            {
+                name: [stage.memory for stage in stages]
+                for name, stages in self.plan_stages(plan).items()
+            },
+        )
+
+    def plan_durations(self, plan: Plan) -> Durations:
+        """Times of a plan's tasks and transfers, as a simulation takes them."""
+        costs = self.plan_stages(plan)
+        boundaries_s = self.plan_boundaries_s(plan)
+        return durations(plan, stages_in_plan(plan, costs, boundaries_s), boundaries_s)
+
+    def estimate(self, plan: Plan) -> StepEstimate:
+        """Estimates a step of a plan: simulates its schedule, and adds what happens once."""
+        costs = self.plan_stages(plan)
+        boundaries_s = self.plan_boundaries_s(plan)
+        stages = stages_in_plan(plan, costs, boundaries_s)
+        tasks_s, transfers_s = durations(plan, stages, boundaries_s)
+        timeline = simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
+        return StepEstimate(
+            breakdown=breakdown(plan, stages, makespan_s=timeline.makespan_s),
+            memory=self.plan_memory(plan),
+            flops=self.step_flops(num_samples=plan.global_batch_size),
+            num_gpus=plan.world_size,
+        )
+
+    def step_flops(self, *, num_samples: int) -> float:
+        """Model FLOPs of a step, without what is computed again."""
+        return num_samples * sum(
+            model_flops_per_token(module) * module.tokens_per_sample
+            for module in self.model.modules.values()
+        )
+
+
+def _listed(trainable: tuple[str, ...] | None) -> list[str] | None:
+    """As plans write it."""
+    return None if trainable is None else list(trainable)
 
 
 def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Layers of each stage, as equal as they can be; the first stages have more."""
     each, more = divmod(num_layers, num_stages)
     return tuple(each + (stage < more) for stage in range(num_stages))
+
+
+def _take(runs: list[list[int]], count: int) -> tuple[tuple[int, int], ...]:
+    """Takes layers from the front of runs: how many of which run."""
+    taken = []
+    while count:
+        available, index = runs[0]
+        number = min(available, count)
+        taken.append((number, index))
+        count -= number
+        if number == available:
+            runs.pop(0)
+        else:
+            runs[0][0] -= number
+    return tuple(taken)

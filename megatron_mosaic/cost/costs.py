@@ -1,10 +1,11 @@
 """What parts, modules, stages and steps cost: the numbers that pass between the cost functions."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.schedule.graph import Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,13 +183,6 @@ class StepBreakdown:
         )
 
 
-class HostedStage(NamedTuple):
-    """One pipeline stage of a module."""
-
-    module: str
-    stage: int
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepEstimate:
     """What a plan costs.
@@ -201,10 +195,9 @@ class StepEstimate:
     """
 
     breakdown: StepBreakdown
-    memory: Mapping[tuple[HostedStage, ...], Mapping[str, float]]
+    memory: Mapping[tuple[Stage, ...], Mapping[str, float]]
     flops: float
     num_gpus: int
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def step_s(self) -> float:

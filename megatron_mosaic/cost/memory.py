@@ -200,8 +200,8 @@ def stage_memory(
         precision: Of matrix multiplications.
 
     Note:
-        What the CUDA context and NCCL take is no part of it: a GPU's ``memory_bytes`` leaves it
-        out already.
+        What the CUDA context and NCCL take is no part of it, but of a GPU's ``memory_bytes``;
+        plans leave it free.
     """
     runs = [run for run in parts if run.count]
     weights = _Weights.of(runs, sizes=sizes, settings=settings)

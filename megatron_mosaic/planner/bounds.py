@@ -7,8 +7,8 @@ from megatron_mosaic.cost.costs import ModuleCosts, PartRun
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimator
+from megatron_mosaic.planner.legal_sizes import context_sizes, language_sizes, tensor_sizes
 from megatron_mosaic.planner.partition import chain_of
-from megatron_mosaic.planner.space import context_sizes, language_sizes, tensor_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,9 @@ def encoder_work_s(estimator: Estimator) -> float:
             for cp in context_sizes(module, problem, tp=tp):
                 for recompute in problem.space.recompute:
                     sizes = ParallelSizes(tp=tp, cp=cp, etp=tp, recompute=recompute)
-                    costs = estimator.prices.module(name, sizes, samples=problem.global_batch_size)
+                    costs = estimator.cost_model.module(
+                        name, sizes, samples=problem.global_batch_size
+                    )
                     times = module_times(costs, trainable_upstream=False)
                     cheapest_s.append(times.total_s * tp * cp)
         total_s += min(cheapest_s, default=0.0)
@@ -123,11 +125,11 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
     options = []
     for micro_batch_size in sizes_of_microbatch:
         for sizes in language_sizes(problem, micro_batch_size=micro_batch_size):
-            costs = estimator.prices.module(LANGUAGE, sizes, samples=micro_batch_size)
+            costs = estimator.cost_model.module(LANGUAGE, sizes, samples=micro_batch_size)
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.etp, sizes.sequence_parallel)
             key = (*key, sizes.recompute, micro_batch_size)
             if key not in times:
-                upstream = estimator.trainable_upstream
+                upstream = estimator.cost_model.trains_before(LANGUAGE)
                 times[key] = module_times(costs, trainable_upstream=upstream)
             average_bytes = _average_bytes(estimator, costs)
             if average_bytes > estimator.limit_bytes:
@@ -173,6 +175,6 @@ def _bound_s(
 def _average_bytes(estimator: Estimator, costs: ModuleCosts) -> float:
     """Memory of a stage on average, with one task between its passes."""
     runs = [PartRun(1, costs.input), *costs.layers, PartRun(1, costs.output)]
-    held = estimator.prices.held(costs, *runs)
+    held = estimator.cost_model.held(costs, *runs)
     fixed = held.weights + held.gradients + held.optimizer
     return (fixed + held.activations_per_task) / costs.sizes.pp

@@ -44,7 +44,8 @@ class Candidate:
         language: Sizes of the language model.
         encoders: The other modules, in the order of their names.
         kind: Schedule.
-        encoder_group: Microbatches of one encoder task with ``colocated``; 1 otherwise.
+        encoder_group: Microbatches of one encoder task with ``colocated`` and ``bubble_fill``;
+            1 otherwise.
     """
 
     micro_batch_size: int
@@ -77,14 +78,19 @@ class Candidate:
         They run with the first stage. Megatron gives encoders no context parallelism of their
         own; where their parts allow it the planner's baseline has it all the same.
         """
-        return all(
-            encoder.host in ("replicated", "first_stage" if self.language.pp > 1 else "language")
-            and encoder.sizes.tp == self.language.tp
-            and encoder.sizes.dp == self.language.dp
-            and encoder.sizes.pp == 1
-            and encoder.sizes.recompute == self.language.recompute
-            for encoder in self.encoders
-        ) and (self.kind != "colocated" or self.encoder_group == 1)
+        return (
+            all(
+                encoder.host
+                in ("replicated", "first_stage" if self.language.pp > 1 else "language")
+                and encoder.sizes.tp == self.language.tp
+                and encoder.sizes.dp == self.language.dp
+                and encoder.sizes.pp == 1
+                and encoder.sizes.recompute == self.language.recompute
+                for encoder in self.encoders
+            )
+            and self.kind != "bubble_fill"
+            and self.encoder_group == 1
+        )
 
 
 def plan_of(
@@ -106,10 +112,12 @@ def plan_of(
         for name in sizes
     }
     group = None
-    if candidate.kind == "colocated":
+    if candidate.kind in ("colocated", "bubble_fill"):
         samples = candidate.micro_batch_size * candidate.language.dp
         num_microbatches = global_batch_size // samples
-        group = None if candidate.encoder_group == num_microbatches else candidate.encoder_group
+        group = candidate.encoder_group
+        if candidate.kind == "colocated" and group == num_microbatches:
+            group = None
     return Plan(
         world_size=num_gpus,
         global_batch_size=global_batch_size,
@@ -158,6 +166,7 @@ def _placement(
         context_parallel_size=sizes.cp,
         data_parallel_size=sizes.dp,
         pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.chunks,
         sequence_parallel=sizes.sequence_parallel,
         trainable=model.modules[name].trainable,
         # An even split is what a plan without the key means.

@@ -4,59 +4,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, inf
-from typing import Protocol
 
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import (
-    HostedStage,
     ModuleCosts,
     ModuleInStep,
     PartCosts,
     PartRun,
     StageCosts,
-    StageMemory,
     StepBreakdown,
-    StepEstimate,
 )
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice
-from megatron_mosaic.planner.hosted import Hosted, apart_stages, closed_form, memory_by_rank
+from megatron_mosaic.planner.closed_form import Hosted, apart_stages, closed_form, memory_by_rank
 from megatron_mosaic.planner.partition import NOTHING, Chain, Load, Room, chain_of, split_layers
 from megatron_mosaic.planner.problem import Problem
+from megatron_mosaic.schedule.graph import Stage
 
 _Made = tuple[tuple[int, ...], tuple[StageCosts, ...]]
 """Layers of each stage, and the stages."""
-
-
-class Prices(Protocol):
-    """The cost model as the planner asks it; answers are kept where they are asked for again."""
-
-    def module(self, name: str, sizes: ParallelSizes, *, samples: int) -> ModuleCosts:
-        """Costs of a module for tasks of some samples of one replica."""
-        ...
-
-    def stages(
-        self, costs: ModuleCosts, layers_per_stage: Sequence[int], *, trainable_upstream: bool
-    ) -> tuple[StageCosts, ...]:
-        """Costs of its pipeline stages."""
-        ...
-
-    def held(self, costs: ModuleCosts, *runs: PartRun) -> StageMemory:
-        """Memory of a stage that has these parts."""
-        ...
-
-    def boundary_s(
-        self,
-        name: str,
-        encoder: ParallelSizes,
-        *,
-        language: ParallelSizes,
-        num_samples: int,
-        in_place: bool,
-    ) -> float:
-        """Time to bring an encoder's rows of some samples to the language model."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +59,7 @@ class Estimate:
         return self.breakdown.step_s
 
     @cached_property
-    def memory(self) -> dict[tuple[HostedStage, ...], dict[str, float]]:
+    def memory(self) -> dict[tuple[Stage, ...], dict[str, float]]:
         """Bytes by term of every kind of rank."""
         return memory_by_rank(self.modules)
 
@@ -105,41 +73,18 @@ class Estimate:
         """Split of every module."""
         return {name: hosted.layers_per_stage for name, hosted in self.modules.items()}
 
-    @property
-    def flops(self) -> float:
-        """FLOPs of the forward passes of a step, of all ranks."""
-        total = 0.0
-        for name, hosted in self.modules.items():
-            sizes = self.candidate.language
-            if name != LANGUAGE:
-                assert hosted.choice is not None
-                sizes = hosted.choice.sizes
-            ranks = sizes.tp * sizes.cp * sizes.dp
-            tasks = self.num_microbatches / hosted.group
-            total += tasks * ranks * sum(stage.flops for stage in hosted.stages)
-        return total
-
-    def as_step_estimate(self) -> StepEstimate:
-        """The same as figures and reports take it."""
-        return StepEstimate(
-            breakdown=self.breakdown, memory=self.memory, flops=self.flops, num_gpus=self.num_gpus
-        )
-
 
 class Estimator:
     """Estimates candidates of one problem.
 
     Args:
         problem: What is asked.
-        prices: The cost model.
+        cost_model: What things cost.
     """
 
-    def __init__(self, problem: Problem, prices: Prices) -> None:
-        self.problem, self.prices = problem, prices
+    def __init__(self, problem: Problem, cost_model: CostModel) -> None:
+        self.problem, self.cost_model = problem, cost_model
         self.limit_bytes = problem.memory_bytes
-        modules = problem.model.modules
-        self.trains = {name: modules[name].trainable != () for name in modules}
-        self.trainable_upstream = any(self.trains[name] for name in problem.encoders)
         self._hosted: dict[tuple[object, ...], Hosted | None] = {}
         self._chains: dict[int, tuple[ModuleCosts, Chain]] = {}
         self._languages: dict[tuple[object, ...], tuple[ModuleCosts, _Made | None]] = {}
@@ -192,17 +137,17 @@ class Estimator:
         key = (choice, num_samples, live, limit_bytes)
         if key not in self._hosted:
             costs = self.encoder_costs(choice, num_samples)
-            made = self._split(costs, live, limit_bytes, trainable_upstream=False)
+            made = self._split(costs, live, limit_bytes)
             self._hosted[key] = None if made is None else Hosted(choice, group, *made, live)
         hosted = self._hosted[key]
         if hosted is None:
             return None
-        entry_s = self.prices.boundary_s(
-            choice.name,
+        entry_s = self.cost_model.boundary_s(
+            (choice.name, LANGUAGE),
             choice.sizes,
-            language=language,
+            language,
             num_samples=num_samples,
-            in_place=_in_place(choice, language),
+            same_ranks=_same_ranks(choice, language),
         )
         return hosted._replace(group=group, entry_s=entry_s)
 
@@ -237,7 +182,7 @@ class Estimator:
     def encoder_costs(self, choice: EncoderChoice, num_samples: int) -> ModuleCosts:
         """Costs of an encoder for tasks of some samples of all its replicas."""
         samples = ceil(num_samples / choice.sizes.dp)
-        return self.prices.module(choice.name, choice.sizes, samples=samples)
+        return self.cost_model.module(choice.name, choice.sizes, samples=samples)
 
     def language(
         self,
@@ -249,7 +194,7 @@ class Estimator:
     ) -> Hosted | None:
         """Returns the language model with its stages, split around what shares its ranks."""
         sizes = candidate.language
-        costs = self.prices.module(LANGUAGE, sizes, samples=candidate.micro_batch_size)
+        costs = self.cost_model.module(LANGUAGE, sizes, samples=candidate.micro_batch_size)
         everywhere, first = 0.0, NOTHING
         for hosted in encoders.values():
             assert hosted.choice is not None
@@ -269,7 +214,6 @@ class Estimator:
                 costs,
                 live,
                 limit_bytes - everywhere,
-                trainable_upstream=self.trainable_upstream,
                 first=first,
             )
         return None if made is None else Hosted(None, 1, *made, live)
@@ -284,7 +228,7 @@ class Estimator:
         """
         key = (id(costs), live, limit_bytes)
         if key not in self._languages:
-            made = self._split(costs, live, limit_bytes, trainable_upstream=self.trainable_upstream)
+            made = self._split(costs, live, limit_bytes)
             self._languages[key] = (costs, made)
         return self._languages[key][1]
 
@@ -294,14 +238,13 @@ class Estimator:
         live: tuple[int, ...],
         room_bytes: float,
         *,
-        trainable_upstream: bool,
         first: Load = NOTHING,
     ) -> "_Made | None":
         """Splits a module; a split that the user has pinned is taken as it is."""
         pinned = self.problem.pins.modules.get(costs.name, {})
         layers_per_stage: tuple[int, ...] = pinned.get("layers_per_stage", ())
         if not layers_per_stage:
-            chain = self._chain(costs, trainable_upstream=trainable_upstream)
+            chain = self._chain(costs)
             whole = Load(*(a + b for a, b in zip(chain.input, first, strict=True)))
             split = split_layers(
                 replace(chain, input=whole),
@@ -311,14 +254,16 @@ class Estimator:
             if split is None:
                 return None
             layers_per_stage = split.layers_per_stage
-        stages = self.prices.stages(costs, layers_per_stage, trainable_upstream=trainable_upstream)
+        stages = self.cost_model.stages(costs, layers_per_stage)
         return layers_per_stage, stages
 
-    def _chain(self, costs: ModuleCosts, *, trainable_upstream: bool) -> Chain:
+    def _chain(self, costs: ModuleCosts) -> Chain:
         known = self._chains.get(id(costs))
         if known is not None and known[0] is costs:
             return known[1]
-        times, input_s, output_s = chain_of(costs, trainable_upstream=trainable_upstream)
+        times, input_s, output_s = chain_of(
+            costs, trainable_upstream=self.cost_model.trains_before(costs.name)
+        )
         layers: list[Load] = []
         for run in costs.layers:
             load = self._load(costs, run.costs)
@@ -327,7 +272,7 @@ class Estimator:
             ]
         output = self._load(costs, costs.output)
         # What the last stage holds for a moment may be more than what layers do.
-        more = self.prices.held(costs, PartRun(1, costs.output)).working
+        more = self.cost_model.held(costs, PartRun(1, costs.output)).working
         more = max(0.0, more - self._passing_bytes(costs))
         chain = Chain(
             input=self._load(costs, costs.input)._replace(time_s=input_s),
@@ -339,11 +284,11 @@ class Estimator:
 
     def _passing_bytes(self, costs: ModuleCosts) -> float:
         """What a stage holds for a moment, and what libraries hold, whatever its layers."""
-        held = self.prices.held(costs, *(PartRun(1, run.costs) for run in costs.layers))
+        held = self.cost_model.held(costs, *(PartRun(1, run.costs) for run in costs.layers))
         return held.working + held.buffers
 
     def _load(self, costs: ModuleCosts, part: PartCosts) -> Load:
-        held = self.prices.held(costs, PartRun(1, part))
+        held = self.cost_model.held(costs, PartRun(1, part))
         fixed = held.weights + held.gradients + held.optimizer
         return Load(0.0, fixed, held.activations_per_task)
 
@@ -352,14 +297,10 @@ def _fullest_bytes(stages: Sequence[StageCosts], live: Sequence[int]) -> float:
     return max(s.memory.total(live_tasks=n) for s, n in zip(stages, live, strict=True))
 
 
-def _in_place(choice: EncoderChoice, language: ParallelSizes) -> bool:
-    """Whether every rank of the language model makes the rows that it needs itself."""
-    equal = choice.sizes.tp == language.tp and choice.sizes.dp == language.dp
-    return choice.host == "replicated" or (
-        equal
-        and choice.sizes.cp == language.cp
-        and (choice.host == "first_stage" or (choice.host == "language" and language.pp == 1))
-    )
+def _same_ranks(choice: EncoderChoice, language: ParallelSizes) -> bool:
+    """Whether an encoder runs on the language model's first stage, place by place."""
+    whole = choice.host == "language" and language.pp == 1
+    return whole or choice.host in ("first_stage", "replicated")
 
 
 def _live_tasks(
@@ -377,3 +318,5 @@ def _live_tasks(
             ahead = 0 if choice.shares else 1
             live = 1 + ceil((depth - 1) / group) + ahead
             return (min(num_microbatches // group, live),) * stages
+        case "interleaved" | "bubble_fill":
+            raise AssertionError(f"{candidate.kind} has no closed form")

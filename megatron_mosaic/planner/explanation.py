@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mosaic.cost.costs import HostedStage
+from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.planner import Answer, as_estimates, digests, prediction
+from megatron_mosaic.planner.planner import Answer, as_estimates, digests
+from megatron_mosaic.planner.prediction import prediction
 from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
+from megatron_mosaic.schedule.graph import Stage
 
 _TERMS = {
     "compute_s": "compute",
@@ -59,6 +61,7 @@ def sizes_text(sizes: ParallelSizes, layers_per_stage: tuple[int, ...]) -> str:
         for name, size in zip(("tp", "cp", "dp", "pp"), _grid(sizes), strict=True)
         if size > 1
     ]
+    words += [f"vp{sizes.chunks}"] if sizes.chunks > 1 else []
     words += [f"ep{sizes.ep}"] if sizes.ep > 1 else []
     words += [f"etp{sizes.etp}"] if sizes.etp != sizes.tp else []
     words += ["sp"] if sizes.sequence_parallel else []
@@ -79,9 +82,9 @@ def runs_text(counts: tuple[int, ...]) -> str:
     return ",".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
 
 
-def modules_text(estimate: Estimate) -> dict[str, str]:
+def modules_text(entry: Simulated) -> dict[str, str]:
     """Sizes and hosts of every module in words."""
-    candidate, split = estimate.candidate, estimate.layers_per_stage
+    candidate, split = entry.candidate, entry.layers_per_stage
     texts = {
         encoder.name: f"{sizes_text(encoder.sizes, split[encoder.name])} on {_HOSTS[encoder.host]}"
         for encoder in candidate.encoders
@@ -100,46 +103,46 @@ def _sentences(answer: Answer) -> list[str]:
         sentences.append("There is one module, so every layout is homogeneous.")
     elif baseline is None:
         sentences.append("No homogeneous layout fits, or has what is pinned.")
-    elif baseline.estimate.candidate == choice.estimate.candidate:
+    elif baseline.candidate == choice.candidate:
         sentences.append(_homogeneous_wins(answer))
     else:
         sentences.append(_difference(choice, baseline))
         sentences.append(_balance(choice, baseline))
-    sentences.append(_memory(choice.estimate, limit_bytes=answer.problem.memory_bytes))
+    sentences.append(_memory(choice.step, limit_bytes=answer.problem.memory_bytes))
     return sentences
 
 
 def _homogeneous_wins(answer: Answer) -> str:
-    rest = [e for e in answer.best if not e.estimate.candidate.is_homogeneous]
+    rest = [e for e in answer.best if not e.candidate.is_homogeneous]
     if not rest:
         return "The homogeneous layout is the fastest; no other kind of placement came close."
     nearest, seconds = rest[0], rest[0].step_s - answer.choice.step_s
-    terms = _largest_changes(nearest.estimate, answer.choice.estimate)
+    terms = _largest_changes(nearest, answer.choice)
     reason = f", mostly by {terms[0][0]}" if terms else ""
     return (
-        f"The homogeneous layout is the fastest; the best {nearest.estimate.candidate.placement} "
+        f"The homogeneous layout is the fastest; the best {nearest.candidate.placement} "
         f"one takes {_ms(seconds)} longer{reason}."
     )
 
 
 def _difference(choice: Simulated, baseline: Simulated) -> str:
     """Which terms make the choice faster, and which it pays for that."""
-    changes = _largest_changes(baseline.estimate, choice.estimate)
+    changes = _largest_changes(baseline, choice)
     saved = [f"{_ms(s)} of {term}" for term, s in changes if s > 0]
     paid = [f"{_ms(-s)} of {term}" for term, s in changes if s < 0]
     gain = baseline.step_s / choice.step_s - 1
     text = (
-        f"The {choice.estimate.candidate.placement} layout takes {_ms(choice.step_s)} a step, the "
+        f"The {choice.candidate.placement} layout takes {_ms(choice.step_s)} a step, the "
         f"best homogeneous one {_ms(baseline.step_s)} ({gain:.1%} longer): it saves "
         f"{' and '.join(saved) or 'nothing in a single term'}"
     )
     return f"{text}, and pays {' and '.join(paid)}." if paid else f"{text}."
 
 
-def _largest_changes(before: Estimate, after: Estimate) -> list[tuple[str, float]]:
+def _largest_changes(before: Simulated, after: Simulated) -> list[tuple[str, float]]:
     """Terms that change by at least a hundredth of the step, the largest first."""
     changes = [
-        (words, getattr(before.breakdown, term) - getattr(after.breakdown, term))
+        (words, getattr(before.step.breakdown, term) - getattr(after.step.breakdown, term))
         for term, words in _TERMS.items()
     ]
     least_s = after.step_s / 100
@@ -149,8 +152,8 @@ def _largest_changes(before: Estimate, after: Estimate) -> list[tuple[str, float
 def _balance(choice: Simulated, baseline: Simulated) -> str:
     """What encoders do to the pipeline in both layouts."""
     parts = []
-    for name, text in modules_text(choice.estimate).items():
-        before = modules_text(baseline.estimate)[name]
+    for name, text in modules_text(choice).items():
+        before = modules_text(baseline)[name]
         if text != before:
             parts.append(f"{name} has {text} (homogeneous: {before})")
     changes = "; ".join(parts) or "all modules have the same sizes in both"
@@ -180,8 +183,8 @@ def encoder_share(estimate: Estimate) -> float:
     return max(own / (own + rest) for own, rest in zip(encoders, busy, strict=True))
 
 
-def _memory(estimate: Estimate, *, limit_bytes: float) -> str:
-    hosted, terms = max(estimate.memory.items(), key=lambda item: sum(item[1].values()))
+def _memory(step: StepEstimate, *, limit_bytes: float) -> str:
+    hosted, terms = max(step.memory.items(), key=lambda item: sum(item[1].values()))
     largest = sorted(terms, key=lambda term: -terms[term])[:2]
     shown = " and ".join(f"{gib(terms[term])} of {term}" for term in largest)
     return (
@@ -190,9 +193,15 @@ def _memory(estimate: Estimate, *, limit_bytes: float) -> str:
     )
 
 
-def hosted_text(hosted: tuple[HostedStage, ...]) -> str:
+def hosted_text(hosted: tuple[Stage, ...]) -> str:
     """Stages of a rank in words."""
-    return " + ".join(f"{module}.{stage}" for module, stage in hosted)
+    numbers: dict[str, list[str]] = {}
+    for module, stage in hosted:
+        numbers.setdefault(module, []).append(f"{stage}")
+    return " + ".join(
+        f"{module}.{','.join(own) if len(own) < 4 else f'{own[0]},{own[1]}..{own[-1]}'}"
+        for module, own in numbers.items()
+    )
 
 
 def gib(num_bytes: float) -> str:
@@ -257,7 +266,7 @@ def as_document(explanation: Explanation) -> dict[str, Any]:
 
 def _entry(entry: Simulated) -> dict[str, Any]:
     estimate = entry.estimate
-    candidate = estimate.candidate
+    candidate = entry.candidate
     sizes: Mapping[str, tuple[ParallelSizes, str | None]] = {
         **{e.name: (e.sizes, e.host) for e in candidate.encoders},
         LANGUAGE: (candidate.language, None),
@@ -270,7 +279,7 @@ def _entry(entry: Simulated) -> dict[str, Any]:
         "num_microbatches": estimate.num_microbatches,
         "schedule": {"kind": candidate.kind, "encoder_group": candidate.encoder_group},
         "num_ranks": candidate.num_ranks,
-        "tokens_flops": estimate.flops,
+        "model_flops": entry.step.flops,
         "modules": {
             name: {
                 "host": host,
@@ -278,16 +287,17 @@ def _entry(entry: Simulated) -> dict[str, Any]:
                 "context_parallel_size": its.cp,
                 "data_parallel_size": its.dp,
                 "pipeline_model_parallel_size": its.pp,
+                "virtual_pipeline_model_parallel_size": its.chunks,
                 "expert_model_parallel_size": its.ep,
                 "expert_tensor_parallel_size": its.etp,
                 "sequence_parallel": its.sequence_parallel,
                 "recompute": its.recompute,
-                "layers_per_stage": list(estimate.layers_per_stage[name]),
+                "layers_per_stage": list(entry.layers_per_stage[name]),
             }
             for name, (its, host) in sizes.items()
         },
         "memory_bytes": {
             hosted_text(hosted): {term: round(held) for term, held in terms.items()}
-            for hosted, terms in estimate.memory.items()
+            for hosted, terms in entry.step.memory.items()
         },
     }

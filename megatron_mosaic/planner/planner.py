@@ -7,15 +7,15 @@ from typing import Any
 
 from megatron_mosaic import __version__
 from megatron_mosaic.cluster.cluster_file import write_cluster
+from megatron_mosaic.cost.cost_model import CostModel
+from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
-from megatron_mosaic.planner.candidate import plan_of
-from megatron_mosaic.planner.estimate import Estimate, Prices
-from megatron_mosaic.planner.notes import figure_notes
-from megatron_mosaic.planner.obstacle import refuse
-from megatron_mosaic.planner.prices import ModelPrices
+from megatron_mosaic.planner.estimate import Estimate
+from megatron_mosaic.planner.infeasible import refuse
+from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import Simulated, rerank, simulated
+from megatron_mosaic.planner.rerank import Simulated, rerank
 from megatron_mosaic.planner.search import Found, search
 
 
@@ -25,12 +25,14 @@ class Answer:
 
     Args:
         problem: What was asked.
+        cost_model: What things cost.
         best: Plans by their simulated step time, the fastest first.
         baseline: The best homogeneous plan; ``None`` if none fits, or none has what is pinned.
         found: What the search in closed form says of itself.
     """
 
     problem: Problem
+    cost_model: CostModel
     best: tuple[Simulated, ...]
     baseline: Simulated | None
     found: Found
@@ -42,19 +44,11 @@ class Answer:
 
     def plan(self) -> Plan:
         """The plan to run, with ranks and notes."""
-        estimate = self.choice.estimate
-        plan = plan_of(
-            estimate.candidate,
-            model=self.problem.model,
-            num_gpus=self.problem.num_gpus,
-            global_batch_size=self.problem.global_batch_size,
-            layers_per_stage=estimate.layers_per_stage,
-            inputs=digests(self.problem),
-        )
-        return replace(plan, predicted=self._predicted(plan))
+        plan = self.choice.plan
+        return replace(plan, inputs=digests(self.problem), predicted=self._predicted(plan))
 
     def _predicted(self, plan: Plan) -> dict[str, Any]:
-        notes = figure_notes(self.choice, baseline=self.baseline, plan=plan, problem=self.problem)
+        notes = figure_notes(plan, cost_model=self.cost_model, baseline=self.baseline)
         baseline = notes.pop("baseline", {})
         if self.baseline is not None:
             baseline = {**prediction(self.baseline), **baseline}
@@ -64,7 +58,7 @@ class Answer:
 def make_plan(
     problem: Problem,
     *,
-    prices: Prices | None = None,
+    cost_model: CostModel | None = None,
     top: int = 3,
     time_limit_s: float | None = None,
 ) -> Answer:
@@ -72,41 +66,32 @@ def make_plan(
 
     Args:
         problem: What is asked.
-        prices: The cost model; ``None`` is that of the problem's model, cluster and settings.
+        cost_model: What things cost; ``None`` is that of the problem's model, cluster and settings.
         top: Plans to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
 
     Raises:
         PlanError: Nothing fits the memory, or nothing has what is pinned.
     """
-    prices = prices or ModelPrices(problem.model, problem.cluster, problem.settings)
-    found = search(problem, prices, top=top, time_limit_s=time_limit_s)
+    cost_model = cost_model or CostModel(problem.model, problem.cluster, problem.settings)
+    found = search(problem, cost_model, top=top, time_limit_s=time_limit_s)
     if not found.best:
-        raise refuse(problem, prices)
+        raise refuse(problem, cost_model)
     # The baseline takes part: the answer is never slower than it, by simulation either.
     candidates = list(found.best)
     if found.baseline is not None and found.baseline not in candidates:
         candidates.append(found.baseline)
-    best = tuple(rerank(candidates, problem)[:top])
-    baseline = None if found.baseline is None else simulated(found.baseline, problem)
-    return Answer(problem=problem, best=best, baseline=baseline, found=found)
-
-
-def prediction(choice: Simulated) -> dict[str, Any]:
-    """What a plan file says of a plan's step."""
-    estimate, breakdown = choice.estimate, choice.estimate.breakdown
-    return {
-        "step_s": _rounded(choice.step_s),
-        "peak_bytes": round(estimate.peak_bytes),
-        "placement": estimate.candidate.placement,
-        "breakdown": {
-            "compute_s": _rounded(breakdown.compute_s),
-            "communication_s": _rounded(breakdown.communication_s),
-            "bubble_s": _rounded(breakdown.bubble_s),
-            "sync_s": _rounded(breakdown.sync_s),
-            "optimizer_s": _rounded(breakdown.optimizer_s),
-        },
-    }
+    entries = rerank(candidates, problem, cost_model)
+    if not entries:
+        raise PlanError(
+            f"set: schedule.kind={problem.pins.kind} must be possible for one of the "
+            f"{len(candidates)} best layouts, with a pipeline, encoders on ranks of their own, "
+            f"microbatches that are a multiple of its ranks, and layers that divide evenly; "
+            f"remove it or pin such a layout"
+        )
+    baseline = next((entry for entry in entries if entry.estimate == found.baseline), None)
+    best = tuple(entries[:top])
+    return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
 
 
 def digests(problem: Problem) -> Mapping[str, str]:
@@ -128,7 +113,3 @@ def as_estimates(answer: Answer) -> list[Estimate]:
 
 def _digest(text: str) -> str:
     return f"sha256:{sha256(text.encode()).hexdigest()}"
-
-
-def _rounded(seconds: float) -> float:
-    return float(f"{seconds:.6g}")

@@ -29,6 +29,19 @@ _SIZES: Mapping[str, str] = {
 SIZE_NAMES: Mapping[str, str] = {short: name for name, short in _SIZES.items()}
 """Megatron's names of the sizes by their short ones."""
 
+RESERVED_BYTES = 3 * 2**30
+"""Memory of a GPU for what the cost model does not count: the CUDA context and NCCL's buffers.
+
+A context with PyTorch's kernels takes 0.4 GB, and a communicator 0.54 to 0.69 GB on A100s. With
+those of tensor, data and pipeline parallelism and one of a boundary that is 2.6 to 3.2 GB. The
+first all-to-all of eight H100s, as experts need it, takes 3.3 GB alone: an upper end, and not
+counted.
+
+Source: https://github.com/pytorch/pytorch/issues/109888 (context with lazy loading),
+https://github.com/NVIDIA/nccl/issues/964 (communicators of two and of more A100s),
+https://github.com/NVIDIA/nccl/issues/1685 (all-to-all).
+"""
+
 PLACEMENTS = ("homogeneous", "colocated", "disjoint", "partial overlap")
 
 
@@ -86,8 +99,7 @@ class Problem:
         settings: What the run does alike for all modules.
         pins: What is fixed.
         space: Where to look.
-        reserved_bytes: Memory of a GPU that plans leave free for what the cost model does not
-            count: the CUDA context, NCCL's buffers, gaps between allocations. A choice.
+        reserved_bytes: Memory of a GPU that plans leave free, as ``RESERVED_BYTES`` says.
     """
 
     model: ModelSpec
@@ -97,7 +109,7 @@ class Problem:
     settings: TrainingSettings = field(default_factory=TrainingSettings)
     pins: Pins = field(default_factory=Pins)
     space: Space = field(default_factory=Space)
-    reserved_bytes: float = 3 * 2**30
+    reserved_bytes: float = RESERVED_BYTES
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:

@@ -1,29 +1,56 @@
-"""Step times of estimates by simulation of their schedules."""
+"""Step times of the best layouts by simulation, under every schedule that they allow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from megatron_mosaic.cost.costs import StageCosts
+from megatron_mosaic.cost.cost_model import CostModel
+from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.layout.placement import LANGUAGE
-from megatron_mosaic.planner.candidate import plan_of
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.planner.candidate import Candidate, plan_of
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.hosted import Hosted
+from megatron_mosaic.planner.legal_sizes import divisors
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.plan_program import program_of_plan
-from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
-from megatron_mosaic.schedule.steps import Edge
+from megatron_mosaic.schedule.fill import fill, least_live
+from megatron_mosaic.schedule.order import write_order
 
 MAX_TASKS = 400_000
 """Tasks up to which a step is simulated: a few seconds."""
 
+MAX_LISTED_TASKS = 30_000
+"""The same with virtual stages, whose lists of tasks are built first."""
+
+MAX_FILLED_TASKS = 10_000
+"""The same for tasks that are placed one by one into the waits of others."""
+
+LEAST_BUBBLE = 0.001
+"""Share of a step that ranks wait, below which no other schedule is tried."""
+
 
 class Simulated(NamedTuple):
-    """An estimate, and its step time by simulation; the closed form's if it is too large."""
+    """A layout with the schedule under which it is fastest.
+
+    Args:
+        estimate: The layout in closed form, under the schedule that the search knows.
+        candidate: The layout with the schedule that runs.
+        layers_per_stage: Split of every module under that schedule.
+        plan: Its plan, without notes.
+        step: Of the plan by simulation; the closed form's if the step has too many tasks.
+        is_simulated: Whether it is.
+    """
 
     estimate: Estimate
-    step_s: float
+    candidate: Candidate
+    layers_per_stage: Mapping[str, tuple[int, ...]]
+    plan: Plan
+    step: StepEstimate
     is_simulated: bool
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.step.step_s
 
 
 def num_tasks(estimate: Estimate) -> int:
@@ -34,53 +61,116 @@ def num_tasks(estimate: Estimate) -> int:
     )
 
 
-def simulated(estimate: Estimate, problem: Problem) -> Simulated:
-    """Simulates a step; what happens once in a step is added as in the closed form."""
-    if num_tasks(estimate) > MAX_TASKS:
-        return Simulated(estimate, estimate.step_s, False)
-    breakdown = estimate.breakdown
-    once_s = breakdown.sync_s + breakdown.optimizer_s
-    return Simulated(estimate, timeline(estimate, problem).makespan_s + once_s, True)
+def simulated(estimate: Estimate, problem: Problem, cost_model: CostModel) -> Simulated:
+    """Simulates a step of an estimate's plan, under the schedule of its closed form."""
+    candidate, split = estimate.candidate, estimate.layers_per_stage
+    plan = _plan(problem, candidate, split)
+    if num_tasks(estimate) <= MAX_TASKS:
+        return Simulated(estimate, candidate, split, plan, cost_model.estimate(plan), True)
+    closed = StepEstimate(
+        breakdown=estimate.breakdown,
+        memory=estimate.memory,
+        flops=cost_model.step_flops(num_samples=problem.global_batch_size),
+        num_gpus=problem.num_gpus,
+    )
+    return Simulated(estimate, candidate, split, plan, closed, False)
 
 
-def timeline(estimate: Estimate, problem: Problem) -> Timeline:
-    """Simulates the schedule of a step."""
-    plan = plan_of(
-        estimate.candidate,
+def _plan(
+    problem: Problem, candidate: Candidate, layers_per_stage: Mapping[str, tuple[int, ...]]
+) -> Plan:
+    return plan_of(
+        candidate,
         model=problem.model,
         num_gpus=problem.num_gpus,
         global_batch_size=problem.global_batch_size,
-        layers_per_stage=estimate.layers_per_stage,
+        layers_per_stage=layers_per_stage,
     )
-    tasks_s, transfers_s = durations(estimate)
-    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
 
 
-def durations(estimate: Estimate) -> tuple[dict[Stage, PassTimes], dict[Edge, float]]:
-    """Times of an estimate's tasks, and of a microbatch's transfers, as a simulation takes them."""
-    tasks_s: dict[Stage, PassTimes] = {}
-    transfers_s: dict[Edge, float] = {}
-    for name, hosted in estimate.modules.items():
-        for number, stage in enumerate(hosted.stages):
-            tasks_s[Stage(name, number)] = _times(hosted, stage, number)
-            if number:
-                hop_s = hosted.stages[number - 1].hop_s / hosted.group
-                transfers_s[Edge(name, number - 1, name, number)] = hop_s
-        if hosted.choice is not None and not hosted.choice.shares:
-            edge = Edge(name, len(hosted.stages) - 1, LANGUAGE, 0)
-            transfers_s[edge] = hosted.entry_s / hosted.group
-    return tasks_s, transfers_s
+def with_other_schedules(
+    first: Simulated, problem: Problem, cost_model: CostModel
+) -> Iterator[Simulated]:
+    """Yields a layout under every schedule that may be faster, fits, and is not ruled out."""
+    kind = problem.pins.kind
+    if kind in (None, first.candidate.kind):
+        yield first
+        if first.step.breakdown.bubble_s < LEAST_BUBBLE * first.step_s:
+            return
+    if kind in (None, "interleaved"):
+        yield from _interleaved(first, problem, cost_model)
+    if kind in (None, "bubble_fill"):
+        yield from _filled(first, problem, cost_model)
 
 
-def rerank(estimates: Sequence[Estimate], problem: Problem) -> list[Simulated]:
-    """Orders estimates by their simulated step times; equals stay in their order."""
-    return sorted((simulated(e, problem) for e in estimates), key=lambda found: found.step_s)
+def _interleaved(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
+    """Yields a 1F1B layout with virtual stages of the language model, of equal layers each.
+
+    What Megatron asks for: microbatches that fill the pipeline, and layers that divide.
+    """
+    candidate, sizes = first.candidate, first.candidate.language
+    num_layers = problem.model.language.num_layers
+    pinned = "layers_per_stage" in problem.pins.modules.get(LANGUAGE, {})
+    if candidate.kind != "1f1b" or sizes.pp == 1 or pinned:
+        return
+    if num_layers % sizes.pp or first.estimate.num_microbatches % sizes.pp:
+        return
+    for virtual in divisors(num_layers // sizes.pp)[1:]:
+        if num_tasks(first.estimate) * virtual > MAX_LISTED_TASKS:
+            return
+        stages = sizes.pp * virtual
+        split = {**first.layers_per_stage, LANGUAGE: (num_layers // stages,) * stages}
+        other = replace(candidate, kind="interleaved", language=replace(sizes, chunks=virtual))
+        plan = _plan(problem, other, split)
+        step = cost_model.estimate(plan)
+        if step.peak_bytes <= problem.memory_bytes:
+            yield Simulated(first.estimate, other, split, plan, step, True)
 
 
-def _times(hosted: Hosted, stage: StageCosts, number: int) -> PassTimes:
-    # On shared ranks nothing else runs while rows change their layout.
-    last = number == len(hosted.stages) - 1
-    shares = hosted.choice is not None and hosted.choice.shares
-    entry_s = hosted.entry_s if last and shares else 0.0
-    back_s = entry_s if stage.backward_s else 0.0
-    return PassTimes(stage.forward_s + entry_s, stage.backward_s + back_s)
+def _filled(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
+    """Yields a colocated layout with encoder tasks in the waits of its pipeline.
+
+    Smaller groups fit into smaller waits. Where too many tasks are live for the memory, as few are
+    as the pipeline allows.
+    """
+    candidate = first.candidate
+    if candidate.kind != "colocated" or candidate.language.pp == 1:
+        return
+    samples = candidate.micro_batch_size * candidate.language.dp
+    most = max(encoder.sizes.dp for encoder in candidate.encoders)
+    for group in divisors(candidate.encoder_group)[::-1]:
+        tasks = num_tasks(first.estimate) * candidate.encoder_group // group
+        pinned = problem.pins.encoder_group not in (None, group)
+        if tasks > MAX_FILLED_TASKS or group * samples < most or pinned:
+            continue
+        other = replace(candidate, kind="bubble_fill", encoder_group=group)
+        unbound = _plan(problem, other, first.layers_per_stage)
+        bound = replace(unbound.schedule, max_live=least_live(unbound))
+        for plan in (unbound, replace(unbound, schedule=bound)):
+            plan = with_order(plan, cost_model)
+            step = cost_model.estimate(plan)
+            if step.peak_bytes <= problem.memory_bytes:
+                yield Simulated(first.estimate, other, first.layers_per_stage, plan, step, True)
+                break
+
+
+def with_order(plan: Plan, cost_model: CostModel) -> Plan:
+    """Gives a plan the order of tasks that fills the waits which the durations leave."""
+    order = write_order(plan, fill(plan, **cost_model.plan_durations(plan)._asdict()))
+    return replace(plan, schedule=replace(plan.schedule, order=order))
+
+
+def rerank(
+    estimates: Sequence[Estimate], problem: Problem, cost_model: CostModel
+) -> list[Simulated]:
+    """Orders layouts by their simulated step times, each under its fastest schedule.
+
+    Equals stay in their order. A layout without any schedule that is asked for is left out.
+    """
+    found = []
+    for estimate in estimates:
+        first = simulated(estimate, problem, cost_model)
+        schedules = list(with_other_schedules(first, problem, cost_model))
+        if schedules:
+            found.append(min(schedules, key=lambda entry: entry.step_s))
+    return sorted(found, key=lambda entry: entry.step_s)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
-from megatron_mosaic.planner.around import Around, Light
 from megatron_mosaic.planner.bounds import (
     LanguageOption,
     ModuleTimes,
@@ -16,14 +16,15 @@ from megatron_mosaic.planner.bounds import (
     module_times,
 )
 from megatron_mosaic.planner.candidate import Candidate, Host
-from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
-from megatron_mosaic.planner.hosted import Hosted
-from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.ways import (
+from megatron_mosaic.planner.closed_form import Hosted
+from megatron_mosaic.planner.encoder_search import EncoderSearch, Light
+from megatron_mosaic.planner.estimate import Estimate, Estimator
+from megatron_mosaic.planner.placements import (
     assignments,
     homogeneous,
     schedules,
 )
+from megatron_mosaic.planner.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class Found:
 
 def search(
     problem: Problem,
-    prices: Prices,
+    cost_model: CostModel,
     *,
     top: int = 3,
     time_limit_s: float | None = None,
@@ -66,14 +67,14 @@ def search(
 
     Args:
         problem: What is asked.
-        prices: The cost model.
+        cost_model: What things cost.
         top: Candidates to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
         first: Ends the search with the first candidates that fit.
         clock: Seconds; tests have their own.
     """
     stop_s = inf if time_limit_s is None else clock() + time_limit_s
-    run = Run(problem, prices, top=top, late=lambda: clock() > stop_s)
+    run = Run(problem, cost_model, top=top, late=lambda: clock() > stop_s)
     run.find_baseline()
     if not (first and run.best.estimates):
         run.find_best(first=first)
@@ -105,10 +106,10 @@ class Run:
     """One search: what is known so far."""
 
     def __init__(
-        self, problem: Problem, prices: Prices, *, top: int, late: Callable[[], bool]
+        self, problem: Problem, cost_model: CostModel, *, top: int, late: Callable[[], bool]
     ) -> None:
         self.problem, self.late = problem, late
-        self.estimator = Estimator(problem, prices)
+        self.estimator = Estimator(problem, cost_model)
         self.best, self.baseline = _Best(top, []), _Best(1, [])
         self.num_estimates = 0
         self.unexplored_s = inf  # bound of what a time limit has left out
@@ -171,7 +172,7 @@ class Run:
                 continue
             self.options_of.clear()
             for kind, group, hosts in self._ways(option):
-                Around(self, option, alone, kind, group, hosts).explore()
+                EncoderSearch(self, option, alone, kind, group, hosts).explore()
                 if self.late():
                     self.unexplored_s = min(self.unexplored_s, option.bound_s)
                     return

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_mosaic.cluster.spec import Cluster
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.model.tokens import Distribution
-from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
-from megatron_mosaic.planner.prices import ModelPrices
+from megatron_mosaic.planner.estimate import Estimate, Estimator
 from megatron_mosaic.planner.problem import Pins, Problem
 
 CHANGE = 0.2
@@ -55,20 +55,20 @@ def sensitivity(problem: Problem, estimates: Sequence[Estimate]) -> tuple[Case, 
     )
 
 
-Change = Callable[[Problem, float], tuple[Problem, Prices]]
+Change = Callable[[Problem, float], tuple[Problem, CostModel]]
 
 
 def _case(
     problem: Problem, estimates: Sequence[Estimate], constant: str, factor: float, change: Change
 ) -> Case:
-    changed, prices = change(problem, factor)
+    changed, cost_model = change(problem, factor)
     boundless = replace(changed, reserved_bytes=float("-inf"))
     steps_s, fits = [], True
     for number, estimate in enumerate(estimates):
         # Layers stay where the plan has them: other numbers would have split them otherwise.
         split = {name: {"layers_per_stage": n} for name, n in estimate.layers_per_stage.items()}
         pinned = replace(boundless, pins=Pins(modules=split))
-        again = Estimator(pinned, prices).estimate(estimate.candidate)
+        again = Estimator(pinned, cost_model).estimate(estimate.candidate)
         assert again is not None  # memory has no limit
         steps_s.append(again.step_s)
         if number == 0:
@@ -79,7 +79,7 @@ def _case(
     )
 
 
-def _links(problem: Problem, factor: float) -> tuple[Problem, Prices]:
+def _links(problem: Problem, factor: float) -> tuple[Problem, CostModel]:
     cluster = problem.cluster
     tiers = tuple(
         replace(tier, bandwidth_bytes_per_s=tier.bandwidth_bytes_per_s * factor)
@@ -88,7 +88,7 @@ def _links(problem: Problem, factor: float) -> tuple[Problem, Prices]:
     return _with_cluster(problem, replace(cluster, tiers=tiers))
 
 
-def _matmul(problem: Problem, factor: float) -> tuple[Problem, Prices]:
+def _matmul(problem: Problem, factor: float) -> tuple[Problem, CostModel]:
     gpu = problem.cluster.gpu
     curves = {
         name: replace(curve, peak_share=min(1.0, curve.peak_share * factor))
@@ -99,17 +99,17 @@ def _matmul(problem: Problem, factor: float) -> tuple[Problem, Prices]:
     return _with_cluster(problem, replace(problem.cluster, gpu=replace(gpu, curves=curves)))
 
 
-def _with_cluster(problem: Problem, cluster: Cluster) -> tuple[Problem, Prices]:
-    return replace(problem, cluster=cluster), ModelPrices(problem.model, cluster, problem.settings)
+def _with_cluster(problem: Problem, cluster: Cluster) -> tuple[Problem, CostModel]:
+    return replace(problem, cluster=cluster), CostModel(problem.model, cluster, problem.settings)
 
 
-def _backward(problem: Problem, factor: float) -> tuple[Problem, Prices]:
+def _backward(problem: Problem, factor: float) -> tuple[Problem, CostModel]:
     return problem, _SlowerBackward(problem, factor)
 
 
-def _tokens(problem: Problem, factor: float) -> tuple[Problem, Prices]:
+def _tokens(problem: Problem, factor: float) -> tuple[Problem, CostModel]:
     model = with_encoder_tokens(problem.model, factor)
-    return replace(problem, model=model), ModelPrices(model, problem.cluster, problem.settings)
+    return replace(problem, model=model), CostModel(model, problem.cluster, problem.settings)
 
 
 def with_encoder_tokens(model: ModelSpec, factor: float) -> ModelSpec:
@@ -137,15 +137,15 @@ _CHANGES: tuple[tuple[str, Change], ...] = (
 )
 
 
-class _SlowerBackward(ModelPrices):
-    """Prices with another ratio of backward to forward time."""
+class _SlowerBackward(CostModel):
+    """Costs with another ratio of backward to forward time."""
 
     def __init__(self, problem: Problem, factor: float) -> None:
         super().__init__(problem.model, problem.cluster, problem.settings)
         self.factor = factor
 
-    def _counted(self, name: str, sizes: ParallelSizes, samples: int) -> ModuleCosts:
-        costs = super()._counted(name, sizes, samples)
+    def count_parts(self, name: str, sizes: ParallelSizes, samples: float) -> ModuleCosts:
+        costs = super().count_parts(name, sizes, samples)
         return replace(
             costs,
             input=self._slower(costs.input),

@@ -84,7 +84,7 @@ def estimate_layer(sizes: LayerSizes, cluster: Cluster) -> TimedPasses:
     model = ModelSpec(name="layer", modules={"language": module})
     # torch adds up gradients in the precision of the weights.
     costs = CostModel(model, cluster, TrainingSettings(gradient_bytes=2))
-    found = costs.module("language", ParallelSizes(), samples_per_task=1).layers[0].costs
+    found = costs.module("language", ParallelSizes(), samples=1).layers[0].costs
     backward_s = found.input_gradient_s + found.weight_gradient_s
     return TimedPasses(found.forward_s, found.forward_s + backward_s)
 

@@ -57,7 +57,7 @@ class Device:
     Args:
         kind: Torch's word for it.
         name: As the vendor calls it.
-        memory_bytes: What a process can use.
+        memory_bytes: All its memory, with what the CUDA context takes; a rank's part on CPU.
         num_sms: Streaming multiprocessors, or cores.
         software: What it was measured with: versions of torch, the driver and the like.
     """

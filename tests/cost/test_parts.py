@@ -64,9 +64,7 @@ def test_communication_waits_for_what_no_computation_hides():
 
 def layer_of(name, cluster="h100", settings=None, samples=1.0, **sizes):
     model = CostModel(load_model(name), load_cluster(cluster), settings)
-    return model.module(
-        "language", ParallelSizes(**sizes), samples_per_task=samples
-    ).layers[0].costs  # fmt: skip
+    return model.module("language", ParallelSizes(**sizes), samples=samples).layers[0].costs
 
 
 def test_full_recomputation_runs_the_forward_pass_again():
@@ -103,7 +101,7 @@ def test_low_precision_is_faster():
 
     bf16, fp8 = (
         CostModel(replace(model, precision=precision), cluster)
-        .module("language", ParallelSizes(), samples_per_task=1)
+        .module("language", ParallelSizes(), samples=1)
         .layers[0]
         .costs.forward_s
         for precision in ("bf16", "fp8")
@@ -142,8 +140,8 @@ def test_frozen_model_has_a_cheaper_step():
     )
 
     whole, part = (
-        CostModel(it, cluster).stages("language", ParallelSizes(dp=8), samples_per_task=1)[0]
-        for it in (model, frozen)
+        costs.stages(costs.module("language", ParallelSizes(dp=8), samples=1))[0]
+        for costs in (CostModel(it, cluster) for it in (model, frozen))
     )
     assert part.forward_s == whole.forward_s
     # Nothing below the head needs a gradient.

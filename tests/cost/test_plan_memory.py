@@ -1,11 +1,10 @@
 import pytest
 
-from megatron_mosaic.cost.costs import HostedStage
+from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.memory import module_parts, stages_memory
 from megatron_mosaic.cost.plan_memory import (
     TERMS,
-    live_in_step,
-    plan_memory,
     samples_per_task,
 )
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
@@ -20,7 +19,6 @@ from megatron_mosaic.model.spec import (
     TokenEmbedding,
 )
 from megatron_mosaic.model.tokens import Distribution
-from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.graph import Stage
 from tests.schedule.plans import place, plan_of
 
@@ -55,6 +53,9 @@ MODEL = ModelSpec(
 )
 
 
+CLUSTER = load_cluster("h100")
+
+
 def one_stage(module, *, samples, pp=1, stage=0, **options):
     common = {"sizes": ParallelSizes(pp=pp), "settings": TrainingSettings()}
     parts = module_parts(module, samples=samples, **common, **options)
@@ -66,12 +67,12 @@ def test_plan_memory_adds_up_what_shares_a_rank():
         "colocated", place("vision", 0), place("language", 0), num_microbatches=4, group=2
     )
 
-    (hosted, terms), *others = plan_memory(plan, model=MODEL).items()
+    (hosted, terms), *others = CostModel(MODEL, CLUSTER).plan_memory(plan).items()
 
     vision = one_stage(VISION, samples=2)
     language = one_stage(LANGUAGE, samples=1, gradient_arrives=True)
     assert not others
-    assert hosted == (HostedStage("language", 0), HostedStage("vision", 0))
+    assert hosted == (Stage("language", 0), Stage("vision", 0))
     assert tuple(terms) == TERMS
     assert terms["weights"] == vision.weights + language.weights
     assert terms["working"] == max(vision.working, language.working)
@@ -87,20 +88,20 @@ def test_plan_memory_holds_what_the_schedule_keeps_alive():
         num_microbatches=8,
     )
 
-    memory = plan_memory(plan, model=MODEL)
+    memory = CostModel(MODEL, CLUSTER).plan_memory(plan)
 
     vision = one_stage(VISION, samples=1)
     first = one_stage(LANGUAGE, samples=1, pp=2, gradient_arrives=True)
     # Three stages in all: the encoder holds three microbatches, the next one two.
-    assert memory[(HostedStage("vision", 0),)]["activations"] == 3 * vision.activations_per_task
-    assert memory[(HostedStage("language", 0),)]["activations"] == 2 * first.activations_per_task
+    assert memory[(Stage("vision", 0),)]["activations"] == 3 * vision.activations_per_task
+    assert memory[(Stage("language", 0),)]["activations"] == 2 * first.activations_per_task
 
 
 def test_plan_memory_of_idle_ranks_is_not_listed():
     plan = plan_of("1f1b", place("language", 0), num_microbatches=2, world_size=2)
     model = ModelSpec(name="alone", modules={"language": LANGUAGE})
 
-    assert list(plan_memory(plan, model=model)) == [(HostedStage("language", 0),)]
+    assert list(CostModel(model, CLUSTER).plan_memory(plan)) == [(Stage("language", 0),)]
 
 
 @pytest.mark.parametrize(("group", "expected"), [(None, 8), (2, 2)])
@@ -118,28 +119,13 @@ def test_samples_of_an_encoder_task_are_those_of_its_group_of_microbatches(group
     assert samples_per_task(plan, "language") == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "placements", "group", "shared"),
-    [
-        ("no_pipelining", (place("vision", 0), place("language", 0)), None, True),
-        ("1f1b", (place("vision", 0, 1, pp=2), place("language", 2, 3, 4, pp=3)), None, False),
-        ("colocated", (place("vision", 0), place("language", 0, 1, pp=2)), 2, True),
-        ("colocated", (place("vision", 2), place("language", 0, 1, pp=2)), 4, False),
-        ("colocated", (place("vision", 0), place("language", 0)), None, True),
-    ],
-)
-def test_live_tasks_from_sizes_alone_are_those_of_the_schedule(kind, placements, group, shared):
-    plan = plan_of(kind, *placements, num_microbatches=8, group=group)
-    sizes = {name: ParallelSizes.of(placement) for name, placement in plan.modules.items()}
+def test_samples_of_the_fullest_replica_are_those_of_the_task():
+    # Five samples of five replicas on two encoders: one of them has three.
+    plan = plan_of(
+        "1f1b",
+        place("vision", 5, 6, dp=2),
+        place("language", *range(5), dp=5),
+        num_microbatches=4,
+    )
 
-    for name, its in sizes.items():
-        for stage in range(its.pp):
-            live = live_in_step(
-                name,
-                stage,
-                sizes=sizes,
-                schedule=plan.schedule,
-                num_microbatches=8,
-                shared=shared and name != "language",
-            )
-            assert live == max_live(plan, Stage(name, stage), num_microbatches=8)
+    assert samples_per_task(plan, "vision") == 3

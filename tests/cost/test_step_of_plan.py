@@ -1,51 +1,106 @@
-"""The cost model's closed form of a plan, beside a simulation with the same stage times."""
+"""What the cost model says of a plan's step, beside its closed form and its parts."""
+
+from dataclasses import replace
 
 import pytest
 
 from megatron_mosaic.cost.cost_model import CostModel
-from megatron_mosaic.cost.plan_memory import samples_per_task
+from megatron_mosaic.cost.costs import ModuleInStep
 from megatron_mosaic.cost.sizes import ParallelSizes
-from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.plan_program import program_of_plan
-from megatron_mosaic.schedule.simulate import PassTimes, simulate
+from megatron_mosaic.cost.step import step_breakdown
+from megatron_mosaic.errors import PlanError
 from tests.planner.problems import cluster, encoder, model
 from tests.schedule.plans import place, plan_of
 
 LANGUAGE = place("language", *range(4), tp=2, pp=2)
+VISION = encoder("vision", trainable=None)
 
 
-@pytest.mark.parametrize(
-    ("kind", "vision", "group"),
-    [
-        ("1f1b", place("vision", 4, 5, dp=2), None),
-        ("1f1b", place("vision", 4, 5, dp=2, trainable=()), None),
-        ("colocated", place("vision", 4, 5, dp=2), 4),
-        ("colocated", place("vision", 4, 5, dp=2), 1),
-        ("colocated", place("vision", *range(4), dp=4), 4),
-        ("colocated", place("vision", *range(4), tp=2, dp=2), None),
-    ],
-)
-def test_step_of_a_plan_is_close_to_its_simulation(kind, vision, group):
-    plan = plan_of(kind, vision, LANGUAGE, num_microbatches=16, group=group)
-    trainable = () if vision.trainable == () else None
-    spec = model(encoder("vision", trainable=trainable))
-    costs = CostModel(spec, cluster(8))
+def test_step_of_one_rank_is_all_its_tasks_and_what_happens_once():
+    costs = CostModel(model(), cluster(8))
+    plan = plan_of("no_pipelining", place("language", 0), num_microbatches=16)
+    (stage,) = costs.stages(costs.module("language", ParallelSizes(), samples=1))
 
     breakdown = costs.estimate(plan).breakdown
 
-    tasks_s = {}
-    for name, placement in plan.modules.items():
-        samples = samples_per_task(plan, name)
-        stages = costs.stages(name, ParallelSizes.of(placement), samples_per_task=samples)
-        for s, stage in enumerate(stages):
-            tasks_s[Stage(name, s)] = PassTimes(stage.forward_s, stage.backward_s)
-    program = program_of_plan(plan)
-    sizes = ParallelSizes.of(plan.language)
-    hop_s = costs.stages("language", sizes, samples_per_task=1)[0].hop_s
-    entry_s = costs.entry_s("language", 1)
-    transfers_s = {
-        edge: hop_s if edge.source == edge.destination else entry_s for edge in program.edges
-    }
-    timeline = simulate(program, tasks_s=tasks_s, transfers_s=transfers_s)
-    once_s = breakdown.sync_s + breakdown.optimizer_s
-    assert breakdown.step_s - once_s == pytest.approx(timeline.makespan_s, rel=0.02)
+    assert breakdown.bubble_s == pytest.approx(0.0, abs=1e-9)
+    assert breakdown.optimizer_s == stage.optimizer_s
+    assert breakdown.step_s == pytest.approx(
+        16 * (stage.forward_s + stage.backward_s) + stage.sync_s + stage.optimizer_s
+    )
+
+
+@pytest.mark.parametrize("num_microbatches", [4, 16])
+def test_step_of_a_pipeline_is_its_closed_form(num_microbatches):
+    costs = CostModel(model(), cluster(8))
+    plan = plan_of("1f1b", LANGUAGE, num_microbatches=num_microbatches)
+    stages = costs.stages(costs.module("language", ParallelSizes.of(LANGUAGE), samples=1))
+
+    found = costs.estimate(plan).breakdown
+
+    closed = step_breakdown(
+        {"language": ModuleInStep(name="language", stages=stages)},
+        edges=(),
+        kind="1f1b",
+        num_microbatches=num_microbatches,
+    )
+    assert found.step_s == pytest.approx(closed.step_s, rel=0.02)
+    assert found.compute_s == pytest.approx(closed.compute_s)
+    assert found.communication_s == pytest.approx(closed.communication_s)
+
+
+def test_encoder_before_every_microbatch_of_the_first_stage_makes_that_stage_slower():
+    # The pipeline behind it works meanwhile, and does not pause.
+    costs = CostModel(model(VISION), cluster(8))
+    plan = plan_of("colocated", place("vision", 0, 1, tp=2), LANGUAGE, num_microbatches=16, group=1)
+    (vision,) = costs.stages(costs.module("vision", ParallelSizes(tp=2, etp=2), samples=1))
+    first, last = costs.stages(costs.module("language", ParallelSizes.of(LANGUAGE), samples=1))
+    joined = replace(
+        first,
+        forward_s=first.forward_s + vision.forward_s,
+        backward_s=first.backward_s + vision.backward_s,
+        sync_s=first.sync_s + vision.sync_s,
+        optimizer_s=first.optimizer_s + vision.optimizer_s,
+    )
+
+    step_s = costs.estimate(plan).step_s
+
+    closed = step_breakdown(
+        {"language": ModuleInStep(name="language", stages=(joined, last))},
+        edges=(),
+        kind="1f1b",
+        num_microbatches=16,
+    )
+    assert step_s == pytest.approx(closed.step_s, rel=0.02)
+
+
+def test_rows_made_where_they_are_taken_travel_in_no_time():
+    costs = CostModel(model(VISION), cluster(8))
+    edge = ("vision", "language")
+
+    def boundary_s(vision):
+        plan = plan_of("colocated", vision, LANGUAGE, num_microbatches=16, group=1)
+        return costs.plan_boundaries_s(plan)[edge]
+
+    assert boundary_s(place("vision", 0, 1, tp=2)) == 0.0
+    assert boundary_s(place("vision", 1, 0, tp=2)) > 0.0  # other places of the grid
+    assert boundary_s(place("vision", 0, 1, dp=2)) > 0.0
+    assert boundary_s(place("vision", 2, 3, tp=2)) > 0.0  # ranks of the second stage
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (
+            place("vision", 4, trainable=()),
+            r"trainable=\[\] must be .* as in model",
+        ),
+        (place("audio", 4), "model small: module=audio must be one of vision, language"),
+        (replace(place("vision", 4, 5, pp=2), layers_per_stage=(3, 2)), "add up to the 6 layers"),
+    ],
+)
+def test_plan_for_another_model_is_refused(placement, message):
+    plan = plan_of("1f1b", placement, LANGUAGE, num_microbatches=4)
+
+    with pytest.raises(PlanError, match=message):
+        CostModel(model(VISION), cluster(8)).estimate(plan)

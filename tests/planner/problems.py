@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.model.layers import Experts, Layer, Mlp, SelfAttention
 from megatron_mosaic.model.spec import (
     LanguageHead,
@@ -14,7 +15,6 @@ from megatron_mosaic.model.spec import (
     TokenEmbedding,
 )
 from megatron_mosaic.model.tokens import Distribution
-from megatron_mosaic.planner.prices import ModelPrices
 from megatron_mosaic.planner.problem import Pins, Problem, Space, read_pins
 
 GIB = 2**30
@@ -82,5 +82,5 @@ def problem(spec, num_gpus, batch, *, memory_gib=80.0, pins=None, **space):
     )
 
 
-def prices(asked):
-    return ModelPrices(asked.model, asked.cluster, asked.settings)
+def cost_model(asked):
+    return CostModel(asked.model, asked.cluster, asked.settings)

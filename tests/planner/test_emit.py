@@ -131,6 +131,52 @@ def test_megatron_splits_stages_by_the_oldest_argument_that_can(layers, expected
     assert words[words.index("--recompute-num-layers") + 2 :] == expected
 
 
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("", ["--num-virtual-stages-per-pipeline-rank", "2"]),
+        (
+            "    layers_per_stage: [7, 8, 8, 9]\n",
+            ["--pipeline-model-parallel-layout", "Et*7|t*8|t*8|t*9L"],
+        ),
+    ],
+)
+def test_megatron_takes_virtual_stages(layers, expected):
+    words = words_of(emitted("megatron", interleaved(LANGUAGE, layers)).text)
+
+    assert words[words.index("--recompute-num-layers") + 2 :] == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "field"), [("mimo", "    sequence_parallel: true\n"), ("bridge", "")]
+)
+def test_forms_without_virtual_stages_refuse_them(form, field):
+    # 12 microbatches of 2 samples on 2 replicas fill a pipeline of 3 ranks.
+    source = interleaved(DISJOINT, field).replace("batch_size: 64", "batch_size: 48")
+
+    with pytest.raises(PlanError, match="virtual_pipeline_model_parallel_size=2 must be 1"):
+        emitted(form, source)
+
+
+@pytest.mark.parametrize("form", ["megatron", "mimo"])
+def test_other_programs_fill_no_bubbles(form):
+    source = HOMOGENEOUS if form == "megatron" else DISJOINT
+    source = source.replace("{kind: colocated, encoder_group: 1}", "{kind: bubble_fill}")
+
+    with pytest.raises(PlanError, match="kind=bubble_fill must be colocated"):
+        emitted(form, source.replace("{kind: 1f1b}", "{kind: bubble_fill}"))
+
+
+def interleaved(source, layers=""):
+    virtual = f"    virtual_pipeline_model_parallel_size: 2\n{layers}"
+    language, _, rest = source.partition("schedule:")
+    edges = ""
+    if "edges:" in language:
+        language, _, edges = language.partition("edges:")
+        edges = f"edges:{edges}"
+    return f"{language}{virtual}{edges}schedule:{rest}".replace("1f1b", "interleaved")
+
+
 def split_into(layers):
     source = LANGUAGE.replace("pipeline_model_parallel_size: 2", "pipeline_model_parallel_size: 4")
     return source.replace("data_parallel_size: 2", f"layers_per_stage: {layers}")
@@ -500,13 +546,13 @@ def test_args_command_refuses_nodes_without_gpus(capsys):
 def test_megatron_takes_every_homogeneous_baseline_of_the_planner(name):
     baseline = make_plan(SMALL[name]).baseline
     assert baseline is not None
-    sizes = baseline.estimate.candidate.language
+    sizes = baseline.candidate.language
     plan = plan_of(
-        baseline.estimate.candidate,
+        baseline.candidate,
         model=SMALL[name].model,
         num_gpus=SMALL[name].num_gpus,
         global_batch_size=SMALL[name].global_batch_size,
-        layers_per_stage=baseline.estimate.layers_per_stage,
+        layers_per_stage=baseline.layers_per_stage,
     )
 
     words = words_of(emitted("megatron", plan.to_yaml()).text)

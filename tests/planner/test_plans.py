@@ -10,15 +10,15 @@ from megatron_mosaic.layout.model_facts import ModuleFacts, check_module
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner.candidate import plan_of
 from megatron_mosaic.planner.estimate import Estimator
+from megatron_mosaic.planner.legal_sizes import language_sizes
+from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import read_pins
 from megatron_mosaic.planner.rerank import simulated
 from megatron_mosaic.planner.search import search
-from megatron_mosaic.planner.space import language_sizes
-from megatron_mosaic.planner.ways import every_candidate
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.graph import Stage
-from tests.planner.problems import cluster, encoder, language, model, prices, problem
+from tests.planner.problems import cluster, cost_model, encoder, language, model, problem
 
 ENCODER = encoder("vision")
 BIG_ENCODER = encoder("vision", hidden=2048, layers=12, trainable=None)
@@ -73,7 +73,7 @@ def plan_for(asked, estimate):
 @pytest.mark.parametrize("name", SMALL)
 def test_every_candidate_is_a_legal_plan_that_the_model_allows(name):
     asked = SMALL[name]
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     estimates = [estimator.estimate(c) for c in candidates(asked, count=150)]
     assert sum(estimate is not None for estimate in estimates) >= 50
 
@@ -86,7 +86,7 @@ def test_every_candidate_is_a_legal_plan_that_the_model_allows(name):
 
 def test_live_tasks_of_estimates_are_those_of_the_schedules():
     asked = SMALL["two encoders"]
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     for candidate in candidates(asked, count=100):
         estimate = estimator.estimate(candidate)
         if estimate is None:
@@ -103,13 +103,13 @@ def test_live_tasks_of_estimates_are_those_of_the_schedules():
 
 def test_closed_form_is_close_to_the_simulation_for_all_placements():
     asked = SMALL["two encoders"]
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     placements = set()
     for candidate in candidates(asked, count=100):
         estimate = estimator.estimate(candidate)
         if estimate is not None:
             placements.add(candidate.placement)
-            step_s = simulated(estimate, asked).step_s
+            step_s = simulated(estimate, asked, estimator.cost_model).step_s
             # Mixtures of shared and own ranks are estimated as if nothing overlapped.
             slack = 0.35 if candidate.placement == "partial overlap" else 0.1
             assert estimate.step_s == pytest.approx(step_s, rel=slack), candidate
@@ -137,7 +137,7 @@ def test_plan_carries_prediction_baseline_and_digests():
 
 
 def test_search_is_deterministic():
-    found = [search(SMALL["two encoders"], prices(SMALL["two encoders"])) for _ in range(2)]
+    found = [search(SMALL["two encoders"], cost_model(SMALL["two encoders"])) for _ in range(2)]
 
     assert [e.candidate for e in found[0].best] == [e.candidate for e in found[1].best]
     assert found[0].num_estimates == found[1].num_estimates
@@ -151,11 +151,11 @@ def test_answer_is_never_slower_than_its_baseline_nor_out_of_memory(name):
 
     if answer.baseline is not None:
         assert answer.choice.step_s <= answer.baseline.step_s
-    assert all(entry.estimate.peak_bytes <= asked.memory_bytes for entry in answer.best)
+    assert all(entry.step.peak_bytes <= asked.memory_bytes for entry in answer.best)
 
 
 def test_homogeneous_encoders_inherit_sizes_of_language():
-    baseline = make_plan(SMALL["one encoder"]).baseline.estimate.candidate
+    baseline = make_plan(SMALL["one encoder"]).baseline.candidate
 
     vision = baseline.encoders[0]
     assert baseline.is_homogeneous
@@ -179,7 +179,7 @@ def test_pinned_fields_hold_in_every_plan(pins, holds):
     asked = SMALL["one encoder"]
     answer = make_plan(replace(asked, pins=read_pins(pins, model=asked.model)))
 
-    assert all(holds(entry.estimate.candidate) for entry in answer.best)
+    assert all(holds(entry.candidate) for entry in answer.best)
 
 
 def test_pinned_layers_are_taken_as_they_are():
@@ -188,7 +188,7 @@ def test_pinned_layers_are_taken_as_they_are():
 
     answer = make_plan(replace(asked, pins=pins))
 
-    assert answer.choice.estimate.layers_per_stage["language"] == (3, 5)
+    assert answer.choice.layers_per_stage["language"] == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_nothing_fits_names_the_term_in_the_way_and_the_gpus_that_fit():
 
 def test_nothing_fits_names_the_pin_that_is_in_the_way():
     asked = problem(model(ENCODER), 2, 256, memory_gib=10.0)
-    assert search(asked, prices(asked)).best
+    assert search(asked, cost_model(asked)).best
     pins = {"language.recompute": "full", "micro_batch_size": "128"}
 
     with pytest.raises(PlanError, match=r"remove the pinned micro_batch_size, or choose another"):
@@ -246,8 +246,8 @@ def test_time_limit_ends_with_a_bound_below_the_best():
     ticks = iter(range(10_000))
     asked = SMALL["one encoder"]
 
-    found = search(asked, prices(asked), time_limit_s=3, clock=lambda: float(next(ticks)))
-    whole = search(asked, prices(asked))
+    found = search(asked, cost_model(asked), time_limit_s=3, clock=lambda: float(next(ticks)))
+    whole = search(asked, cost_model(asked))
 
     assert found.bound_s <= whole.best[0].step_s <= found.best[0].step_s
     assert found.num_estimates < whole.num_estimates
@@ -321,7 +321,7 @@ def test_plan_command_refuses_in_one_line(arguments, message, capsys):
 def test_plan_names_what_trains_as_model_files_do():
     asked = problem(model(ENCODER, language=language(trainable=("output_layer",))), 4, 16)
 
-    plan = make_plan(asked, prices=prices(asked)).plan()
+    plan = make_plan(asked, cost_model=cost_model(asked)).plan()
 
     assert plan.modules["language"].trainable == ("output_layer",)
     assert plan.modules["vision"].trainable == ("projector",)

@@ -3,15 +3,15 @@ from dataclasses import replace
 import pytest
 
 from megatron_mosaic.planner.estimate import Estimator
+from megatron_mosaic.planner.legal_sizes import language_sizes
+from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.search import search
-from megatron_mosaic.planner.space import language_sizes
-from megatron_mosaic.planner.ways import every_candidate
-from tests.planner.problems import encoder, language, model, prices, problem
+from tests.planner.problems import cost_model, encoder, language, model, problem
 
 
 def exhaustive(asked):
     """Fastest of all candidates that fit, and how many there are; None if none fits."""
-    estimator = Estimator(asked, prices(asked))
+    estimator = Estimator(asked, cost_model(asked))
     best, count = None, 0
     micro = asked.pins.micro_batch_size
     for micro_batch_size in (micro,) if micro else asked.space.micro_batch_sizes:
@@ -62,7 +62,7 @@ def test_search_returns_the_exhaustive_optimum(name):
     best, count = exhaustive(asked)
     assert count <= 20_000
 
-    found = search(asked, prices(asked))
+    found = search(asked, cost_model(asked))
 
     assert found.best[0].step_s == pytest.approx(best.step_s, rel=1e-12)
     assert found.bound_s == found.best[0].step_s

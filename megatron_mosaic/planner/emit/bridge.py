@@ -12,6 +12,7 @@ from megatron_mosaic.planner.emit.emission import (
     check_tiling,
     refuse_outputs,
     refuse_uneven_stages,
+    refuse_virtual_stages,
 )
 
 _IMPORT = """\
@@ -73,6 +74,7 @@ def _check_module(placement: ModulePlacement, language: ModulePlacement, samples
     if placement.sequence_parallel:
         raise InexpressibleError(f"{where} sequence_parallel=true must be false")
     refuse_uneven_stages(placement)
+    refuse_virtual_stages(placement)
 
 
 def _fields(placement: ModulePlacement) -> Iterator[tuple[str, int]]:

@@ -79,6 +79,15 @@ def refuse_uneven_stages(placement: ModulePlacement) -> None:
         )
 
 
+def refuse_virtual_stages(placement: ModulePlacement) -> None:
+    """Refuses several stages of the module on a rank."""
+    virtual = placement.virtual_pipeline_model_parallel_size
+    if virtual > 1:
+        raise InexpressibleError(
+            f"modules.{placement.name}: virtual_pipeline_model_parallel_size={virtual} must be 1"
+        )
+
+
 def refuse_other_recompute(plan: Plan) -> None:
     """Refuses encoders with another recomputation than the language model."""
     expected = plan.language.recompute
@@ -128,6 +137,8 @@ def check_single_microbatches(plan: Plan) -> None:
     Raises:
         InexpressibleError: A task of theirs has several.
     """
+    if plan.schedule.kind == "bubble_fill":
+        raise InexpressibleError("schedule: kind=bubble_fill must be colocated")
     group = plan.schedule.encoder_group or plan.num_microbatches
     if plan.schedule.kind == "colocated" and group > 1:
         raise InexpressibleError(f"schedule: encoder_group={group} must be 1")

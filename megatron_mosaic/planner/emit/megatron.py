@@ -67,16 +67,20 @@ def recompute_options(placement: ModulePlacement) -> Iterator[Option]:
 
 
 def stage_options(placement: ModulePlacement) -> Iterator[Option]:
-    """Yields options for an uneven split of the layers: the oldest that can say it.
+    """Yields options for virtual stages and an uneven split: the oldest that can say it.
 
     Source:
         megatron/core/transformer/pipeline_parallel_layer_layout.py, core_v0.19.0: stages between
         bars, E the embedding, t a layer, L the loss.
     """
-    split = placement.layers_per_stage
+    split, virtual = placement.layers_per_stage, placement.virtual_pipeline_model_parallel_size
     if split is None or len(set(split)) == 1:
+        if virtual > 1:
+            yield "--num-virtual-stages-per-pipeline-rank", f"{virtual}"
         return
-    if len(set(split[1:])) == 1:
+    if virtual > 1:
+        yield _layout(split)
+    elif len(set(split[1:])) == 1:
         yield "--decoder-first-pipeline-num-layers", f"{split[0]}"
     elif len(set(split[:-1])) == 1:
         yield "--decoder-last-pipeline-num-layers", f"{split[-1]}"
@@ -84,8 +88,12 @@ def stage_options(placement: ModulePlacement) -> Iterator[Option]:
         yield "--decoder-first-pipeline-num-layers", f"{split[0]}"
         yield "--decoder-last-pipeline-num-layers", f"{split[-1]}"
     else:
-        layout = "|".join("t" if count == 1 else f"t*{count}" for count in split)
-        yield "--pipeline-model-parallel-layout", f"E{layout}L"
+        yield _layout(split)
+
+
+def _layout(split: tuple[int, ...]) -> Option:
+    layout = "|".join("t" if count == 1 else f"t*{count}" for count in split)
+    return "--pipeline-model-parallel-layout", f"E{layout}L"
 
 
 def _check_encoder(encoder: ModulePlacement, language: ModulePlacement) -> None:

@@ -13,6 +13,7 @@ from megatron_mosaic.planner.emit.emission import (
     refuse_other_recompute,
     refuse_outputs,
     refuse_uneven_stages,
+    refuse_virtual_stages,
     shell_lines,
 )
 from megatron_mosaic.planner.emit.megatron import Option, recompute_options
@@ -31,6 +32,7 @@ def emit_mimo(plan: Plan, launch: Launch) -> Emission:
         check_pipelined(plan)
     _check_sizes(plan)
     refuse_uneven_stages(plan.language)
+    refuse_virtual_stages(plan.language)
     refuse_other_recompute(plan)
     notes = tuple(
         f"modules.{name}: trainable={list(placement.trainable)} is for the training script to keep"

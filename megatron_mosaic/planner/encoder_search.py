@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.planner.bounds import LanguageOption, pipeline_bound_s
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
+from megatron_mosaic.planner.closed_form import Hosted
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.hosted import Hosted
-from megatron_mosaic.planner.ways import allowed, encoder_options
+from megatron_mosaic.planner.placements import allowed, encoder_options
 
 if TYPE_CHECKING:
     from megatron_mosaic.planner.search import Run
@@ -53,7 +53,7 @@ class Light:
     pair_s: float = 0.0
 
 
-class Around:
+class EncoderSearch:
     """Branch and bound over the encoders around one language model."""
 
     def __init__(

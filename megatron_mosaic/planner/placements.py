@@ -7,8 +7,8 @@ from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
+from megatron_mosaic.planner.legal_sizes import context_sizes, encoder_sizes, tensor_sizes
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.space import context_sizes, encoder_sizes, tensor_sizes
 
 MAX_MIXED = 4
 """Encoders up to which every mixture of shared and own ranks is tried; above, one may differ."""
@@ -18,19 +18,29 @@ def schedules(
     problem: Problem, language: ParallelSizes, num_microbatches: int
 ) -> Iterator[tuple[ScheduleKind, int]]:
     """Yields the schedules of a language model, and microbatches of an encoder's task."""
-    pins = problem.pins
-    if language.pp == 1 and pins.kind in (None, "no_pipelining"):
+    pins, kind = problem.pins, searched_kind(problem.pins.kind)
+    if language.pp == 1 and kind in (None, "no_pipelining"):
         yield "no_pipelining", 1
-    if pins.kind == "1f1b" or (pins.kind is None and (problem.encoders or language.pp > 1)):
+    if kind == "1f1b" or (kind is None and (problem.encoders or language.pp > 1)):
         yield "1f1b", 1
-    if problem.encoders and pins.kind in (None, "colocated"):
+    if problem.encoders and kind in (None, "colocated"):
         groups = groups_of_microbatches(num_microbatches)
-        if language.pp == 1 and pins.kind is None:
+        if language.pp == 1 and kind is None:
             groups = groups[1:]  # one microbatch at a time is what no_pipelining does
         if pins.encoder_group is not None:
             groups = [pins.encoder_group] if num_microbatches % pins.encoder_group == 0 else []
         for group in groups:
             yield "colocated", group
+
+
+def searched_kind(kind: ScheduleKind | None) -> ScheduleKind | None:
+    """The schedule whose closed form stands for one that is only simulated."""
+    match kind:
+        case "interleaved":
+            return "1f1b"
+        case "bubble_fill":
+            return "colocated"
+    return kind
 
 
 def groups_of_microbatches(num_microbatches: int) -> list[int]:
@@ -152,7 +162,7 @@ def allowed(problem: Problem, candidate: Candidate) -> bool:
     pins = problem.pins
     sizes = {LANGUAGE: candidate.language} | {e.name: e.sizes for e in candidate.encoders}
     return (
-        pins.kind in (None, candidate.kind)
+        searched_kind(pins.kind) in (None, candidate.kind)
         and pins.placement in (None, candidate.placement)
         and (pins.encoder_group is None or pins.encoder_group == candidate.encoder_group)
         and all(

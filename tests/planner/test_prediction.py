@@ -20,7 +20,7 @@ def test_notes_give_back_what_the_planner_found(answer):
 
     prediction = read_prediction(plan)
 
-    estimate = answer.choice.estimate
+    estimate = answer.choice.step
     once_s = estimate.breakdown.sync_s + estimate.breakdown.optimizer_s
     simulated_s = predicted_timeline(plan, prediction).makespan_s + once_s
     assert prediction.step_s == pytest.approx(answer.choice.step_s, rel=1e-5)

@@ -6,7 +6,6 @@ from operator import add
 from typing import NamedTuple
 
 from megatron_mosaic.cost.costs import (
-    HostedStage,
     ModuleInStep,
     StageCosts,
     StepBreakdown,
@@ -16,6 +15,7 @@ from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.planner.candidate import EncoderChoice
+from megatron_mosaic.schedule.graph import Stage
 
 
 class Hosted(NamedTuple):
@@ -144,8 +144,8 @@ def _with_once(stage: StageCosts, others: Sequence[StageCosts]) -> StageCosts:
 
 def memory_by_rank(
     modules: Mapping[str, Hosted],
-) -> dict[tuple[HostedStage, ...], dict[str, float]]:
-    kinds: dict[tuple[HostedStage, ...], dict[str, float]] = {}
+) -> dict[tuple[Stage, ...], dict[str, float]]:
+    kinds: dict[tuple[Stage, ...], dict[str, float]] = {}
     language = modules[LANGUAGE]
     shared = [(n, h) for n, h in modules.items() if h.choice and h.choice.shares]
     for stage in range(len(language.stages)):
@@ -155,14 +155,14 @@ def memory_by_rank(
             for name, other in shared
             if other.choice and (other.choice.host == "language" or stage == 0)
         ]
-        kinds[tuple(HostedStage(name, at) for name, _, at in hosted)] = _terms(hosted)
+        kinds[tuple(Stage(name, at) for name, _, at in hosted)] = _terms(hosted)
     together = [(n, h, 0) for n, h in modules.items() if h.choice and h.choice.host == "together"]
     if together:
-        kinds[tuple(HostedStage(name, 0) for name, _, _ in together)] = _terms(together)
+        kinds[tuple(Stage(name, 0) for name, _, _ in together)] = _terms(together)
     for name, other in modules.items():
         if other.choice and other.choice.host == "apart":
             for stage in range(len(other.stages)):
-                kinds[(HostedStage(name, stage),)] = _terms([(name, other, stage)])
+                kinds[(Stage(name, stage),)] = _terms([(name, other, stage)])
     return kinds
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
 
+from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.planner.bounds import encoder_work_s, language_options
 from megatron_mosaic.planner.candidate import Candidate
-from megatron_mosaic.planner.estimate import Estimate, Estimator, Prices
-from megatron_mosaic.planner.prices import ModelPrices
+from megatron_mosaic.planner.estimate import Estimate, Estimator
+from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.problem import SIZE_NAMES, Pins, Problem
 from megatron_mosaic.planner.search import search
-from megatron_mosaic.planner.ways import every_candidate
 
 MOST_COMPARED = 2_000
 """Candidates that are compared for the one that misses the memory by least."""
@@ -23,14 +23,14 @@ MOST_TIMES = 64
 """Times as many GPUs as asked for that are tried at most."""
 
 
-def refuse(problem: Problem, prices: Prices) -> PlanError:
+def refuse(problem: Problem, cost_model: CostModel) -> PlanError:
     """Returns the error for a problem of which no candidate fits.
 
     Args:
         problem: What is asked.
-        prices: The cost model.
+        cost_model: What things cost.
     """
-    nearest = leanest(problem, prices)
+    nearest = leanest(problem, cost_model)
     if nearest is None:
         return PlanError(
             f"model {problem.model.name}: gpus={problem.num_gpus} with global-batch-size="
@@ -48,10 +48,10 @@ def refuse(problem: Problem, prices: Prices) -> PlanError:
     )
 
 
-def leanest(problem: Problem, prices: Prices) -> Estimate | None:
+def leanest(problem: Problem, cost_model: CostModel) -> Estimate | None:
     """The candidate that needs least memory, of the most promising; None if none is legal."""
     boundless = replace(problem, reserved_bytes=-inf)
-    estimator = Estimator(boundless, prices)
+    estimator = Estimator(boundless, cost_model)
     best: Estimate | None = None
     for candidate in _lean_candidates(estimator):
         estimate = estimator.estimate(candidate)
@@ -111,8 +111,8 @@ def _fewest_nodes(problem: Problem) -> int | None:
 
 
 def _fits(problem: Problem) -> bool:
-    prices = ModelPrices(problem.model, problem.cluster, problem.settings)
-    return bool(search(problem, prices, top=1, time_limit_s=TIME_LIMIT_S, first=True).best)
+    cost_model = CostModel(problem.model, problem.cluster, problem.settings)
+    return bool(search(problem, cost_model, top=1, time_limit_s=TIME_LIMIT_S, first=True).best)
 
 
 def _fewer_pins(pins: Pins) -> Iterator[tuple[str, Pins]]:
