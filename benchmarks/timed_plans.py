@@ -218,3 +218,20 @@ def fidelity_plans() -> list[TimedPlan]:
             waits_s={"vision": short, "language": middle},
         ),
     ]
+
+
+def upstream_plans() -> list[TimedPlan]:
+    """Those of the plans that upstream has a schedule for, with pairs of unlike sizes.
+
+    It knows consecutive ranks, and one backward pass of every module; a module of its own for
+    each rank, or encoders over the whole batch on all ranks of the language model.
+    """
+    kept = {
+        "1F1B, deep",
+        "1F1B, pipelined encoder",
+        "1F1B, two encoders",
+        "1F1B, replicas on disjoint ranks",
+        "1F1B, unlike replicas, slow encoder",
+        "three-phase",
+    }
+    return [timed for timed in fidelity_plans() if timed.name in kept]

@@ -81,14 +81,14 @@ class WaitingModule:
         until_s = time.monotonic() + self._wait_s(task)
         self._received[task] = received
         leaving = self._leaving(task)
-        _wait_until(until_s)
+        wait_until(until_s)
         return leaving
 
     def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """Waits, and lets what was received be its own gradient."""
         until_s = time.monotonic() + self._wait_s(task)
         gradients = self._received.pop(task._replace(kind="F"))
-        _wait_until(until_s)
+        wait_until(until_s)
         return gradients
 
     def _wait_s(self, task: Task) -> float:
@@ -111,7 +111,8 @@ class WaitingModule:
         return torch.zeros(self._channels.rows_made(name, microbatches), HIDDEN_SIZE)
 
 
-def _wait_until(until_s: float) -> None:
+def wait_until(until_s: float) -> None:
+    """Sleeps, without using a core."""
     left_s = until_s - time.monotonic()
     if left_s > 0:
         time.sleep(left_s)
@@ -138,36 +139,65 @@ def run_on_rank(rank: int, plans: Sequence[TimedPlan], folder: str, counts: Coun
 
 def run_plan(rank: int, timed: TimedPlan, folder: Path, counts: Counts) -> float:
     """Runs one plan, and writes its trace. Called on every rank."""
-    plan = timed.plan
-    schedule = build_schedule(plan)
-    steps = steps_of(plan, schedule, rank)
-    factory = GroupFactory(rank)
-    channels = _channels(plan, factory, rank)
-    runners = {
-        name: WaitingModule(name, timed=timed, channels=channels, longest=longest_tasks(schedule))
-        for name in plan.modules_of(rank)
-    }
-    samples = {name: ((Interval(0, ITEM_ROWS),),) * plan.global_batch_size for name in plan.modules}
+    num_tasks = len(build_schedule(timed.plan).tasks[rank])
     processor_s = []
     with TaskTrace(folder, rank=rank, clock=HostClock()) as trace:
-        progress = Progress(trace=trace)
-        for number in range(counts.without_waits + counts.with_waits):
-            for runner in runners.values():
-                runner.waits = number >= counts.without_waits
-            channels.begin(samples, schedule=schedule)
-            walker = Walker(runners=runners, channels=channels.open, progress=progress)
+        engine = TimedEngine(timed, rank=rank, trace=trace)
+        for number in range(sum(counts)):
             dist.barrier()
-            progress.begin_step(
-                number + 1, num_microbatches=schedule.num_microbatches, forward_only=False
-            )
             before_s = time.thread_time()
-            walker.walk(steps)
+            engine.step(waits=number >= counts.without_waits)
             processor_s.append(time.thread_time() - before_s)
-            progress.close_step(len(steps))
-            progress.end_step()
     dist.barrier()
-    factory.destroy()
-    return median(processor_s[: counts.without_waits]) / max(len(schedule.tasks[rank]), 1)
+    engine.destroy()
+    return median(processor_s[: counts.without_waits]) / max(num_tasks, 1)
+
+
+class TimedEngine:
+    """The engine on a rank, with a plan's channels and modules that wait.
+
+    Args:
+        timed: The plan and its times.
+        rank: This rank.
+        trace: Writes down the tasks, if any.
+
+    Note:
+        Collective over the world.
+    """
+
+    def __init__(self, timed: TimedPlan, *, rank: int, trace: TaskTrace | None = None) -> None:
+        plan = timed.plan
+        self._schedule = build_schedule(plan)
+        self._steps = steps_of(plan, self._schedule, rank)
+        self._factory = GroupFactory(rank)
+        self._channels = _channels(plan, self._factory, rank)
+        longest = longest_tasks(self._schedule)
+        self._runners = {
+            name: WaitingModule(name, timed=timed, channels=self._channels, longest=longest)
+            for name in plan.modules_of(rank)
+        }
+        item = (Interval(0, ITEM_ROWS),)
+        self._samples = dict.fromkeys(plan.modules, (item,) * plan.global_batch_size)
+        self._progress = Progress(trace=trace)
+
+    def step(self, *, waits: bool) -> None:
+        """Runs a step, as the engine's users do."""
+        for runner in self._runners.values():
+            runner.waits = waits
+        progress = self._progress
+        self._channels.begin(self._samples, schedule=self._schedule)
+        walker = Walker(runners=self._runners, channels=self._channels.open, progress=progress)
+        num_microbatches = self._schedule.num_microbatches
+        progress.begin_step(
+            progress.place.count + 1, num_microbatches=num_microbatches, forward_only=False
+        )
+        walker.walk(self._steps)
+        progress.close_step(len(self._steps))
+        progress.end_step()
+
+    def destroy(self) -> None:
+        """Destroys the groups that were made."""
+        self._factory.destroy()
 
 
 def longest_tasks(schedule: Schedule) -> dict[Stage, int]:
