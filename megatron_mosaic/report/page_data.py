@@ -54,6 +54,7 @@ def page_data(
         "simulated": _simulated(step.timeline, step.after),
         "once_us": _once_us(prediction, step),
         "measured": _measured(step.measured, step.timeline) if step.measured else None,
+        "durations": _durations(prediction, step.measured) if step.measured else [],
         "breakdown": _breakdown(prediction),
         "capacity_bytes": prediction.capacity_bytes,
         "colors": {"memory": dict(MEMORY_COLORS), "time": dict(TIME_COLORS)},
@@ -109,6 +110,19 @@ def _measured(measured: Measured, timeline: Timeline) -> dict[str, Any]:
         "behind": _behind(measured.after),
         "rows": [_measured_row(row, timeline.program) for row in measured.rows],
     }
+
+
+def _durations(prediction: Prediction, measured: Measured) -> list[dict[str, Any]]:
+    """Predicted and measured durations of the longest tasks of every stage."""
+    return [
+        {
+            "stage": f"{stage.module}.{stage.stage}",
+            "predicted_us": [_us(time_s) for time_s in times],
+            "measured_us": [_us(time_s) for time_s in measured.tasks_s[stage]],
+        }
+        for stage, times in prediction.tasks_s.items()
+        if stage in measured.tasks_s
+    ]
 
 
 def _measured_row(row: MeasuredRow, program: Program) -> dict[str, Any]:

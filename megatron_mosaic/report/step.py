@@ -10,6 +10,7 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.prediction import Prediction, predicted_timeline
 from megatron_mosaic.report.waits import last_inputs
+from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.measured import (
     MeasuredStep,
     measured_times,
@@ -17,7 +18,7 @@ from megatron_mosaic.schedule.measured import (
     typical_step,
 )
 from megatron_mosaic.schedule.program import Integers, Program
-from megatron_mosaic.schedule.simulate import Seconds, Span, Timeline
+from megatron_mosaic.schedule.simulate import PassTimes, Seconds, Span, Timeline
 from megatron_mosaic.schedule.task import Task
 
 _MOST_MEASURED_RANKS = 64
@@ -53,6 +54,7 @@ class Measured:
         rows: Its ranks: all, or of many the first one of each kind.
         num_ranks: Ranks that the trace has.
         after: For every task the one that it waited for last.
+        tasks_s: Median durations of the longest tasks of every stage.
     """
 
     step: int
@@ -60,6 +62,7 @@ class Measured:
     rows: tuple[MeasuredRow, ...]
     num_ranks: int
     after: Integers
+    tasks_s: Mapping[Stage, PassTimes]
 
     @property
     def makespan_s(self) -> float:
@@ -127,6 +130,7 @@ def _measured(program: Program, steps: Sequence[MeasuredStep]) -> Measured:
         rows=tuple(rows if len(rows) <= _MOST_MEASURED_RANKS else _first_of_kinds(rows)),
         num_ranks=len(rows),
         after=last_inputs(program, end_s=_latest_ends(program, rows)),
+        tasks_s=measured_times(warm),
     )
 
 

@@ -206,6 +206,17 @@ def test_measured_tasks_stand_below_the_simulated_ones(window, pages):
     assert "measured +25.0%" in window.text("#numbers")
 
 
+def test_durations_of_tasks_stand_beside_the_predicted_ones(window, pages):
+    window.open(pages / "traced.html")
+
+    cells = window.script(
+        "return [...document.querySelectorAll('#durations tbody tr')].map((row) =>"
+        " [...row.cells].map((cell) => cell.textContent))"
+    )
+
+    assert cells[1] == ["language.0", "1.00 s", "1.25 s", "+25.0%", "2.00 s", "2.50 s", "+25.0%"]
+
+
 def test_page_follows_the_systems_colours_and_the_button(small):
     paper = "return getComputedStyle(document.documentElement).backgroundColor"
     small.prefer("dark")

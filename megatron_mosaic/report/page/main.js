@@ -23,6 +23,7 @@ function start() {
   state.view = wholeView(state.wholeEnd);
   fillHeader(data);
   fillBreakdown(data);
+  fillDurations(data);
   fillPeaks(data);
   fillPlan(data);
   byId("source").textContent = sourceText(data);

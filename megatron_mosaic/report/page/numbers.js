@@ -30,6 +30,11 @@ function percent(share) {
   return `${(100 * share).toFixed(1)}%`;
 }
 
+/** How much more or less, with its sign. */
+function signed(share) {
+  return `${share < 0 ? "−" : "+"}${percent(Math.abs(share))}`;
+}
+
 /** A round step between marks of an axis: 1, 2 or 5 times a power of ten, at least `least`. */
 function roundStep(least) {
   const power = 10 ** Math.floor(Math.log10(least));

@@ -148,6 +148,31 @@ function termName(term) {
   return names[term] || term;
 }
 
+/** Predicted and measured durations of every stage, and how far they are apart. */
+function fillDurations(data) {
+  byId("durations-section").hidden = !data.durations.length;
+  const heads = ["", "forward, predicted", "measured", "", "backward, predicted", "measured", ""];
+  const rows = data.durations.map(({ stage, predicted_us: predicted, measured_us: measured }) => {
+    const cells = predicted.flatMap((us, way) => [
+      seconds(us),
+      seconds(measured[way]),
+      us ? signed(measured[way] / us - 1) : "",
+    ]);
+    return [
+      element("th", { scope: "row" }, stage),
+      ...cells.map((text) => element("td", {}, text)),
+    ];
+  });
+  byId("durations").replaceChildren(
+    element("thead", {}, rowOf(heads.map((text) => element("th", { scope: "col" }, text)))),
+    element("tbody", {}, ...rows.map(rowOf)),
+  );
+}
+
+function rowOf(cells) {
+  return element("tr", {}, ...cells);
+}
+
 function fillPeaks(data) {
   const kinds = data.kinds.filter((kind) => kind.memory);
   byId("peaks-section").hidden = !kinds.length;
