@@ -14,8 +14,10 @@ order could take: the language model alone, or the busiest rank's work. Recovere
 that a schedule is faster than three-phase.
 """
 
+from dataclasses import replace
 from typing import Any
 
+from benchmarks.machine import write_results
 from megatron_mosaic.cluster.library import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings

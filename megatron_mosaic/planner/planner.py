@@ -15,7 +15,7 @@ from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import Simulated, rerank
+from megatron_mosaic.planner.rerank import NUM_COMPARED, Simulated, rerank
 from megatron_mosaic.planner.search import Found, search
 
 
@@ -74,14 +74,14 @@ def make_plan(
         PlanError: Nothing fits the memory, or nothing has what is pinned.
     """
     cost_model = cost_model or CostModel(problem.model, problem.cluster, problem.settings)
-    found = search(problem, cost_model, top=top, time_limit_s=time_limit_s)
+    found = search(problem, cost_model, top=max(top, NUM_COMPARED), time_limit_s=time_limit_s)
     if not found.best:
         raise refuse(problem, cost_model)
     # The baseline takes part: the answer is never slower than it, by simulation either.
     candidates = list(found.best)
     if found.baseline is not None and found.baseline not in candidates:
         candidates.append(found.baseline)
-    entries = rerank(candidates, problem, cost_model)
+    entries = rerank(candidates, problem, cost_model, top=top)
     if not entries:
         raise PlanError(
             f"set: schedule.kind={problem.pins.kind} must be possible for one of the "

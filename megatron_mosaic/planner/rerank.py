@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import NamedTuple
 
 from megatron_mosaic.cost.cost_model import CostModel
@@ -24,8 +25,11 @@ MAX_LISTED_TASKS = 30_000
 MAX_FILLED_TASKS = 10_000
 """The same for tasks that are placed one by one into the waits of others."""
 
+NUM_COMPARED = 8
+"""Layouts of the search that are simulated under other schedules, at least."""
+
 LEAST_BUBBLE = 0.001
-"""Share of a step that ranks wait, below which no other schedule is tried."""
+"""Share of a step that is too little to be worth another schedule, or more virtual stages."""
 
 
 class Simulated(NamedTuple):
@@ -89,13 +93,21 @@ def _plan(
 
 
 def with_other_schedules(
-    first: Simulated, problem: Problem, cost_model: CostModel
+    first: Simulated, problem: Problem, cost_model: CostModel, *, below_s: float = inf
 ) -> Iterator[Simulated]:
-    """Yields a layout under every schedule that may be faster, fits, and is not ruled out."""
+    """Yields a layout under every schedule that may be faster, fits, and is not ruled out.
+
+    Args:
+        first: The layout under the schedule of its closed form.
+        problem: What is asked.
+        cost_model: What things cost.
+        below_s: Step time that another schedule must be below to be of use.
+    """
     kind = problem.pins.kind
     if kind in (None, first.candidate.kind):
         yield first
-        if first.step.breakdown.bubble_s < LEAST_BUBBLE * first.step_s:
+        bubble_s = first.step.breakdown.bubble_s
+        if bubble_s < LEAST_BUBBLE * first.step_s or first.step_s - bubble_s > below_s:
             return
     if kind in (None, "interleaved"):
         yield from _interleaved(first, problem, cost_model)
@@ -104,9 +116,10 @@ def with_other_schedules(
 
 
 def _interleaved(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
-    """Yields a 1F1B layout with virtual stages of the language model, of equal layers each.
+    """Yields a 1F1B layout with virtual stages of the language model, until more gain no more.
 
-    What Megatron asks for: microbatches that fill the pipeline, and layers that divide.
+    The bubble shrinks with their number, and so do live activations, but messages become more.
+    What Megatron asks for: microbatches that fill the pipeline, and layers that divide evenly.
     """
     candidate, sizes = first.candidate, first.candidate.language
     num_layers = problem.model.language.num_layers
@@ -115,6 +128,7 @@ def _interleaved(first: Simulated, problem: Problem, cost_model: CostModel) -> I
         return
     if num_layers % sizes.pp or first.estimate.num_microbatches % sizes.pp:
         return
+    fastest_s = inf
     for virtual in divisors(num_layers // sizes.pp)[1:]:
         if num_tasks(first.estimate) * virtual > MAX_LISTED_TASKS:
             return
@@ -123,22 +137,27 @@ def _interleaved(first: Simulated, problem: Problem, cost_model: CostModel) -> I
         other = replace(candidate, kind="interleaved", language=replace(sizes, chunks=virtual))
         plan = _plan(problem, other, split)
         step = cost_model.estimate(plan)
+        if step.step_s > fastest_s * (1 - LEAST_BUBBLE):
+            return
         if step.peak_bytes <= problem.memory_bytes:
+            fastest_s = step.step_s
             yield Simulated(first.estimate, other, split, plan, step, True)
 
 
 def _filled(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
     """Yields a colocated layout with encoder tasks in the waits of its pipeline.
 
-    Smaller groups fit into smaller waits. Where too many tasks are live for the memory, as few are
-    as the pipeline allows.
+    Smaller groups fit into smaller waits, until their tasks take longer than what that saves.
+    Where too many tasks are live for the memory, as few are as the pipeline allows.
     """
     candidate = first.candidate
     if candidate.kind != "colocated" or candidate.language.pp == 1:
         return
+    fastest_s = inf
     samples = candidate.micro_batch_size * candidate.language.dp
     most = max(encoder.sizes.dp for encoder in candidate.encoders)
-    for group in divisors(candidate.encoder_group)[::-1]:
+    whole = candidate.encoder_group == first.estimate.num_microbatches
+    for group in divisors(candidate.encoder_group)[-1 - whole :: -1]:
         tasks = num_tasks(first.estimate) * candidate.encoder_group // group
         pinned = problem.pins.encoder_group not in (None, group)
         if tasks > MAX_FILLED_TASKS or group * samples < most or pinned:
@@ -150,6 +169,9 @@ def _filled(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterat
             plan = with_order(plan, cost_model)
             step = cost_model.estimate(plan)
             if step.peak_bytes <= problem.memory_bytes:
+                if step.step_s > fastest_s:
+                    return
+                fastest_s = step.step_s
                 yield Simulated(first.estimate, other, first.layers_per_stage, plan, step, True)
                 break
 
@@ -161,16 +183,24 @@ def with_order(plan: Plan, cost_model: CostModel) -> Plan:
 
 
 def rerank(
-    estimates: Sequence[Estimate], problem: Problem, cost_model: CostModel
+    estimates: Sequence[Estimate], problem: Problem, cost_model: CostModel, *, top: int
 ) -> list[Simulated]:
     """Orders layouts by their simulated step times, each under its fastest schedule.
 
     Equals stay in their order. A layout without any schedule that is asked for is left out.
+
+    Args:
+        estimates: The layouts.
+        problem: What is asked.
+        cost_model: What things cost.
+        top: Layouts that are of interest; others stay under the schedule of their closed form
+            where no schedule could bring them among these.
     """
-    found = []
+    found: list[Simulated] = []
     for estimate in estimates:
         first = simulated(estimate, problem, cost_model)
-        schedules = list(with_other_schedules(first, problem, cost_model))
+        below_s = sorted(entry.step_s for entry in found)[top - 1] if len(found) >= top else inf
+        schedules = list(with_other_schedules(first, problem, cost_model, below_s=below_s))
         if schedules:
             found.append(min(schedules, key=lambda entry: entry.step_s))
     return sorted(found, key=lambda entry: entry.step_s)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mosaic.cli import main
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
@@ -63,6 +64,23 @@ def test_waits_of_a_pipeline_are_filled_with_encoder_tasks():
     verify(plan, build_schedule(plan))
     assert answer.choice.step_s < paused.choice.step_s
     assert answer.choice.step.peak_bytes <= asked.memory_bytes
+
+
+def test_check_shows_the_groups_of_filled_waits(tmp_path, capsys):
+    plan = plan_of(
+        "bubble_fill",
+        place("vision", 0, 1, dp=2),
+        place("language", 0, 1, pp=2),
+        num_microbatches=8,
+        group=4,
+    )
+    plan.write(tmp_path / "plan.yaml")
+
+    assert main(["check", f"{tmp_path / 'plan.yaml'}"]) == 0
+
+    # Four microbatches of a sample on two replicas.
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("vision"))
+    assert row.split()[-2:] == ["4", "2"]
 
 
 def test_memory_of_an_interleaved_rank_is_what_its_tasks_hold_at_once():
