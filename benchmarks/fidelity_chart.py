@@ -33,7 +33,7 @@ def draw(path: Path) -> Path:
 def _draw_bars(axes: Axes, rows: list[dict[str, Any]], series: dict[str, str]) -> None:
     """Draws two bars a row, and how much longer the second one is."""
     colors = {"upstream": _UPSTREAM, "simulated": _SIMULATED}
-    places = np.arange(len(rows))
+    places = np.arange(len(rows), dtype=float)
     for offset, (label, key) in zip((-0.2, 0.2), series.items(), strict=True):
         widths = [row[key] for row in rows]
         axes.barh(places + offset, widths, 0.38, label=label, color=colors.get(label, _MEASURED))
