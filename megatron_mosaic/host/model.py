@@ -30,6 +30,7 @@ from megatron_mosaic.host.channels import ActivationSizes
 from megatron_mosaic.host.checkpoint import LayerKeys
 from megatron_mosaic.host.families.family import ModuleBoundary, building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
+from megatron_mosaic.host.gradients import unlink_reductions
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
 from megatron_mosaic.host.recompute import keep_gradients_of_recomputed
@@ -197,6 +198,7 @@ def _runner_of(
     boundary = family_of(module, known_families()).boundary(module, name)
     config = _ddp_config_of(boundary, ddp_config)
     (wrapped,) = wrap([module], module.config, groups.collection, ddp_config=config)
+    unlink_reductions(wrapped)
     return ModuleRunner(wrapped, groups=groups, boundary=boundary, randomness=runtime.randomness)
 
 

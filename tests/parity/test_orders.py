@@ -23,6 +23,8 @@ BUILT_BY = (
     "host.forward_backward",
     "host.meeting",
 )
+# Buckets are linked then: before one leaves, Megatron waits for the one that left before it.
+LINKED = ("--ddp-bucket-size", "4000", "--ddp-reduce-scatter-with-fp32-accumulation")
 OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 
 
@@ -71,6 +73,7 @@ def _train(rank, plan_path, options):
     [
         ("colocated_v2_l2pp2", "sgd", ("--images", "ragged")),
         ("colocated_v2_l2pp2", "adam", ("--images", "ragged", *OVERLAP)),
+        ("colocated_v2_l2pp2", "adam", ("--images", "sparse", *OVERLAP, *LINKED)),
         ("colocated_vtp2dp2_lpp4", "adam", ("--images", "sparse", *OVERLAP)),
     ],
 )

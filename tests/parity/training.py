@@ -16,6 +16,9 @@ LAYOUT_OPTIONS = (
     "--use-distributed-optimizer",
     "--overlap-grad-reduce",
     "--overlap-param-gather",
+    "--ddp-bucket-size",
+    "4000",
+    "--ddp-reduce-scatter-with-fp32-accumulation",
 )
 
 
