@@ -7,12 +7,13 @@ import torch
 
 from megatron_mosaic.comm.pending import Pending
 from megatron_mosaic.engine.progress import Progress
+from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.steps import Compute, Edge, Post, Step, Transfer, TransferKind, Wait
 from megatron_mosaic.schedule.task import Task
 
 
 class TaskRunner(Protocol):
-    """Runs the tasks of one module on this rank and keeps what a backward pass needs."""
+    """Runs the tasks of one stage on this rank and keeps what a backward pass needs."""
 
     def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Runs a forward task.
@@ -67,7 +68,7 @@ class Walker:
     def __init__(
         self,
         *,
-        runners: Mapping[str, TaskRunner],
+        runners: Mapping[Stage, TaskRunner],
         channels: Channels,
         progress: Progress,
     ) -> None:
@@ -119,7 +120,7 @@ class Walker:
             for edge in self._edges("activation", into=task)
             if (rows := self._take("activation", edge, task.microbatches)) is not None
         }
-        leaving = self._runners[task.module].forward(task, received)
+        leaving = self._runners[Stage(*task[1:3])].forward(task, received)
         for edge in self._edges("activation", out_of=task):
             self._hand_over("activation", edge, task, leaving)
 
@@ -131,7 +132,7 @@ class Walker:
         ]
         # A module with several consumers receives one gradient from each.
         received = sum(gradients[1:], start=gradients[0]) if gradients else None
-        leaving = self._runners[task.module].backward(task, received)
+        leaving = self._runners[Stage(*task[1:3])].backward(task, received)
         for edge in self._edges("gradient", into=task):
             self._hand_over("gradient", edge, task, leaving.get(edge.source))
 

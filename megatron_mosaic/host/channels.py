@@ -225,7 +225,7 @@ class ChannelSet:
 
 def _tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[tuple[int, ...]]:
     """Microbatches of every forward task of a module's last stage."""
-    last = plan.modules[module].pipeline_model_parallel_size - 1
+    last = plan.modules[module].num_stages - 1
     rank = plan.modules[module].stage_ranks(last)[0]
     return [
         task.microbatches

@@ -28,6 +28,7 @@ from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.schedule.build import build_schedule
+from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 from megatron_mosaic.schedule.task import Task
@@ -95,10 +96,10 @@ class PlanForwardBackward:
         batches = _next_step(data_iterator)
         self._begin(batches.rows, schedule)
         works = {
-            name: self._work(
+            stage: self._work(
                 runner, schedule, batches, forward_step_func, first_val_step=first_val_step
             )
-            for name, runner in self._runtime.runners.items()
+            for stage, runner in self._runtime.runners.items()
         }
         self._hand_out(works, top.config)
         with self._step(schedule) as walker:
@@ -119,13 +120,13 @@ class PlanForwardBackward:
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
 
-    def _hand_out(self, works: Mapping[str, StepWork], config: Any) -> None:
-        """Gives every module its work, with what Megatron's loop sets in the config it knows."""
-        for name, runner in self._runtime.runners.items():
+    def _hand_out(self, works: Mapping[Stage, StepWork], config: Any) -> None:
+        """Gives every stage its work, with what Megatron's loop sets in the config it knows."""
+        for stage, runner in self._runtime.runners.items():
             runner.config.grad_scale_func = config.grad_scale_func
             runner.config.timers = config.timers
-            runner.begin(works[name])
-            gather_parameters(runner.model)
+            runner.begin(works[stage])
+            gather_parameters(runner.wrapped)
 
     @contextmanager
     def _step(self, schedule: Schedule) -> Iterator[Walker]:
@@ -171,7 +172,7 @@ class PlanForwardBackward:
         *,
         first_val_step: bool | None,
     ) -> StepWork:
-        tasks = [t for t in schedule.tasks[self._runtime.rank] if t.module == runner.name]
+        tasks = [t for t in schedule.tasks[self._runtime.rank] if t[1:3] == runner.stage]
         backward = [task for task in tasks if task.kind == "B"]
         return StepWork(
             forward_step_func=forward_step_func,
@@ -184,7 +185,7 @@ class PlanForwardBackward:
             gradient_to=frozenset(
                 edge.source
                 for kind, edge in self._runtime.channels.open
-                if kind == "gradient" and edge.destination == runner.name
+                if kind == "gradient" and edge[2:] == runner.stage
             )
             if backward
             else frozenset(),
@@ -222,23 +223,26 @@ class PlanForwardBackward:
         }
 
     def _close(
-        self, works: Mapping[str, StepWork], forward_only: bool, *, force_all_reduce: bool | None
+        self, works: Mapping[Stage, StepWork], forward_only: bool, *, force_all_reduce: bool | None
     ) -> list[dict[str, torch.Tensor]]:
         runtime = self._runtime
         language = runtime.plan.language
         replicas = language.data_parallel_size
-        spoken = {name: work for name, work in works.items() if runtime.runners[name].speaks}
+        spoken = {
+            stage.module: work for stage, work in works.items() if runtime.runners[stage].speaks
+        }
         losses, num_tokens = self._report.reduce(
             {name: work.losses for name, work in spoken.items()},
             num_tokens=spoken[LANGUAGE].num_tokens if LANGUAGE in spoken else 0,
             replicas=replicas,
             forward_only=forward_only,
         )
-        for runner in runtime.runners.values():
-            finish_gathering_parameters(runner.model)
+        for runner in runtime.modules.values():
+            finish_gathering_parameters(runner.wrapped)
         if not forward_only:
             finalize_gradients(
-                runtime.runners,
+                runtime.modules,
+                runtime.hosted,
                 num_tokens=num_tokens,
                 per_token_loss=get_args().calculate_per_token_loss,
                 loss_replicas=replicas * language.context_parallel_size,

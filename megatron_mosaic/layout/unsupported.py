@@ -71,12 +71,6 @@ def refuse_unsupported(plan: "Plan") -> None:
 
 def _refuse_sizes(placement: ModulePlacement) -> None:
     where = f"modules.{placement.name}"
-    virtual = placement.virtual_pipeline_model_parallel_size
-    if virtual > 1:
-        raise PlanError(
-            f"{where}: virtual_pipeline_model_parallel_size={virtual} must be 1: several stages on "
-            f"a rank are not supported by this version; remove the key"
-        )
     if placement.name != "language" and placement.sequence_parallel:
         raise PlanError(
             f"{where}: sequence_parallel=true must be false: an encoder with sequence parallelism "

@@ -61,14 +61,18 @@ def restrict(
     )
 
 
-def peak_live(schedule: Schedule, rank: int, module: str) -> int:
-    """Most tasks of a module whose activations one rank holds at the same time.
+def peak_live(schedule: Schedule, rank: int, module: str, *, stage: int | None = None) -> int:
+    """Most tasks of a module, or of one stage, whose activations one rank holds at the same time.
 
     A task holds activations from its forward pass until its backward pass has run. Without a
     backward pass they go as soon as the forward pass ends. For an encoder whose tasks take a
     group of microbatches the result counts groups.
     """
-    tasks = [task for task in schedule.tasks[rank] if task.module == module]
+    tasks = [
+        task
+        for task in schedule.tasks[rank]
+        if task.module == module and stage in (None, task.stage)
+    ]
     if all(task.kind == "F" for task in tasks):
         return min(len(tasks), 1)
     live = peak = 0

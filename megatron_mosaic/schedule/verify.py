@@ -82,7 +82,8 @@ def _check_tasks(plan: Plan, schedule: Schedule) -> None:
 def _groups(plan: Plan, schedule: Schedule, module: str) -> list[tuple[int, ...]]:
     """Microbatches of a module's tasks, as its first rank has them."""
     rank = plan.modules[module].ranks[0]
-    tasks = [task for task in schedule.tasks[rank] if (task.kind, task.module) == ("F", module)]
+    # Its first stage: a rank may host others of the module, with tasks of the same microbatches.
+    tasks = [task for task in schedule.tasks[rank] if task[:3] == ("F", module, 0)]
     groups = sorted(task.microbatches for task in tasks)
     if [m for group in groups for m in group] != list(range(schedule.num_microbatches)):
         shown = " ".join(str(task).split(" ", maxsplit=1)[0] for task in tasks)
@@ -198,7 +199,7 @@ def _check_live(plan: Plan, schedule: Schedule) -> None:
     for rank in range(plan.world_size):
         for stage in hosted_stages(plan, rank):
             most = max_live(plan, stage, num_microbatches=schedule.num_microbatches)
-            live = peak_live(schedule, rank, stage.module)
+            live = peak_live(schedule, rank, stage.module, stage=stage.stage)
             if live > most:
                 raise _error(
                     schedule,

@@ -143,7 +143,7 @@ class ReadingByModule:
         return groups.position.dp
 
     def _boundaries(self) -> Mapping[str, ModuleBoundary]:
-        return {name: runner.boundary for name, runner in self.runtime.runners.items()}
+        return {name: runner.boundary for name, runner in self.runtime.modules.items()}
 
     def _facts_layout(self) -> FactsLayout:
         runtime = self.runtime
