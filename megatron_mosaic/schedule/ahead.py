@@ -17,6 +17,11 @@ class Part(IntFlag):
     ENDS = 2  # no step comes after it: nothing runs ahead
 
 
+def steps_of_part(steps: Sequence[Step], schedule: Schedule, part: Part) -> tuple[Step, ...]:
+    """What a rank walks of its steps, in order."""
+    return prologue_of(steps, schedule, part) + steps_after_prologue(steps, schedule, part)
+
+
 def prologue_of(steps: Sequence[Step], schedule: Schedule, part: Part) -> tuple[Step, ...]:
     """Steps of a rank that make what should have been made in the step before.
 
