@@ -132,14 +132,14 @@ class PlanForwardBackward:
         prologue, steps = self._steps(schedule.num_microbatches, schedule.forward_only, part)
         kept = self._kept.take(part)
         if prologue:
-            hand_out({name: batches for name in schedule.ahead})
+            hand_out(dict.fromkeys(schedule.ahead, batches))
             kept = self._walker(schedule, {}).walk(prologue)
         before = self._runtime.randomness.states_of(schedule.ahead)
         following = None if Part.ENDS in part else batches.ahead
         data = {name: batches for name in self._runtime.hosted if name not in schedule.ahead}
         if schedule.ahead and following is not None:
             self._runtime.channels.begin_ahead(following.rows, schedule=schedule)
-            data |= {name: following for name in schedule.ahead}
+            data |= dict.fromkeys(schedule.ahead, following)
         works = hand_out(data)
         made = self._walker(schedule, kept).walk(steps, first=len(prologue))
         if schedule.ahead and following is not None:

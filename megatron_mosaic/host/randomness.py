@@ -101,7 +101,5 @@ def _write(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states[_HOST])
     if torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state(states[_DEVICE])
-    tracked = {key: state for key, state in states.items() if key not in (ModuleStates = Mapping[str, dict[str, torch.Tensor]]
-
-_HOST, _DEVICE)}
+    tracked = {key: state for key, state in states.items() if key not in (_HOST, _DEVICE)}
     get_cuda_rng_tracker().set_states(tracked)

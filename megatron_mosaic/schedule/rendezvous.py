@@ -80,12 +80,8 @@ def needed_ranks(
     # A rank is through with a transfer once it has posted it, with a task once it has ended it.
     numbered = [_numbered(own) for own in steps]
     at = [
-        {
-            key: index
-            for index, (key, step) in enumerate(zip(keys, own))
-            if not isinstance(step, Wait)
-        }
-        for keys, own in zip(numbered, steps)
+        {key: index for index, key in enumerate(keys) if not isinstance(own[index], Wait)}
+        for own, keys in zip(steps, numbered, strict=True)
     ]
     unfinished = {rank for rank, own in enumerate(steps) if positions[rank] < len(own)}
 
