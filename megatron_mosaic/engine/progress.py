@@ -52,7 +52,7 @@ class Place(NamedTuple):
     def from_numbers(cls, numbers: Sequence[float]) -> "Place":
         """Makes a place of what a record or a message holds."""
         whole = [int(number) for number in numbers[:6]]
-        return cls(*whole, *numbers[6:8], int(numbers[8]))
+        return cls._make([*whole, *numbers[6:8], int(numbers[8])])
 
 
 class Progress:

@@ -130,7 +130,8 @@ class PlanForwardBackward:
         Modules that run ahead do so on the next step's samples; before the first step also on its.
         """
         prologue, steps = self._steps(schedule.num_microbatches, schedule.forward_only, part)
-        kept = self._kept.take(part)
+        # What is kept waits for training to go on while evaluation runs on its own data.
+        kept = self._kept.take(part) if schedule.ahead else {}
         if prologue:
             hand_out(dict.fromkeys(schedule.ahead, batches))
             kept = self._walker(schedule, {}).walk(prologue)
