@@ -51,5 +51,7 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
             return one_f_one_b.max_live(plan, stage, num_microbatches=num_microbatches)
         case "interleaved":
             return interleaved.max_live(plan, stage, num_microbatches=num_microbatches)
-        case "colocated" | "bubble_fill":
+        case "colocated":
             return colocated.max_live(plan, stage, num_microbatches=num_microbatches)
+        case "bubble_fill":
+            return bubble_fill.max_live(plan, stage, num_microbatches=num_microbatches)

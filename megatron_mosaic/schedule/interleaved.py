@@ -29,8 +29,7 @@ def interleaved(plan: Plan, *, num_microbatches: int, forward_only: bool = False
     # rank 2  vF0 vF1 vF2 vF3 vB0 vB1 vB2 vB3
     if num_microbatches % plan.language.pipeline_model_parallel_size and not forward_only:
         return one_f_one_b(plan, num_microbatches=num_microbatches)
-    lists = language_lists(plan, num_microbatches=num_microbatches, forward_only=forward_only)
-    times = play(lists, needs_of(plan), lengths=lambda task: _TICKS[task.kind])
+    times = language_order(plan, num_microbatches=num_microbatches, forward_only=forward_only)
     due = [(start, start + end, task) for task, (start, end) in times.items()]
     for stage, early in _ticks_before_language(plan).items():
         for m in range(num_microbatches):
@@ -47,9 +46,15 @@ def interleaved(plan: Plan, *, num_microbatches: int, forward_only: bool = False
     )
 
 
-def language_lists(
+def language_order(
     plan: Plan, *, num_microbatches: int, forward_only: bool = False
-) -> list[list[Task]]:
+) -> dict[Task, tuple[float, float]]:
+    """Starts and ends, in ticks, of the tasks of the language model and of what it feeds."""
+    lists = _language_lists(plan, num_microbatches=num_microbatches, forward_only=forward_only)
+    return play(lists, needs_of(plan), lengths=lambda task: _TICKS[task.kind])
+
+
+def _language_lists(plan: Plan, *, num_microbatches: int, forward_only: bool) -> list[list[Task]]:
     """Tasks of each pipeline place of the language model, and of each stage behind it."""
     pp = plan.language.pipeline_model_parallel_size
     distances = stage_distances(plan)
@@ -73,7 +78,8 @@ def language_lists(
 def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
     """Microbatches of which a rank of the stage holds activations at most: as in the schedule."""
     schedule = interleaved(plan, num_microbatches=num_microbatches)
-    return peak_live(schedule, plan.modules[stage.module].stage_ranks(stage.stage)[0], *stage)
+    rank = plan.modules[stage.module].stage_ranks(stage.stage)[0]
+    return peak_live(schedule, rank, stage.module, stage=stage.stage)
 
 
 def _place_tasks(

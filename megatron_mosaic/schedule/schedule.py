@@ -72,8 +72,8 @@ def restrict(
     )
 
 
-def peak_live(schedule: Schedule, rank: int, module: str, stage: int | None = None) -> int:
-    """Most tasks of a module, or of one stage, whose activations one rank holds at a time.
+def peak_live(schedule: Schedule, rank: int, module: str, *, stage: int | None = None) -> int:
+    """Most tasks of a module, or of one stage, whose activations one rank holds at the same time.
 
     A task holds activations from its forward pass until its backward pass has run. Without a
     backward pass they go as soon as the forward pass ends. For an encoder whose tasks take a

@@ -189,7 +189,7 @@ def _check_live(plan: Plan, schedule: Schedule) -> None:
     for rank, tasks in enumerate(schedule.tasks):
         for stage in hosted_stages(plan, rank):
             if (tasks, stage) not in live_of:
-                live_of[tasks, stage] = peak_live(schedule, rank, *stage)
+                live_of[tasks, stage] = peak_live(schedule, rank, stage.module, stage=stage.stage)
             live, most = live_of[tasks, stage], bound(stage)
             if live > most:
                 raise _error(

@@ -136,8 +136,8 @@ def ahead_on_shared_ranks():
 
 def test_steps_of_a_rank_that_uses_what_ran_ahead_send_it_before_they_wait():
     assert shown(ahead_on_shared_ranks(), 0) == (
-        "F0-1:vision.0 post-act-v0 wait-act-v0 F0:language.0 post-act-l0 "
-        "post-act-v1 wait-act-v1 F1:language.0 post-act-l1 "
+        "post-act-v0 wait-act-v0 F0:language.0 post-act-l0 "
+        "post-act-v1 wait-act-v1 F1:language.0 post-act-l1 F0-1:vision.0 "
         "post-gra-l0 wait-gra-l0 B0:language.0 post-gra-l1 wait-gra-l1 B1:language.0"
     )
 
