@@ -88,23 +88,25 @@ class Progress:
             if longest_s := self._now.pop((forward_only, phase), None):
                 self._before[forward_only, phase] = longest_s
         if self._trace is not None:
-            self._trace.begin(forward_only=forward_only)
+            self._trace.begin_step(forward_only=forward_only)
         count = self._place.count + 1
         self._place = Place(
             Phase.WALKING, count, iteration, forward_only, num_microbatches, 0, 0.0, 0.0, part
         )
         self._move(Phase.WALKING, position=0)
 
-    def begin(self, position: int) -> None:
+    def begin(self, position: int, step: Step) -> None:
         """Comes to one of the rank's steps of the schedule."""
         self._move(Phase.WALKING, position=position)
+        if self._trace is not None and isinstance(step, Compute):
+            self._trace.begin_task()
 
     def end(self, step: Step) -> None:
         """Ends that step."""
         if isinstance(step, Compute):
-            end_s = self._measure(Phase.WALKING)
+            self._measure(Phase.WALKING)
             if self._trace is not None:
-                self._trace(step.task, self._place.since_s, end_s)
+                self._trace.end_task(step.task)
 
     def close_step(self, num_steps: int) -> None:
         """Goes on to what follows the tasks: losses and gradients."""
@@ -115,11 +117,10 @@ class Progress:
         self._measure(Phase.CLOSING)
         self._move(Phase.BETWEEN, position=self._place.position)
 
-    def _measure(self, phase: Phase) -> float:
-        now_s = time.monotonic()
+    def _measure(self, phase: Phase) -> None:
         key = (self._forward_only, phase)
-        self._now[key] = max(self._now.get(key, 0.0), now_s - self._place.since_s)
-        return now_s
+        time_s = time.monotonic() - self._place.since_s
+        self._now[key] = max(self._now.get(key, 0.0), time_s)
 
     def _move(self, phase: Phase, *, position: int) -> None:
         longest_s = self._before.get((self._forward_only, phase), UNKNOWN_S)

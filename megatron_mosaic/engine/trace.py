@@ -1,38 +1,221 @@
-"""Writes down when each task ran, for a picture of a step as measured."""
+"""Writes down when each task ran, for a picture of a step as measured and for the simulator."""
 
 import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+import torch
 
 from megatron_mosaic.schedule.task import Task
 
+# How long the beginning of a step may look whether the device is idle, in seconds: an event on an
+# idle GPU is passed after about 10 us, and a step takes at least a thousand times as long.
+_LOOK_S = 50e-6
+
+
+class Clock(Protocol):
+    """Tells when a rank's compute stream passes a point."""
+
+    def begin_step(self) -> None:
+        """Comes before the marks of every step."""
+        ...
+
+    def mark(self) -> Any:
+        """Marks where the stream will be once it has done what it was given so far."""
+        ...
+
+    def seconds(self, mark: Any) -> float | None:
+        """Unix time of a mark; None if it is not passed yet. Marks are read in their order."""
+        ...
+
+    def finish(self) -> None:
+        """Blocks until all marks are passed."""
+        ...
+
+
+class HostClock:
+    """The clock of a rank that computes on its host: tasks end as their calls do."""
+
+    def __init__(self) -> None:
+        # Steady within a run, whoever sets the time; and alike on all ranks, as far as their
+        # machines agree on the time of day.
+        self._offset_s = time.time() - time.monotonic()
+
+    def begin_step(self) -> None:
+        """Does nothing."""
+
+    def mark(self) -> float:
+        """Returns the time."""
+        return self._offset_s + time.monotonic()
+
+    def seconds(self, mark: float) -> float:
+        """Returns the mark itself."""
+        return mark
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Reference:
+    """An event at the beginning of a step, whose host time other events are counted from."""
+
+    event: Any
+    host_s: float = 0.0
+    before: "_Reference | None" = None  # if not None, the host time is not known yet
+
+    def seconds(self) -> float:
+        if self.before is not None:
+            since_s = self.before.event.elapsed_time(self.event) / 1000
+            self.host_s, self.before = self.before.seconds() + since_s, None
+        return self.host_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DeviceMark:
+    event: Any
+    reference: _Reference
+
+
+class DeviceClock:
+    """The clock of a GPU: events on the compute stream, read once they are passed.
+
+    Nothing waits for the device but the first step's beginning, once. There a reference event
+    meets the host's clock; so it does in every later step that finds the device idle, which keeps
+    the clocks of ranks together in a long run. Where the device is still at work, the time since
+    the step before is its own.
+
+    Args:
+        new_event: Makes an event with a time.
+        synchronize: Waits for the device.
+    """
+
+    def __init__(
+        self,
+        *,
+        new_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
+        synchronize: Callable[[], None] = lambda: torch.cuda.synchronize(),
+    ) -> None:
+        self._new_event = new_event
+        self._synchronize = synchronize
+        self._host = HostClock()
+        self._reference: _Reference | None = None
+
+    def begin_step(self) -> None:
+        """Records the step's reference."""
+        if self._reference is None:
+            self._synchronize()
+        event = self._new_event()
+        host_s = self._host.mark()
+        event.record()
+        if self._reference is None or _passes_at_once(event):
+            self._reference = _Reference(event=event, host_s=host_s)
+        else:
+            self._reference = _Reference(event=event, before=self._reference)
+
+    def mark(self) -> _DeviceMark:
+        """Records an event on the current stream."""
+        assert self._reference is not None, "a step begins before its marks"
+        event = self._new_event()
+        event.record()
+        return _DeviceMark(event=event, reference=self._reference)
+
+    def seconds(self, mark: _DeviceMark) -> float | None:
+        """Reads an event without waiting for it."""
+        if not mark.event.query():
+            return None
+        return mark.reference.seconds() + mark.reference.event.elapsed_time(mark.event) / 1000
+
+    def finish(self) -> None:
+        """Waits for the device."""
+        self._synchronize()
+
+
+def _passes_at_once(event: Any) -> bool:
+    until_s = time.monotonic() + _LOOK_S
+    while not (passed := event.query()) and time.monotonic() < until_s:
+        pass
+    return passed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    number: int
+    tasks: list[tuple[Task, Any, Any]] = field(default_factory=list)
+
 
 class TaskTrace:
-    """One file of JSON lines for a rank: step, task, begin and end by the host's clock.
+    """One file of JSON lines for a rank: step, task, begin and end in Unix time.
 
-    On one machine the clock is the same for all ranks. A device that works asynchronously ends
-    a task later than the host does, so this is for ranks that compute on CPU.
+    Lines are written a step or more later, a whole step at a time, so that nothing waits for the
+    device. Evaluation is not written down.
 
     Args:
         folder: Where ``rank<r>.jsonl`` goes; it is made if need be.
         rank: Global rank.
+        clock: Of what computes.
     """
 
-    def __init__(self, folder: Path, *, rank: int) -> None:
+    def __init__(self, folder: Path, *, rank: int, clock: Clock) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
-        self._step = -1
+        self._clock = clock
+        self._steps: deque[_Step] = deque()
+        self._num_steps = 0
         self._records = False
+        self._start: Any = None
 
-    def begin(self, *, forward_only: bool) -> None:
-        """Starts the next step; evaluation is not written down."""
-        self._file.flush()
+    def __enter__(self) -> "TaskTrace":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Writes what is left; after an error only what needs no waiting."""
+        if kind is None:
+            self._clock.finish()
+        self._write()
+        self._file.close()
+
+    def begin_step(self, *, forward_only: bool) -> None:
+        """Starts the next step."""
+        self._write()
         self._records = not forward_only
-        self._step += self._records
+        if self._records:
+            self._clock.begin_step()
+            self._steps.append(_Step(number=self._num_steps))
+            self._num_steps += 1
 
-    def __call__(self, task: Task, start_s: float, end_s: float) -> None:
-        """Writes one task."""
-        if not self._records:
-            return
-        entry = {"step": self._step, **task._asdict(), "start_s": start_s, "end_s": end_s}
-        self._file.write(json.dumps(entry) + "\n")
+    def begin_task(self) -> None:
+        """Marks the beginning of a task."""
+        if self._records:
+            self._start = self._clock.mark()
+
+    def end_task(self, task: Task) -> None:
+        """Marks its end."""
+        if self._records:
+            self._steps[-1].tasks.append((task, self._start, self._clock.mark()))
+
+    def _write(self) -> None:
+        while self._steps and (lines := self._lines(self._steps[0])) is not None:
+            self._file.write("".join(lines))
+            self._file.flush()
+            self._steps.popleft()
+
+    def _lines(self, step: _Step) -> list[str] | None:
+        lines = []
+        for task, start, end in step.tasks:
+            start_s, end_s = self._clock.seconds(start), self._clock.seconds(end)
+            if start_s is None or end_s is None:
+                return None
+            entry = {"step": step.number, **task._asdict(), "start_s": start_s, "end_s": end_s}
+            lines.append(json.dumps(entry) + "\n")
+        return lines

@@ -117,7 +117,7 @@ class Walker:
         """
         awaited = {step.transfer for step in steps if isinstance(step, Wait)}
         for position, step in enumerate(steps, first):
-            self._progress.begin(position)
+            self._progress.begin(position, step)
             match step:
                 case Post(transfer):
                     self._post(transfer, awaited=transfer in awaited)

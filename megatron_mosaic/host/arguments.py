@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.training import arguments as stock
 from megatron.training.arguments import parse_and_validate_args as stock_parse_and_validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -138,11 +137,6 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
             f"arguments: dataloader_type={args.dataloader_type} must be single or external under a "
             f"plan, which hands every module its own samples; shuffle in the data set"
         )
-    if args.mosaic_trace is not None and args.distributed_backend == "nccl" and _has_gpu():
-        raise HostError(
-            f"arguments: mosaic_trace={args.mosaic_trace} must not be given on GPUs, which end a "
-            f"task later than the host's clock says; remove it or use --mosaic-device cpu"
-        )
     _check_timeouts(args)
     _check_saving(args, plan)
     # Only this format can be read under another layout than it was written.
@@ -192,10 +186,6 @@ def _check_saving(args: argparse.Namespace, plan: Plan) -> None:
             f"rank 0 does not host every module, for Megatron would save rank 0's optimizer only; "
             f"add --use-distributed-optimizer"
         )
-
-
-def _has_gpu() -> bool:
-    return torch.device(torch.cuda.current_device()).type == "cuda"
 
 
 def _decide(args: argparse.Namespace, name: str, planned: Any, *, unset: Any) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
 from megatron_mosaic.engine.progress import Progress
-from megatron_mosaic.engine.trace import TaskTrace
+from megatron_mosaic.engine.trace import DeviceClock, HostClock, TaskTrace
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import limits_of, log_choices
@@ -132,28 +132,29 @@ def _pretrain_plan(
 @contextmanager
 def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
     """Follows this rank; the loss of any other ends it."""
-    trace = _trace(args)
-    if meeting.plan.world_size == 1:
-        yield Progress(trace=trace)
-        return
-    record = RecordFile(rank=args.rank)
-    progress = Progress(record.buffer, trace=trace)
-    with Watch(
-        meeting.store,
-        plan=meeting.plan,
-        progress=progress,
-        record=record,
-        rank=args.rank,
-        limits=limits_of(args),
-        minds_sigterm=not (args.exit_signal_handler or args.exit_signal_handler_for_training),
-    ):
-        yield progress
+    with _trace(args) as trace:
+        if meeting.plan.world_size == 1:
+            yield Progress(trace=trace)
+            return
+        record = RecordFile(rank=args.rank)
+        progress = Progress(record.buffer, trace=trace)
+        with Watch(
+            meeting.store,
+            plan=meeting.plan,
+            progress=progress,
+            record=record,
+            rank=args.rank,
+            limits=limits_of(args),
+            minds_sigterm=not (args.exit_signal_handler or args.exit_signal_handler_for_training),
+        ):
+            yield progress
 
 
-def _trace(args: argparse.Namespace) -> TaskTrace | None:
+def _trace(args: argparse.Namespace) -> AbstractContextManager[TaskTrace | None]:
     if args.mosaic_trace is None:
-        return None
-    return TaskTrace(Path(args.mosaic_trace), rank=args.rank)
+        return nullcontext()
+    clock = DeviceClock() if torch.cuda.is_available() else HostClock()
+    return TaskTrace(Path(args.mosaic_trace), rank=args.rank, clock=clock)
 
 
 def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:

@@ -172,7 +172,7 @@ def test_progress_remembers_the_longest_task_of_the_step_before():
     for _ in range(2):
         progress.begin_step(1, num_microbatches=8, forward_only=False)
         assert (progress.place.longest_s == UNKNOWN_S) == (progress.place.count == 1)
-        progress.begin(0)
+        progress.begin(0, step)
         progress.end(step)
         progress.close_step(1)
         progress.end_step()

@@ -1,6 +1,8 @@
 """Plans on a GPU train as on CPU: one rank over NCCL, and two that share the GPU over gloo."""
 
+import time
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.build import build_schedule
+from megatron_mosaic.schedule.measured import read_trace
 from tests.gpu.on_gpu import record_on_gpu
 from tests.parity.compare import Whole, whole
 from tests.parity.record import OPTIMIZERS, record_plan
@@ -149,3 +153,19 @@ def test_two_ranks_on_one_gpu_train_as_on_cpu(tmp_path, plan):
     run = _on_gpu(path, (*options, *GLOO))
 
     assert _difference(run, _on_cpu(path, options)) <= FP32_BOUND
+
+
+def test_tasks_are_traced_by_the_clock_of_the_gpu(tmp_path):
+    began_s = time.time()
+
+    _on_gpu(ONE_RANK, (*OPTIMIZERS["sgd"], *RAGGED, "--mosaic-trace", str(tmp_path)))
+
+    schedule = build_schedule(Plan.load(ONE_RANK))
+    steps = read_trace(tmp_path)
+    assert [step.number for step in steps] == [0, 1, 2, 3]
+    for step in steps:
+        assert tuple(span.task for span in step.spans[0]) == schedule.tasks[0]
+        # A stream runs one task after the other; events are half a microsecond exact.
+        times_s = [time_s for span in step.spans[0] for time_s in (span.start_s, span.end_s)]
+        assert all(later - earlier > -1e-6 for earlier, later in pairwise(times_s))
+        assert 0 < step.makespan_s < time.time() - began_s

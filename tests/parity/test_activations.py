@@ -11,7 +11,8 @@ import torch
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule
-from megatron_mosaic.schedule.schedule import peak_live
+from megatron_mosaic.schedule.measured import read_trace
+from megatron_mosaic.schedule.schedule import Schedule, peak_live
 from tests.parity.compare import whole
 from tests.parity.record import OPTIMIZERS, record_plan
 from tests.parity.training import TIMEOUT_S, options_of
@@ -124,7 +125,7 @@ def _watch(rank: int, plan: str, options: list[str]):
         "lora_vision",
     ],
 )
-def test_graphs_live_as_long_as_the_schedule_says(name):
+def test_graphs_live_as_long_as_the_schedule_says(name, tmp_path):
     path = PLANS / f"{name}.yaml"
     options = re.sub(r"--images \w+", "--images one", " ".join(options_of(path))).split()
     plan = Plan.load(path)
@@ -134,11 +135,12 @@ def test_graphs_live_as_long_as_the_schedule_says(name):
         _watch,
         plan.world_size,
         str(path),
-        [*OPTIMIZERS["adam"], *options],
+        [*OPTIMIZERS["adam"], *options, "--mosaic-trace", str(tmp_path)],
         init=False,
         timeout_s=TIMEOUT_S,
     )
 
+    _check_trace(tmp_path, schedule)
     for rank, (peak, wrong) in enumerate(outcomes):
         assert not wrong, wrong[0]
         for module in plan.modules_of(rank):
@@ -147,3 +149,15 @@ def test_graphs_live_as_long_as_the_schedule_says(name):
             )
             expected = peak_live(schedule, rank, module) if has_backward else 0
             assert peak[module] == expected, (rank, module)
+
+
+def _check_trace(folder: Path, schedule: Schedule) -> None:
+    """Every rank traced its tasks one after the other, in training and not in evaluation."""
+    steps = read_trace(folder)
+    assert [step.number for step in steps] == [0, 1, 2, 3]
+    for step in steps:
+        for rank, tasks in enumerate(schedule.tasks):
+            spans = step.spans.get(rank, ())
+            assert tuple(span.task for span in spans) == tasks
+            times_s = [time_s for span in spans for time_s in (span.start_s, span.end_s)]
+            assert times_s == sorted(times_s)

@@ -1,0 +1,228 @@
+"""Runs plans through the engine with modules that wait instead of computing."""
+
+import gc
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.timed_plans import TimedPlan
+from megatron_mosaic.comm.boundary import ItemShape
+from megatron_mosaic.comm.groups import GroupFactory
+from megatron_mosaic.engine.progress import Progress
+from megatron_mosaic.engine.trace import HostClock, TaskTrace
+from megatron_mosaic.engine.walk import Walker
+from megatron_mosaic.host.channels import ActivationSizes, ChannelSet, RowFacts
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.schedule.build import build_schedule
+from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.schedule import Schedule
+from megatron_mosaic.schedule.steps import steps_of
+from megatron_mosaic.schedule.task import Task
+
+HIDDEN_SIZE = 16
+SEQUENCE_LENGTH = 8
+ITEM_ROWS = 2
+"""Sizes are small: what a transfer carries takes no time, what is left is its latency."""
+
+
+def hurry() -> None:
+    """Lets this process go before others where the system permits: waits then end in time.
+
+    On a machine that others use, a wait of 20 ms ends after up to 110; in real time after 20.1.
+    """
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # threads made later inherit it
+    gc.disable()
+
+
+class Counts(NamedTuple):
+    """Steps of a plan: those without waits come first, and warm up."""
+
+    without_waits: int
+    with_waits: int
+
+
+class WaitingModule:
+    """Runs a module's tasks: each takes the time that it is given, and leaves zeros.
+
+    Args:
+        name: The module.
+        timed: The plan and its times.
+        channels: Know the shapes of what leaves.
+        longest: Microbatches of every stage's longest task.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        timed: TimedPlan,
+        channels: ChannelSet,
+        longest: Mapping[Stage, int],
+    ) -> None:
+        self.waits = True
+        self._placement = timed.plan.modules[name]
+        self._micro_batch_size = timed.plan.micro_batch_size
+        self._channels = channels
+        self._tasks_s = timed.tasks_s
+        self._longest = longest
+        self._received: dict[Task, Mapping[str, torch.Tensor]] = {}
+
+    def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Waits, and makes what leaves the stage."""
+        until_s = time.monotonic() + self._wait_s(task)
+        self._received[task] = received
+        leaving = self._leaving(task)
+        wait_until(until_s)
+        return leaving
+
+    def backward(self, task: Task, received: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+        """Waits, and lets what was received be its own gradient."""
+        until_s = time.monotonic() + self._wait_s(task)
+        gradients = self._received.pop(task._replace(kind="F"))
+        wait_until(until_s)
+        return gradients
+
+    def _wait_s(self, task: Task) -> float:
+        if not self.waits:
+            return 0.0
+        stage = Stage(task.module, task.stage)
+        wait_s = self._tasks_s[stage][task.kind == "B"]
+        return wait_s * len(task.microbatches) / self._longest[stage]
+
+    def _leaving(self, task: Task) -> torch.Tensor | None:
+        name, microbatches = task.module, task.microbatches
+        if task.stage + 1 < self._placement.num_stages:
+            samples = self._micro_batch_size * len(microbatches)
+            if name == "language":
+                return torch.zeros(SEQUENCE_LENGTH, samples, HIDDEN_SIZE)
+            items = self._channels.items_made(name, microbatches)
+            return torch.zeros(ITEM_ROWS, items, HIDDEN_SIZE)
+        if not any(edge.source == name for edge in self._channels.routes):
+            return None
+        return torch.zeros(self._channels.rows_made(name, microbatches), HIDDEN_SIZE)
+
+
+def wait_until(until_s: float) -> None:
+    """Sleeps, without using a core."""
+    left_s = until_s - time.monotonic()
+    if left_s > 0:
+        time.sleep(left_s)
+
+
+def run_on_rank(rank: int, plans: Sequence[TimedPlan], folder: str, counts: Counts) -> list[float]:
+    """Runs every plan several times over, in one process. Called on every rank.
+
+    Args:
+        rank: This rank.
+        plans: What to run.
+        folder: The trace of every plan goes into one of its folders, by position.
+        counts: Steps of each plan.
+
+    Returns:
+        For every plan the processor time of a task of this rank, without waits; 0 if it has none.
+    """
+    hurry()
+    return [
+        run_plan(rank, timed, Path(folder) / str(number), counts)
+        for number, timed in enumerate(plans)
+    ]
+
+
+def run_plan(rank: int, timed: TimedPlan, folder: Path, counts: Counts) -> float:
+    """Runs one plan, and writes its trace. Called on every rank."""
+    num_tasks = len(build_schedule(timed.plan).tasks[rank])
+    processor_s = []
+    with TaskTrace(folder, rank=rank, clock=HostClock()) as trace:
+        engine = TimedEngine(timed, rank=rank, trace=trace)
+        for number in range(sum(counts)):
+            dist.barrier()
+            before_s = time.thread_time()
+            engine.step(waits=number >= counts.without_waits)
+            processor_s.append(time.thread_time() - before_s)
+    dist.barrier()
+    engine.destroy()
+    return median(processor_s[: counts.without_waits]) / max(num_tasks, 1)
+
+
+class TimedEngine:
+    """The engine on a rank, with a plan's channels and modules that wait.
+
+    Args:
+        timed: The plan and its times.
+        rank: This rank.
+        trace: Writes down the tasks, if any.
+
+    Note:
+        Collective over the world.
+    """
+
+    def __init__(self, timed: TimedPlan, *, rank: int, trace: TaskTrace | None = None) -> None:
+        plan = timed.plan
+        self._schedule = build_schedule(plan)
+        self._steps = steps_of(plan, self._schedule, rank)
+        self._factory = GroupFactory(rank)
+        self._channels = _channels(plan, self._factory, rank)
+        longest = longest_tasks(self._schedule)
+        self._runners = {
+            name: WaitingModule(name, timed=timed, channels=self._channels, longest=longest)
+            for name in plan.modules_of(rank)
+        }
+        item = (Interval(0, ITEM_ROWS),)
+        self._samples = dict.fromkeys(plan.modules, (item,) * plan.global_batch_size)
+        self._progress = Progress(trace=trace)
+
+    def step(self, *, waits: bool) -> None:
+        """Runs a step, as the engine's users do."""
+        for runner in self._runners.values():
+            runner.waits = waits
+        progress = self._progress
+        self._channels.begin(self._samples, schedule=self._schedule)
+        walker = Walker(runners=self._runners, channels=self._channels.open, progress=progress)
+        num_microbatches = self._schedule.num_microbatches
+        progress.begin_step(
+            progress.place.count + 1, num_microbatches=num_microbatches, forward_only=False
+        )
+        walker.walk(self._steps)
+        progress.close_step(len(self._steps))
+        progress.end_step()
+
+    def destroy(self) -> None:
+        """Destroys the groups that were made."""
+        self._factory.destroy()
+
+
+def longest_tasks(schedule: Schedule) -> dict[Stage, int]:
+    """Most microbatches of a task of every stage."""
+    longest: dict[Stage, int] = {}
+    for task in {task for tasks in schedule.tasks for task in tasks}:
+        stage = Stage(task.module, task.stage)
+        longest[stage] = max(longest.get(stage, 0), len(task.microbatches))
+    return longest
+
+
+def _channels(plan: Plan, factory: GroupFactory, rank: int) -> ChannelSet:
+    channels = ChannelSet(plan, factory, rank=rank, nodes=(0,) * plan.world_size)
+    facts = RowFacts(
+        width=HIDDEN_SIZE,
+        flops=0.0,
+        item=ItemShape(rows=ITEM_ROWS, tokens=ITEM_ROWS, hidden_size=HIDDEN_SIZE),
+        keeps_parts=False,
+        sequence_length=SEQUENCE_LENGTH,
+    )
+    sizes = ActivationSizes(
+        hidden_size=HIDDEN_SIZE,
+        sequence_length=SEQUENCE_LENGTH,
+        rows=dict.fromkeys(plan.modules, facts),
+        dtype=torch.float32,
+    )
+    channels.open_all(sizes, device=torch.device("cpu"))
+    return channels
