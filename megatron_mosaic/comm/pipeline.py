@@ -13,7 +13,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineLink:
-    """One direction between two ranks of neighbouring stages.
+    """One direction between two ranks of neighbouring stages, or inside a rank that hosts both.
 
     Args:
         group: A group that holds both ranks, warmed up, used for this link and direction only.
@@ -49,6 +49,8 @@ class PipelineLink:
             assert tensor is not None, f"rank {self.source} has nothing to send"
             assert tensor.shape == shape, f"{tuple(tensor.shape)} is not the promised {shape}"
             assert tensor.dtype == self.dtype, f"{tensor.dtype} on a link of {self.dtype}"
+            if self.source == self.destination:
+                return PendingTensor(message=tensor.detach(), device=self.device, works=())
             message = tensor.detach().contiguous().to(wire)
             operation = dist.P2POp(dist.isend, message, self.destination, group=self.group)
         else:

@@ -28,9 +28,9 @@ _TASK_TIMEOUT_S = 45.0
 # Options that cannot work under a plan: attribute, what it must be, why.
 REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("fp16", False, "modules would need one loss scaler; use --bf16 or fp32"),
-    ("virtual_pipeline_model_parallel_size", None, "interleaving is not planned yet"),
-    ("num_virtual_stages_per_pipeline_rank", None, "interleaving is not planned yet"),
-    ("num_layers_per_virtual_pipeline_stage", None, "interleaving is not planned yet"),
+    ("virtual_pipeline_model_parallel_size", None, "the plan says it for each module"),
+    ("num_virtual_stages_per_pipeline_rank", None, "the plan says it for each module"),
+    ("num_layers_per_virtual_pipeline_stage", None, "the plan says layers_per_stage"),
     ("pipeline_model_parallel_layout", None, "the plan says layers_per_stage"),
     ("decoder_first_pipeline_num_layers", None, "the plan says layers_per_stage"),
     ("decoder_last_pipeline_num_layers", None, "the plan says layers_per_stage"),

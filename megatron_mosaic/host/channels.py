@@ -136,6 +136,12 @@ class ChannelSet:
         for edge, routes in self.routes.items():
             routes.begin(samples[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
 
+    def begin_ahead(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
+        """Makes the modules that run ahead take the next step's samples."""
+        for edge, routes in self.routes.items():
+            if edge.source in schedule.ahead:
+                routes.begin_ahead(samples[edge.source])
+
     def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
         """Boundary rows that this rank makes in one task of an encoder's last stage."""
         routes = next(routes for edge, routes in self.routes.items() if edge.source == module)
@@ -225,7 +231,7 @@ class ChannelSet:
 
 def _tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[tuple[int, ...]]:
     """Microbatches of every forward task of a module's last stage."""
-    last = plan.modules[module].pipeline_model_parallel_size - 1
+    last = plan.modules[module].num_stages - 1
     rank = plan.modules[module].stage_ranks(last)[0]
     return [
         task.microbatches

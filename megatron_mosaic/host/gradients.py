@@ -7,11 +7,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
+from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.runner import ModuleRunner
 
 
 def finalize_gradients(
     runners: Mapping[str, ModuleRunner],
+    hosted: Mapping[str, ModuleGroups],
     *,
     num_tokens: torch.Tensor,
     per_token_loss: bool,
@@ -27,7 +30,8 @@ def finalize_gradients(
     own, has the language model's replicas and is treated alike.
 
     Args:
-        runners: Modules on this rank.
+        runners: Of each module on this rank, one of its stages.
+        hosted: Groups of these modules.
         num_tokens: Tokens that count in the loss, over the whole batch.
         per_token_loss: ``--calculate-per-token-loss``.
         loss_replicas: Ranks that add up to the loss: data-parallel times context-parallel size
@@ -38,14 +42,14 @@ def finalize_gradients(
         Collective over each module's ranks. Every rank goes through its modules by name.
     """
     for name in sorted(runners):
-        runner = runners[name]
-        model: Any = runner.model
+        runner, collection = runners[name], hosted[name].collection
+        model: Any = runner.wrapped
         launch_missing_reductions(model, force_all_reduce=force_all_reduce)
-        with runner.as_process():
+        with ParallelStateScope(collection).active():
             finalize_model_grads(
                 [model],
                 num_tokens=None,
-                pg_collection=runner.groups.collection,
+                pg_collection=collection,
                 force_all_reduce=force_all_reduce,
             )
         if per_token_loss:
@@ -66,6 +70,17 @@ def launch_missing_reductions(model: Any, *, force_all_reduce: bool) -> None:
     for group in _bucket_groups(model):
         if not group.is_first_batch and group.grad_reduce_handle is None:
             group.start_grad_sync(force_all_reduce=force_all_reduce)
+
+
+def unlink_reductions(model: Any) -> None:
+    """Lets no bucket wait for the one that left before it; they are waited for after the tasks.
+
+    With ``--ddp-reduce-scatter-with-fp32-accumulation`` Megatron waits for that one to free its
+    buffer. Such a wait inside a task is for replicas that may come to theirs much later, and for
+    the end of the step where their samples had no image: the schedule does not know of it.
+    """
+    for group in _bucket_groups(model):
+        group.previous_grad_reduce_bucket_group = None
 
 
 def gather_parameters(model: torch.nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -42,24 +42,82 @@ EXPERT_AXES_OF_FIELD: dict[str, tuple[ExpertAxis, ...]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class StageGroup:
+    """Stands where Megatron's modules expect a pipeline's process group: they ask for the stage.
+
+    So a stage is built, and runs, as if its pipeline had a rank for every stage, also where a rank
+    has several. Only who communicates needs the true group, and has it from elsewhere.
+
+    Args:
+        index: The stage.
+        ranks: Global rank of every stage of the pipeline.
+    """
+
+    index: int
+    ranks: tuple[int, ...]
+
+    def rank(self) -> int:
+        """The stage."""
+        return self.index
+
+    def size(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.ranks)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleGroups:
-    """Groups of one module that this rank is in, and its place in the module's grids."""
+    """Groups of one module that this rank is in, and its place in the module's grids.
+
+    Args:
+        placement: The module's placement.
+        position: Place in the module's grid.
+        expert_position: Place in its experts' grid.
+        collection: The groups.
+        virtual_stage: Which of the rank's stages this is, from 0.
+    """
 
     placement: ModulePlacement
     position: Coordinates
     expert_position: ExpertCoordinates
     collection: ProcessGroupCollection
+    virtual_stage: int = 0
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage among all of the module."""
+        return self.virtual_stage * self.placement.pipeline_model_parallel_size + self.position.pp
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether the rank is on the first pipeline stage."""
-        return self.position.pp == 0
+        """Whether this is the module's first stage."""
+        return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether the rank is on the last pipeline stage."""
-        return self.position.pp == self.placement.pipeline_model_parallel_size - 1
+        """Whether this is the module's last stage."""
+        return self.stage == self.placement.num_stages - 1
+
+    @property
+    def pipeline(self) -> StageGroup:
+        """The stage among those that its data runs through."""
+        tp, cp, dp, _ = self.position
+        places = [stage % self.placement.shape.pp for stage in range(self.placement.num_stages)]
+        ranks = tuple(self.placement.rank_at(tp=tp, cp=cp, dp=dp, pp=place) for place in places)
+        return StageGroup(self.stage, ranks)
+
+    def of_stages(self) -> "tuple[ModuleGroups, ...]":
+        """Groups of each stage on this rank; of several, each sees a pipeline of all stages."""
+        virtual = self.placement.virtual_pipeline_model_parallel_size
+        if virtual == 1:
+            return (self,)
+        return tuple(self._of_stage(virtual_stage) for virtual_stage in range(virtual))
+
+    def _of_stage(self, virtual_stage: int) -> "ModuleGroups":
+        own = replace(self, virtual_stage=virtual_stage, collection=copy.copy(self.collection))
+        own.collection.pp = own.pipeline  # type: ignore[assignment]
+        return own
 
 
 def module_groups(plan: Plan, factory: GroupFactory, *, rank: int) -> dict[str, ModuleGroups]:
@@ -133,7 +191,7 @@ def trained_collection(
     stages: Sequence[int],
     factory: GroupFactory,
 ) -> ProcessGroupCollection | None:
-    """Restricts a module's groups to the pipeline stages that train something.
+    """Restricts a module's groups to the ranks whose pipeline stages train something.
 
     The optimizer works on these alone: it reduces norms over them, and the first of them writes
     what a checkpoint holds once for all.
@@ -148,10 +206,11 @@ def trained_collection(
         None on ranks of other stages, and on those that do not host the module.
 
     Note:
-        Collective over the world, unless every stage trains or none does.
+        Collective over the world, unless a stage trains on every rank or on none.
     """
-    here = groups if groups is not None and groups.position.pp in stages else None
-    if not stages or len(stages) == placement.pipeline_model_parallel_size:
+    places = {stage % placement.pipeline_model_parallel_size for stage in stages}
+    here = groups if groups is not None and groups.position.pp in places else None
+    if not places or len(places) == placement.pipeline_model_parallel_size:
         return here.collection if here else None
     members = {rank for stage in stages for rank in placement.stage_ranks(stage)}
     restricted = copy.copy(here.collection) if here else None

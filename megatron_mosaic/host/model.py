@@ -1,7 +1,7 @@
 """All modules of a rank as the one model that Megatron's training loop sees."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,12 +30,20 @@ from megatron_mosaic.host.channels import ActivationSizes
 from megatron_mosaic.host.checkpoint import LayerKeys
 from megatron_mosaic.host.families.family import ModuleBoundary, building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
+from megatron_mosaic.host.gradients import unlink_reductions
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
+from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.recompute import keep_gradients_of_recomputed
 from megatron_mosaic.host.replicas import check_replicas
 from megatron_mosaic.host.runner import ModuleRunner
 from megatron_mosaic.host.runtime import Runtime, share_row_facts
+from megatron_mosaic.host.stages import (
+    as_one_module,
+    each_in_precision,
+    stages_in,
+    tie_embeddings,
+)
 from megatron_mosaic.host.trainable import (
     Trainability,
     TrainableStage,
@@ -93,13 +101,14 @@ class MosaicModel(MimoModel):
         So a checkpoint says nothing about the layout that wrote it.
         """
         entries: dict[str, Any] = {}
-        for name, module in self.hosted().items():
-            inner = unwrap_model(module)
+        for name, number, stage in self._stages():
             own = dict(metadata or {}) | {
-                "dp_cp_group": inner.pg_collection.dp_cp,
+                "dp_cp_group": stage.pg_collection.dp_cp,
                 "non_homogeneous_layers": self._layer_keys.apart(name),
             }
-            entries.update(sharded_state_dict_default(inner, prefix, sharded_offsets, own))
+            with ParallelStateScope(stage.pg_collection).active():
+                found = sharded_state_dict_default(stage, prefix, sharded_offsets, own)
+            entries.update({_key_of(key, number): entry for key, entry in found.items()})
         if not entries:
             # Megatron drops what is empty while it loads, and then misses it.
             entries["idle"] = LocalNonpersistentObject(True)
@@ -107,11 +116,29 @@ class MosaicModel(MimoModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Loads every module from the names of :meth:`sharded_state_dict`."""
-        for module in self.hosted().values():
-            inner = unwrap_model(module)
-            own = {key: state_dict[key] for key in inner.state_dict() if key in state_dict}
-            inner.load_state_dict(own, strict=strict)
+        for _, number, stage in self._stages():
+            own = {
+                key: state_dict[_key_of(key, number)]
+                for key in stage.state_dict()
+                if _key_of(key, number) in state_dict
+            }
+            stage.load_state_dict(own, strict=strict)
         self._layer_keys.loaded()
+
+    def _stages(self) -> Iterator[tuple[str, int, Any]]:
+        """Yields module, number on this rank and unwrapped model of every stage here.
+
+        The last comes first: with tied embeddings on one rank both ends have an entry for the
+        weight, and the optimizer must find that of the first stage, which is the one written.
+        """
+        for name, module in self.hosted().items():
+            for number, stage in reversed(list(enumerate(stages_in(module)))):
+                yield name, number, unwrap_model(stage)
+
+
+def _key_of(key: str, number: int) -> str:
+    """Tells the entries of a rank's stages apart; what a checkpoint says is in their values."""
+    return f"stage{number}.{key}" if number else key
 
 
 @dataclass
@@ -172,32 +199,43 @@ class MosaicBuilder(ModelBuilder):
         wrap = partial(
             prepare_existing_model_chunks_for_distributed_training,
             wrap_with_ddp=wrap_with_ddp,
-            mixed_precision_wrapper=mixed_precision_wrapper,
+            mixed_precision_wrapper=each_in_precision(mixed_precision_wrapper),
         )
-        for name, (module, _, _) in built.items():
-            runner = _runner_of(module, name, runtime, ddp_config, wrap=wrap)
-            runtime.runners[name] = runner
-            model.add(name, runner.model)
+        for name, stages in built.items():
+            for runner in _runners_of(stages, name, runtime, ddp_config, wrap=wrap):
+                runtime.runners[runner.stage] = runner
+                model.add(name, runner.wrapped)
         share_row_facts(runtime, args)
         _open_channels(runtime)
         runtime.randomness.park()
         return [model]
 
 
-def _runner_of(
-    module: torch.nn.Module,
+def _runners_of(
+    stages: "Sequence[_Built]",
     name: str,
     runtime: Runtime,
     ddp_config: DistributedDataParallelConfig,
     *,
     wrap: Callable[..., list[torch.nn.Module]],
-) -> ModuleRunner:
-    """Wraps a module over its own replicas, and lets it run tasks."""
-    groups = runtime.hosted[name]
-    boundary = family_of(module, known_families()).boundary(module, name)
-    config = _ddp_config_of(boundary, ddp_config)
-    (wrapped,) = wrap([module], module.config, groups.collection, ddp_config=config)
-    return ModuleRunner(wrapped, groups=groups, boundary=boundary, randomness=runtime.randomness)
+) -> Iterator[ModuleRunner]:
+    """Wraps a module over its own replicas, and lets its stages here run tasks."""
+    collection = runtime.hosted[name].collection
+    boundaries = [
+        family_of(built.module, known_families()).boundary(built.module, name) for built in stages
+    ]
+    config = _ddp_config_of(boundaries[0], ddp_config)
+    module: Any = as_one_module([built.module for built in stages], collection=collection)
+    (wrapped,) = wrap([module], module.config, collection, ddp_config=config)
+    unlink_reductions(wrapped)
+    for model, built, boundary in zip(stages_in(wrapped), stages, boundaries, strict=True):
+        yield ModuleRunner(
+            model,
+            wrapped=wrapped,
+            groups=built.groups,
+            boundary=boundary,
+            randomness=runtime.randomness,
+        )
 
 
 def _open_channels(runtime: Runtime) -> None:
@@ -217,14 +255,17 @@ def _open_channels(runtime: Runtime) -> None:
 
 
 class _Built(NamedTuple):
-    """A module, what trains in it, and the random weights that stay as the script made them."""
+    """A stage, what trains in it, and the random weights that stay as the script made them."""
 
+    groups: ModuleGroups
     module: torch.nn.Module
     trainable: TrainableStage
     kept: list[NamedParameter]
 
 
-def _build_modules(provider: Callable[..., torch.nn.Module], runtime: Runtime) -> dict[str, _Built]:
+def _build_modules(
+    provider: Callable[..., torch.nn.Module], runtime: Runtime
+) -> dict[str, list[_Built]]:
     """Builds this rank's modules, or stops all ranks if the script and the plan disagree."""
     built = {}
     error = None
@@ -237,16 +278,16 @@ def _build_modules(provider: Callable[..., torch.nn.Module], runtime: Runtime) -
     return built
 
 
-def _settle_weights(built: Mapping[str, _Built], runtime: Runtime) -> Trainability:
+def _settle_weights(built: Mapping[str, Sequence[_Built]], runtime: Runtime) -> Trainability:
     """Puts together what trains anywhere, and checks what only several ranks can tell."""
+    stages = [each for of_module in built.values() for each in of_module]
     trainability = gather_trainability(
-        [each.trainable for each in built.values()],
+        [each.trainable for each in stages],
         runtime.plan.modules,
         group=runtime.host_group,
     )
     check_replicas(
-        {name: each.kept for name, each in built.items()},
-        runtime.hosted,
+        [(each.groups, each.kept) for each in stages],
         group=runtime.host_group,
     )
     _check_saving(trainability, runtime.plan)
@@ -268,30 +309,44 @@ def _check_saving(trainability: Trainability, plan: Plan) -> None:
 
 def _build_module(
     provider: Callable[..., torch.nn.Module], groups: ModuleGroups, *, runtime: Runtime
-) -> _Built:
-    """Builds one module through the script's own provider."""
-    args = get_args()
+) -> list[_Built]:
+    """Builds this rank's stages of one module through the script's own provider."""
+    runtime.randomness.seed(groups, seed=get_args().seed)
+    stages = groups.of_stages()
+    modules = [_build_stage(provider, each, runtime=runtime) for each in stages]
+    if len(modules) == groups.placement.num_stages > 1:
+        tie_embeddings(modules)
+    return [_finish_stage(module, each) for module, each in zip(modules, stages, strict=True)]
+
+
+def _build_stage(
+    provider: Callable[..., torch.nn.Module], groups: ModuleGroups, *, runtime: Runtime
+) -> torch.nn.Module:
     name = groups.placement.name
-    runtime.randomness.seed(groups, seed=args.seed)
     with (
-        _as_scripts_assert(args),
-        runtime.scope_of(name).active(),
+        _as_scripts_assert(get_args()),
+        ParallelStateScope(groups.collection).active(),
         runtime.randomness.of(name),
         building_one_module(known_families(), groups, plan=runtime.plan),
     ):
-        module = provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
+        return provider(pre_process=groups.is_first_stage, post_process=groups.is_last_stage)
+
+
+def _finish_stage(module: Any, groups: ModuleGroups) -> _Built:
+    """Gives a built stage what Megatron and Mosaic ask it for, and its initial weights."""
+    name = groups.placement.name
     # The stock loop wants one on the model, so scripts may have set it to the global groups.
     module.pg_collection = groups.collection
     parts = family_of(module, known_families()).parts(module, name)
-    trainable = check_trainable(module, groups.placement, parts=parts, stage=groups.position.pp)
+    trainable = check_trainable(module, groups.placement, parts=parts, stage=groups.stage)
     mark_gated_linears(module)
     keep_gradients_of_recomputed(module)
     for part in module.modules():
         # Some upstream modules look their tensor-parallel group up when they are checkpointed.
         if isinstance(part, MegatronModule) and not hasattr(part, "tp_group"):
             part.tp_group = groups.collection.tp
-    kept = initialize_by_name(module, seed=args.seed, groups=groups)
-    return _Built(module, trainable, kept)
+    kept = initialize_by_name(module, seed=get_args().seed, groups=groups)
+    return _Built(groups, module, trainable, kept)
 
 
 @contextmanager

@@ -8,10 +8,13 @@ They are set as globals, not as context variables: autograd's device thread sees
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mosaic.host.groups import StageGroup
 
 GROUP_GLOBALS: dict[str, str] = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
@@ -62,7 +65,12 @@ class ParallelStateScope:
         }
         for name, field in RANK_GLOBALS.items():
             group = getattr(collection, field)
-            self._values[name] = None if group is None else dist.get_process_group_ranks(group)
+            self._values[name] = None if group is None else _ranks_of(group)
+        stage: Any = collection.pp
+        if isinstance(stage, StageGroup):
+            # No process group knows this rank as a stage of its own: Megatron asks here first.
+            self._values["_MPU_PIPELINE_MODEL_PARALLEL_RANK"] = stage.rank()
+            self._values["_MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = stage.size()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -73,3 +81,9 @@ class ParallelStateScope:
             yield
         finally:
             vars(parallel_state).update(former)
+
+
+def _ranks_of(group: Any) -> list[int]:
+    if isinstance(group, StageGroup):
+        return list(group.ranks)
+    return dist.get_process_group_ranks(group)

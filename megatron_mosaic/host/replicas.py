@@ -1,7 +1,7 @@
 """Checks that replicas begin with equal weights where the script made them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,7 @@ class _Copy(NamedTuple):
 
 
 def check_replicas(
-    kept: Mapping[str, Sequence[NamedParameter]],
-    hosted: Mapping[str, ModuleGroups],
+    kept: Sequence[tuple[ModuleGroups, Sequence[NamedParameter]]],
     *,
     group: dist.ProcessGroup,
 ) -> None:
@@ -38,8 +37,7 @@ def check_replicas(
     that is not marked as split. It never compares them, and checkpoints keep one of them.
 
     Args:
-        kept: Weights left as the script made them, by module of this rank.
-        hosted: Groups of this rank's modules.
+        kept: Groups of each stage on this rank, and its weights left as the script made them.
         group: Group of the world for objects of the host.
 
     Raises:
@@ -49,8 +47,8 @@ def check_replicas(
         Collective over the world.
     """
     own = {
-        _copy_of(hosted[module], weight): _digest_of(weight.parameter)
-        for module, weights in kept.items()
+        _copy_of(groups, weight): _digest_of(weight.parameter)
+        for groups, weights in kept
         for weight in weights
     }
     every: list[dict[_Copy, str]] = [{}] * dist.get_world_size()
@@ -71,7 +69,7 @@ def _copy_of(groups: ModuleGroups, weight: NamedParameter) -> _Copy:
     split = partition_of(weight.parameter)[0] >= 0
     return _Copy(
         module=groups.placement.name,
-        stage=groups.position.pp,
+        stage=groups.stage,
         tp=split_of(weight.parameter, groups=groups).index if split else -1,
         ep=groups.expert_position.ep if is_expert(weight.parameter) else -1,
         weight=weight.name,

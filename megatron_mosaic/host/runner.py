@@ -1,7 +1,8 @@
-"""Runs one module's tasks through upstream's forward and backward step."""
+"""Runs the tasks of one stage of a module through upstream's forward and backward step."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +23,13 @@ from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.loss import with_loss_over_context
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
+from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.task import Task
 
 
 @dataclass(kw_only=True)
 class StepWork:
-    """What the tasks of one step have in common.
+    """What the tasks of one stage have in common in a step.
 
     Args:
         forward_step_func: The script's.
@@ -41,7 +43,7 @@ class StepWork:
         samples: Where the rows belong that arrive for each task, by the module that made them.
         gradient_to: Modules that wait for the gradient of what they sent this one; its own name
             stands for its previous stage.
-        last_backward: The module's last backward task on this rank.
+        last_backward: The stage's last backward task.
         losses: What the loss function reported, one entry for each microbatch.
         num_tokens: Tokens that count in the loss of this rank.
     """
@@ -76,19 +78,30 @@ class _Live:
 
 
 class ModuleRunner:
-    """One module on this rank."""
+    """One stage of a module on this rank.
+
+    Args:
+        model: What runs.
+        wrapped: What is reduced and optimized: the module with all its stages on this rank.
+        groups: Groups of the stage.
+        boundary: Translates between its tensors and rows.
+        randomness: Random states of the modules on this rank.
+    """
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
+        wrapped: torch.nn.Module,
         groups: ModuleGroups,
         boundary: ModuleBoundary,
         randomness: ModuleRandomness,
     ) -> None:
         self.model = model
+        self.wrapped = wrapped
         self.groups = groups
         self.name = groups.placement.name
+        self.stage = Stage(self.name, groups.stage)
         self.config = get_model_config(model)
         self.boundary = boundary
         self._scope = ParallelStateScope(groups.collection)
@@ -206,13 +219,17 @@ class ModuleRunner:
         return graph
 
     def _reader(self, batch: Batch | None) -> Iterator[Batch] | None:
-        return None if batch is None else iter([batch])
+        if batch is None:
+            return None
+        # Scripts may take a batch apart, and the next stage on this rank reads it too.
+        several = self.groups.placement.virtual_pipeline_model_parallel_size > 1
+        return iter([copy(batch) if several else batch])
 
     def _gradient_sync(self, task: Task) -> AbstractContextManager[None]:
-        """Lets gradient buckets leave only in the module's last backward task of the step."""
+        """Lets a stage's gradients leave only in its last backward task of the step."""
         if task == self._current_work().last_backward:
             return nullcontext()
-        wrapper: Any = self.model
+        wrapper: Any = self.wrapped
         return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
 
     def _leaf(self, source: str, values: torch.Tensor) -> torch.Tensor:

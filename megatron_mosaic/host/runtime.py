@@ -14,6 +14,7 @@ from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.graph import Stage
 
 if TYPE_CHECKING:
     from megatron_mosaic.host.runner import ModuleRunner
@@ -33,7 +34,7 @@ class Runtime:
         channels: Edges that begin or end on this rank.
         agreement: Makes an error on one rank an error on all.
         factory: Creates further groups, on all ranks alike.
-        runners: Modules on this rank, once they are built.
+        runners: Stages of modules on this rank, once they are built.
         row_facts: Rows of every module of the plan, once all are built.
         trained: Part of the weights that trains, by module and part, once they are built.
     """
@@ -48,13 +49,18 @@ class Runtime:
     agreement: Agreement
     factory: GroupFactory
     randomness: ModuleRandomness = field(default_factory=ModuleRandomness)
-    runners: "dict[str, ModuleRunner]" = field(default_factory=dict)
+    runners: "dict[Stage, ModuleRunner]" = field(default_factory=dict)
     row_facts: dict[str, RowFacts] = field(default_factory=dict)
     trained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def scope_of(self, module: str) -> ParallelStateScope:
         """Parallel state of one module on this rank."""
         return ParallelStateScope(self.hosted[module].collection)
+
+    @property
+    def modules(self) -> "dict[str, ModuleRunner]":
+        """Of each module on this rank, one of its stages: for what all of them have in common."""
+        return {runner.name: runner for runner in self.runners.values()}
 
 
 def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
@@ -64,14 +70,14 @@ def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
         Collective over the world.
     """
     own = {
-        name: RowFacts(
+        runner.name: RowFacts(
             width=runner.boundary.width,
-            flops=runner.boundary.flops_per_row(args, trained=runtime.trained.get(name, {})),
+            flops=runner.boundary.flops_per_row(args, trained=runtime.trained.get(runner.name, {})),
             item=runner.boundary.item,
             keeps_parts=runner.boundary.keeps_parts,
             sequence_length=args.decoder_seq_length or args.seq_length,
         )
-        for name, runner in runtime.runners.items()
+        for runner in runtime.runners.values()
         if runner.groups.is_last_stage
     }
     every: list[dict[str, RowFacts]] = [{}] * dist.get_world_size()

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 LATER_MODULE_KEYS: Mapping[str, str] = {
     "share": "a share of a GPU",
 }
-LATER_SCHEDULE_KEYS: Mapping[str, str] = {"order": "a stored task order"}
-LATER_SCHEDULE_KINDS: Mapping[str, str] = {"bubble_fill": "filling pipeline bubbles"}
 
 
 def refuse_later_keys(where: str, written: Mapping[str, object], later: Mapping[str, str]) -> None:
@@ -33,19 +31,6 @@ def refuse_later_keys(where: str, written: Mapping[str, object], later: Mapping[
                 f"{where}: {key}={show(written[key])} must be absent: {feature} is not "
                 f"supported by this version; remove the key"
             )
-
-
-def refuse_later_kind(kind: str) -> None:
-    """Refuses schedules of the design that this version cannot build.
-
-    Raises:
-        PlanError: ``kind`` is one of them.
-    """
-    if kind in LATER_SCHEDULE_KINDS:
-        raise PlanError(
-            f"schedule: kind={kind} must be another one: {LATER_SCHEDULE_KINDS[kind]} is not "
-            f"supported by this version; use colocated"
-        )
 
 
 def refuse_unsupported(plan: "Plan") -> None:
@@ -71,12 +56,6 @@ def refuse_unsupported(plan: "Plan") -> None:
 
 def _refuse_sizes(placement: ModulePlacement) -> None:
     where = f"modules.{placement.name}"
-    virtual = placement.virtual_pipeline_model_parallel_size
-    if virtual > 1:
-        raise PlanError(
-            f"{where}: virtual_pipeline_model_parallel_size={virtual} must be 1: several stages on "
-            f"a rank are not supported by this version; remove the key"
-        )
     if placement.name != "language" and placement.sequence_parallel:
         raise PlanError(
             f"{where}: sequence_parallel=true must be false: an encoder with sequence parallelism "

@@ -2,13 +2,15 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Literal, get_args
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.drawing import draw
-from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward, stage_order
+from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward
+from megatron_mosaic.schedule.play import needs_of
 from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks
 from megatron_mosaic.schedule.schedule import Schedule, peak_live
 from megatron_mosaic.schedule.steps import (
@@ -80,9 +82,9 @@ def _check_tasks(plan: Plan, schedule: Schedule) -> None:
 
 
 def _groups(plan: Plan, schedule: Schedule, module: str) -> list[tuple[int, ...]]:
-    """Microbatches of a module's tasks, as its first rank has them."""
+    """Microbatches of a module's tasks, as the first rank of its first stage has them."""
     rank = plan.modules[module].ranks[0]
-    tasks = [task for task in schedule.tasks[rank] if (task.kind, task.module) == ("F", module)]
+    tasks = [task for task in schedule.tasks[rank] if task[:3] == ("F", module, 0)]
     groups = sorted(task.microbatches for task in tasks)
     if [m for group in groups for m in group] != list(range(schedule.num_microbatches)):
         shown = " ".join(str(task).split(" ", maxsplit=1)[0] for task in tasks)
@@ -101,7 +103,7 @@ def _kinds(plan: Plan, schedule: Schedule, module: str) -> tuple[Literal["F", "B
 
 
 def _check_order(plan: Plan, schedule: Schedule) -> None:
-    needs = _needs(plan)
+    needs = needs_of(plan, schedule)
     for rank, tasks in enumerate(schedule.tasks):
         hosted = hosted_stages(plan, rank)
         producer = {(task.kind, task[1:3], m): task for task in tasks for m in task.microbatches}
@@ -116,19 +118,6 @@ def _check_order(plan: Plan, schedule: Schedule) -> None:
                         rule = f"must come after {before}; move it behind"
                         raise _error(schedule, [rank], f"task={task} {rule}")
             done.add(task)
-
-
-def _needs(plan: Plan) -> dict[tuple[str, Stage], list[tuple[str, Stage]]]:
-    """For each kind and stage the kinds and stages that it takes its input from."""
-    needs: dict[tuple[str, Stage], list[tuple[str, Stage]]] = {}
-    for stage in stage_order(plan):
-        needs["F", stage] = []
-        needs["B", stage] = [("F", stage)]
-    for source, source_stage, destination, destination_stage in edges_of(plan):
-        here, there = Stage(source, source_stage), Stage(destination, destination_stage)
-        needs["F", there].append(("F", here))
-        needs["B", here].append(("B", there))
-    return needs
 
 
 def _all_steps(plan: Plan, schedule: Schedule) -> list[tuple[Step, ...]]:
@@ -195,17 +184,28 @@ def _circle(blocked: dict[int, Blocked]) -> list[Blocked]:
 
 
 def _check_live(plan: Plan, schedule: Schedule) -> None:
-    for rank in range(plan.world_size):
+    bound = cache(partial(max_live, plan, num_microbatches=schedule.num_microbatches))
+    live_of: dict[tuple[tuple[Task, ...], Stage], int] = {}
+    for rank, tasks in enumerate(schedule.tasks):
         for stage in hosted_stages(plan, rank):
-            most = max_live(plan, stage, num_microbatches=schedule.num_microbatches)
-            live = peak_live(schedule, rank, stage.module)
+            if (tasks, stage) not in live_of:
+                live_of[tasks, stage] = peak_live(schedule, rank, stage.module, stage=stage.stage)
+            live, most = live_of[tasks, stage], bound(stage)
             if live > most:
                 raise _error(
                     schedule,
                     [rank],
-                    f"live={live} tasks of {stage.module} must be <= {most}, the bound of "
+                    f"live={live} tasks of {_name(plan, stage)} must be <= {most}, the bound of "
                     f"kind={plan.schedule.kind}; run backward tasks earlier",
                 )
+
+
+def _name(plan: Plan, stage: Stage) -> str:
+    return (
+        str(stage.module)
+        if plan.modules[stage.module].num_stages == 1
+        else ".".join(map(str, stage))
+    )
 
 
 def _error(schedule: Schedule, ranks: Sequence[int], rest: str) -> ScheduleError:

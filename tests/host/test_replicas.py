@@ -34,7 +34,7 @@ def _check(
     if expert:
         parameter.allreduce = False
     kept = [NamedParameter("decoder.adapter", "decoder.adapter", parameter)]
-    check_replicas({"language": kept}, {"language": groups}, group=dist.group.WORLD)
+    check_replicas([(groups, kept)], group=dist.group.WORLD)
 
 
 @pytest.mark.parametrize(("values", "split"), [([1.0, 1.0], False), ([1.0, 2.0], True)])

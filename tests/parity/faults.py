@@ -15,10 +15,10 @@ def _double_vision_gradient(rank: int) -> None:
 
     finalize = forward_backward.finalize_gradients
 
-    def finalize_and_double(runners: Any, **options: Any) -> None:
-        finalize(runners, **options)
+    def finalize_and_double(runners: Any, hosted: Any, **options: Any) -> None:
+        finalize(runners, hosted, **options)
         if "vision" in runners:
-            runners["vision"].model.scale_gradients(2.0)
+            runners["vision"].wrapped.scale_gradients(2.0)
 
     forward_backward.finalize_gradients = finalize_and_double
 

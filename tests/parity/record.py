@@ -272,7 +272,12 @@ def _totals(losses: list[dict]) -> dict[str, list[float]]:
 
 def _hosted(runtime: Any, read: Any) -> Iterator[tuple[str, Shard]]:
     for runner in runtime.runners.values():
-        yield from _shards(runner.model, read, runner.groups)
+        yield from _shards(runner.model, partial(_read_of, read, runner.wrapped), runner.groups)
+
+
+def _read_of(read: Any, wrapped: Any, model: Any, parameter: Any) -> tuple:
+    """Reads from the whole module, of which a stage may have only its weights."""
+    return read(wrapped, parameter)
 
 
 def _shards(model: torch.nn.Module, read: Any, groups: Any = None) -> Iterator[tuple[str, Shard]]:

@@ -20,8 +20,19 @@ PLANS = sorted((Path(__file__).parent.parent / "plans").glob("*.yaml"))
 
 
 # What these plans are about does not concern the optimizer: one is enough.
-OF_MODELS = ("deep", "encoders", "language", "layer", "bias", "lora", "mimo", "moe", "output")
-OF_MODELS += ("recompute", "vision")
+OF_MODELS = (
+    "ahead",
+    "deep",
+    "encoders",
+    "language",
+    "layer",
+    "bias",
+    "lora",
+    "mimo",
+    "moe",
+    "output",
+)
+OF_MODELS += ("recompute", "virtual", "vision")
 
 
 def _optimizers_of(plan: Path) -> tuple[str, ...]:

@@ -121,6 +121,7 @@ class ReadingByModule:
             layout=layout,
             group=self.runtime.data_group,
             expected=expected,
+            hands_ahead=training and bool(build_schedule(self.runtime.plan).ahead),
         )
 
     def _loader_source(
@@ -143,7 +144,7 @@ class ReadingByModule:
         return groups.position.dp
 
     def _boundaries(self) -> Mapping[str, ModuleBoundary]:
-        return {name: runner.boundary for name, runner in self.runtime.runners.items()}
+        return {name: runner.boundary for name, runner in self.runtime.modules.items()}
 
     def _facts_layout(self) -> FactsLayout:
         runtime = self.runtime

@@ -176,7 +176,7 @@ def _building_vision(
         "pre_process": True,
         "post_process": True,
     }
-    split = tokens.cp > 1 or placement.pipeline_model_parallel_size > 1
+    split = tokens.cp > 1 or placement.num_stages > 1
     if split:
         check_splittable(arguments, groups)
     if tokens.cp > 1:
@@ -195,7 +195,8 @@ def _building_vision(
 def retarget(config: TransformerConfig, placement: ModulePlacement) -> TransformerConfig:
     """Copies a config with the parallel sizes of a module."""
     config = copy.copy(config)
-    stages = placement.pipeline_model_parallel_size
+    # A stage is one of a pipeline, also where a rank has several (see StageGroup).
+    stages = placement.num_stages
     config.tensor_model_parallel_size = placement.tensor_model_parallel_size
     config.context_parallel_size = placement.context_parallel_size
     config.pipeline_model_parallel_size = stages

@@ -76,7 +76,12 @@ def check_splittable(arguments: Any, groups: ModuleGroups) -> None:
     """
     placement = groups.placement
     cp, stages = placement.context_parallel_size, placement.pipeline_model_parallel_size
-    shown = f"context_parallel_size={cp}" if cp > 1 else f"pipeline_model_parallel_size={stages}"
+    shown = f"context_parallel_size={cp}"
+    if cp == 1:
+        shown = f"pipeline_model_parallel_size={stages}"
+    if cp == stages == 1:
+        virtual = placement.virtual_pipeline_model_parallel_size
+        shown = f"virtual_pipeline_model_parallel_size={virtual}"
     where = f"modules.{placement.name}: {shown} must be 1"
     kind = arguments["vision_transformer_config"].vision_model_type
     if kind not in ("clip", "siglip") and not kind.startswith("internvit"):

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from megatron_mosaic.host.families.mimo_parts import (
     modality_parts,
     split_modalities,
 )
-from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.groups import ModuleGroups, StageGroup
 from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
@@ -103,30 +103,16 @@ def building_one_module(groups: ModuleGroups, *, plan: Plan) -> Iterator[None]:
         MimoModel.__init__ = original
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """Stands where MimoModel expects a pipeline's process group: it asks for the stage."""
-
-    index: int
-    num_stages: int
-
-    def rank(self) -> int:
-        return self.index
-
-    def size(self) -> int:
-        return self.num_stages
-
-
 class _Place:
     """Stands where MimoModel expects a HyperCommGrid: it asks for its role and nothing else."""
 
     dim_names = ("pp",)
 
-    def __init__(self, stage: _Stage | None) -> None:
+    def __init__(self, stage: StageGroup | None) -> None:
         self._stage = stage
         self.rank_offset, self.size = (-1, 0) if stage is None else (dist.get_rank(), 1)
 
-    def get_pg(self, dims: str) -> _Stage | None:
+    def get_pg(self, dims: str) -> StageGroup | None:
         return self._stage
 
 
@@ -149,8 +135,8 @@ def _config_of_language(
     specs = dict(whole.modality_submodules_spec)
     for modality in split:
         specs[modality] = _place(_without(specs[modality], "encoders"), whole_rows)
-    own = _Stage(groups.position.pp, groups.placement.pipeline_model_parallel_size)
-    stages = dict.fromkeys(split, _Stage(0, 1)) | {LANGUAGE: own}
+    alone = StageGroup(0, (dist.get_rank(),))
+    stages = dict.fromkeys(split, alone) | {LANGUAGE: groups.pipeline}
     return replace(
         whole,
         language_model_spec=_language_spec(whole.language_model_spec, groups),
@@ -167,8 +153,7 @@ def _config_of_modality(
     config = first_config(spec) or whole.language_model_spec.params["config"]
     check_module(groups.placement, facts_of(config))
     specs = dict(whole.modality_submodules_spec) | {part.modality: _place(spec, groups)}
-    own = _Stage(groups.position.pp, groups.placement.pipeline_model_parallel_size)
-    stages = {part.modality: own}
+    stages = {part.modality: groups.pipeline}
     return replace(
         whole,
         # The module's own config: DDP and the gradient rules read it from the model.

@@ -104,7 +104,7 @@ def check_sizes(placement: ModulePlacement) -> None:
             f"{where}: context_parallel_size={placement.context_parallel_size} must be 1: context "
             f"parallelism is {reason}; give its ranks to another size"
         )
-    stages = placement.pipeline_model_parallel_size
+    stages = placement.num_stages
     if placement.name != LANGUAGE and (stages > 1 or placement.sequence_parallel):
         raise PlanError(
             f"{where}: pipeline_model_parallel_size={stages} must be 1, and sequence_parallel "

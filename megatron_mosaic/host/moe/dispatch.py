@@ -25,7 +25,7 @@ def check_equal_lengths(
     Raises:
         HostError: They have not; alike on every rank.
     """
-    if language.pipeline_model_parallel_size > 1 or splits_sequences(language):
+    if language.num_stages > 1 or splits_sequences(language):
         return
     joined = _joined_replicas(language)
     samples = joined * samples_per_replica
