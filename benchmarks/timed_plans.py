@@ -1,4 +1,4 @@
-"""Plans for eight ranks, with the time that each stage's tasks are made to take."""
+"""Plans, most for eight ranks, with the time that each stage's tasks are made to take."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ def timed(
     waits_s: Mapping[str, PassTimes | Sequence[PassTimes]],
     group: int | None = None,
     output: str | None = None,
+    world_size: int = WORLD_SIZE,
 ) -> TimedPlan:
     """Makes a plan; its encoders feed the language model.
 
@@ -68,11 +69,12 @@ def timed(
         waits_s: Of the longest task of every stage of a module, or of each of its stages.
         group: Microbatches of an encoder's task.
         output: Module that the language model feeds.
+        world_size: Ranks; those beyond the modules' are idle.
     """
     modules = {placement.name: placement for placement in placements}
     encoders = [name for name in modules if name not in ("language", output)]
     plan = Plan(
-        world_size=WORLD_SIZE,
+        world_size=world_size,
         global_batch_size=(
             num_microbatches * MICRO_BATCH_SIZE * modules["language"].data_parallel_size
         ),

@@ -83,9 +83,7 @@ class BoundaryRoutes:
         )
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
-        self._samples: Samples = ()
-        self._counts: list[int] = []
-        self._microbatches: dict[int, Microbatch] = {}
+        self._carried = self._made = _StepRows(())
         self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
 
     def begin(self, samples: Samples, *, groups: Sequence[tuple[int, ...]]) -> None:
@@ -95,14 +93,16 @@ class BoundaryRoutes:
             samples: Where the rows of every sample of the step belong.
             groups: Microbatches of every task of the source.
         """
-        self._samples = samples
-        self._counts = [count_rows(runs) for runs in samples]
-        self._microbatches = {}
+        self._carried = self._made = _StepRows(samples)
         self._group_of = {m: group for group in groups for m in group}
+
+    def begin_ahead(self, samples: Samples) -> None:
+        """Makes the source run on the next step's samples; those of this step are still carried."""
+        self._made = _StepRows(samples)
 
     def rows_made(self, microbatch: int, *, rank: int) -> int:
         """Rows of a microbatch that a rank of the source makes."""
-        made_of, sides = self._microbatch(microbatch), self._sides
+        made_of, sides = self._microbatch(microbatch, of=self._made), self._sides
         position = sides.source.coordinates(rank)
         selection = Selection(
             samples=Rows.of([sides.samples_made(made_of, dp=position.dp)]), position=position
@@ -111,7 +111,7 @@ class BoundaryRoutes:
 
     def items_made(self, microbatch: int, *, dp: int) -> int:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
-        made_of = self._microbatch(microbatch)
+        made_of = self._microbatch(microbatch, of=self._made)
         first, stop = self._sides.samples_made(made_of, dp=dp)
         return (made_of.offsets[stop] - made_of.offsets[first]) // self._sides.item_rows
 
@@ -119,7 +119,7 @@ class BoundaryRoutes:
         """Where the rows belong of the samples that a replica of the destination runs."""
         size = self._sides.samples_per_replica
         first = microbatch * self._size + dp * size
-        return self._samples[first : first + size]
+        return self._carried.samples[first : first + size]
 
     def route(self, direction: Direction, microbatch: int, *, rank: int) -> Route:
         """A rank's part of the route of a microbatch's rows, or of their gradient back.
@@ -127,16 +127,16 @@ class BoundaryRoutes:
         It has the rows that the rank holds and wants, and the legs that begin or end there, as
         the whole route has them.
         """
-        return self._routes(direction, self._microbatch(microbatch), rank)
+        return self._routes(direction, self._microbatch(microbatch, of=self._carried), rank)
 
     def _derive(self, direction: Direction, microbatch: Microbatch, rank: int) -> Route:
         return self._sides.route(direction, microbatch, rank=rank)
 
-    def _microbatch(self, microbatch: int) -> Microbatch:
-        found = self._microbatches.get(microbatch)
+    def _microbatch(self, microbatch: int, *, of: "_StepRows") -> Microbatch:
+        found = of.microbatches.get(microbatch)
         if found is None:
             own = slice(microbatch * self._size, (microbatch + 1) * self._size)
-            samples, counts = self._samples[own], self._counts[own]
+            samples, counts = of.samples[own], of.counts[own]
             if self._sides.sharding is None:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
@@ -148,8 +148,17 @@ class BoundaryRoutes:
                 first=(microbatch - group[0]) * self._size,
                 group_size=len(group) * self._size,
             )
-            self._microbatches[microbatch] = found
+            of.microbatches[microbatch] = found
         return found
+
+
+class _StepRows:
+    """Rows of one step's samples, and its microbatches as far as they were asked for."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.counts = [count_rows(runs) for runs in samples]
+        self.microbatches: dict[int, Microbatch] = {}
 
 
 class BoundaryChannel:

@@ -6,6 +6,12 @@ from typing import Literal
 
 from megatron_mosaic.engine.progress import UNKNOWN_S, Phase, Place
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.ahead import (
+    Part,
+    prologue_of,
+    runs_ahead,
+    steps_after_prologue,
+)
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.rendezvous import needed_ranks
 from megatron_mosaic.schedule.steps import Compute, Step, Wait
@@ -14,7 +20,7 @@ from megatron_mosaic.schedule.steps import steps_of as steps_of_rank
 # on: runs. ended: all is well. left: stopped because of the user's input. raised: failed by itself.
 # cut_off: a communication failed, perhaps for another rank's sake. terminated: was told to end.
 State = Literal["on", "ended", "left", "raised", "cut_off", "terminated"]
-StepsOf = Callable[[int, bool], Sequence[Sequence[Step]]]
+StepsOf = Callable[[int, bool, int], Sequence[Sequence[Step]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +141,8 @@ def find_lost(
         reports: Last report of every rank.
         limits: How long to wait.
         plan: The plan.
-        steps_of: Steps of every rank, by number of microbatches and whether there is no backward.
+        steps_of: Steps of every rank, by number of microbatches, whether there is no backward,
+            and the part that the step walks.
     """
     live = {rank: report for rank, report in reports.items() if report.state != "ended"}
     hurry = any(report.state in ("cut_off", "terminated") for report in live.values())
@@ -196,7 +203,7 @@ def _find_stuck(
     place = next(iter(inside.values())).place
     if any(report.place.count != place.count for report in live.values()):
         return None  # the reports are of different moments: steps begin together
-    steps = steps_of(place.num_microbatches, bool(place.forward_only))
+    steps = steps_of(place.num_microbatches, bool(place.forward_only), place.part)
     positions = [
         inside[rank].place.position if rank in inside else len(own)
         for rank, own in enumerate(steps)
@@ -238,11 +245,16 @@ def describe(place: Place, rank: int, plan: Plan) -> str:
         num_microbatches=place.num_microbatches,
         forward_only=bool(place.forward_only),
     )
-    steps = steps_of_rank(plan, schedule, rank)
+    every = steps_of_rank(plan, schedule, rank)
+    prologue = prologue_of(every, schedule, Part(place.part))
+    steps = prologue + steps_after_prologue(every, schedule, Part(place.part))
     if not steps:
         return step
     position = min(place.position, len(steps) - 1)
-    if isinstance(here := steps[position], Compute):
+    here = steps[position]
+    if runs_ahead(schedule, here) and position >= len(prologue):
+        step = f"step {place.iteration + 1}, ahead in {step}"
+    if isinstance(here, Compute):
         return f"{here.task} of {step}"
     # Of a task are the transfers that it waits for, and those that carry what it made.
     coming = [each.task for each in steps[position:] if isinstance(each, Compute)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from megatron_mosaic.engine.trace import TaskTrace
 from megatron_mosaic.schedule.steps import Compute, Step
 
-RECORD = struct.Struct("=8d")
+RECORD = struct.Struct("=9d")
 UNKNOWN_S = -1.0
 
 
@@ -35,6 +35,7 @@ class Place(NamedTuple):
         since_s: When it came there, by this machine's monotonic clock.
         longest_s: Longest time that such a thing took in the step before of the same kind;
             ``UNKNOWN_S`` if there was none.
+        part: What of the schedule the step walks, a ``Part``.
     """
 
     phase: int
@@ -45,12 +46,13 @@ class Place(NamedTuple):
     position: int
     since_s: float
     longest_s: float
+    part: int = 0
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> "Place":
         """Makes a place of what a record or a message holds."""
         whole = [int(number) for number in numbers[:6]]
-        return cls._make([*whole, *numbers[6:]])
+        return cls._make([*whole, *numbers[6:8], int(numbers[8])])
 
 
 class Progress:
@@ -77,7 +79,9 @@ class Progress:
         """Where the rank is."""
         return self._place
 
-    def begin_step(self, iteration: int, *, num_microbatches: int, forward_only: bool) -> None:
+    def begin_step(
+        self, iteration: int, *, num_microbatches: int, forward_only: bool, part: int = 0
+    ) -> None:
         """Begins a step of training, or one of evaluation after training step ``iteration``."""
         self._forward_only = forward_only
         for phase in (Phase.WALKING, Phase.CLOSING):
@@ -87,7 +91,7 @@ class Progress:
             self._trace.begin_step(forward_only=forward_only)
         count = self._place.count + 1
         self._place = Place(
-            Phase.WALKING, count, iteration, forward_only, num_microbatches, 0, 0.0, 0.0
+            Phase.WALKING, count, iteration, forward_only, num_microbatches, 0, 0.0, 0.0, part
         )
         self._move(Phase.WALKING, position=0)
 
@@ -120,7 +124,7 @@ class Progress:
 
     def _move(self, phase: Phase, *, position: int) -> None:
         longest_s = self._before.get((self._forward_only, phase), UNKNOWN_S)
-        _, count, iteration, forward_only, num_microbatches, *_ = self._place
+        _, count, iteration, forward_only, num_microbatches, _, _, _, part = self._place
         self._set(
             Place(
                 phase,
@@ -131,6 +135,7 @@ class Progress:
                 position,
                 time.monotonic(),
                 longest_s,
+                part,
             )
         )
 

@@ -8,7 +8,17 @@ import torch
 from megatron_mosaic.comm.pending import Pending
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.steps import Compute, Edge, Post, Step, Transfer, TransferKind, Wait
+from megatron_mosaic.schedule.schedule import Schedule
+from megatron_mosaic.schedule.steps import (
+    Compute,
+    Edge,
+    Post,
+    Step,
+    Transfer,
+    TransferKind,
+    Wait,
+    crosses_steps,
+)
 from megatron_mosaic.schedule.task import Task
 
 
@@ -62,8 +72,19 @@ class Channel(Protocol):
 Channels = Mapping[tuple[TransferKind, Edge], Channel]
 
 
+Rows = Mapping[Transfer, torch.Tensor | None]
+
+
 class Walker:
-    """Executes one rank's steps once."""
+    """Executes one rank's steps once.
+
+    Args:
+        runners: Stages on this rank.
+        channels: Edges that begin or end on this rank.
+        progress: Is told where the rank is.
+        schedule: The schedule that the steps are of.
+        kept: What modules that run ahead made of this step's samples before it began.
+    """
 
     def __init__(
         self,
@@ -71,19 +92,31 @@ class Walker:
         runners: Mapping[Stage, TaskRunner],
         channels: Channels,
         progress: Progress,
+        schedule: Schedule,
+        kept: Rows,
     ) -> None:
+        self._schedule = schedule
         self._runners = runners
         self._channels = channels
         self._progress = progress
-        self._leaving: dict[Transfer, torch.Tensor | None] = {}
+        self._leaving: dict[Transfer, torch.Tensor | None] = dict(kept)
+        self._ahead: dict[Transfer, torch.Tensor | None] = {}
         self._awaited: dict[Transfer, Pending] = {}
         self._under_way: list[Pending] = []
         self._arrived: dict[Transfer, torch.Tensor] = {}
 
-    def walk(self, steps: Sequence[Step]) -> None:
-        """Runs all steps in order, then waits until everything sent has left."""
+    def walk(self, steps: Sequence[Step], *, first: int = 0) -> Rows:
+        """Runs all steps in order, then waits until everything sent has left.
+
+        Args:
+            steps: The steps.
+            first: Position of the first of them, for whoever follows the rank.
+
+        Returns:
+            What modules that run ahead made for the next step.
+        """
         awaited = {step.transfer for step in steps if isinstance(step, Wait)}
-        for position, step in enumerate(steps):
+        for position, step in enumerate(steps, first):
             self._progress.begin(position, step)
             match step:
                 case Post(transfer):
@@ -99,6 +132,7 @@ class Walker:
             self._progress.end(step)
         for pending in self._under_way:
             pending.finish()
+        return self._ahead
 
     def _post(self, transfer: Transfer, *, awaited: bool) -> None:
         channel = self._channels[transfer.kind, transfer.edge]
@@ -164,5 +198,6 @@ class Walker:
         self, kind: TransferKind, edge: Edge, task: Task, leaving: torch.Tensor | None
     ) -> None:
         parts = self._channels[kind, edge].split(leaving, task.microbatches)
+        keeper = self._ahead if crosses_steps(self._schedule, edge) else self._leaving
         for microbatch, part in zip(task.microbatches, parts, strict=True):
-            self._leaving[Transfer(kind, edge, microbatch)] = part
+            keeper[Transfer(kind, edge, microbatch)] = part

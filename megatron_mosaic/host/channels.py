@@ -136,6 +136,12 @@ class ChannelSet:
         for edge, routes in self.routes.items():
             routes.begin(samples[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
 
+    def begin_ahead(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
+        """Makes the modules that run ahead take the next step's samples."""
+        for edge, routes in self.routes.items():
+            if edge.source in schedule.ahead:
+                routes.begin_ahead(samples[edge.source])
+
     def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
         """Boundary rows that this rank makes in one task of an encoder's last stage."""
         routes = next(routes for edge, routes in self.routes.items() if edge.source == module)

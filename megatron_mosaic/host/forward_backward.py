@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.engine.progress import Progress
-from megatron_mosaic.engine.walk import Walker
+from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.reader import StepBatches
 from megatron_mosaic.host.gradients import (
@@ -19,6 +19,7 @@ from megatron_mosaic.host.gradients import (
     finish_gathering_parameters,
     gather_parameters,
 )
+from megatron_mosaic.host.kept_rows import KeptRows, is_last_step
 from megatron_mosaic.host.loss_report import LossReport
 from megatron_mosaic.host.moe.dispatch import check_equal_lengths
 from megatron_mosaic.host.moe.metrics import MoeMetrics
@@ -27,11 +28,14 @@ from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.schedule.ahead import Part, prologue_of, steps_after_prologue
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 from megatron_mosaic.schedule.task import Task
+
+Works = Mapping[Stage, StepWork]
 
 
 class PlanForwardBackward:
@@ -43,7 +47,9 @@ class PlanForwardBackward:
         self._progress = progress
         self._report = LossReport(runtime.host_group)
         self._moe_metrics = MoeMetrics(runtime.host_group)
-        self._prepared = cache(self._prepare)
+        self._kept = KeptRows(runtime.randomness)
+        self._schedule = cache(self._build_schedule)
+        self._steps = cache(self._part_of_steps)
 
     def select(self, *unused: Any, **also_unused: Any) -> Callable[..., list[dict]]:
         """Stands for ``get_forward_backward_func``, whatever sizes it is asked for."""
@@ -92,19 +98,15 @@ class PlanForwardBackward:
                 "remove process_non_loss_data_func from the script's call of pretrain"
             )
         (top,) = unwrap_model(model if isinstance(model, Sequence) else [model])
-        schedule, steps = self._prepared(num_microbatches, forward_only)
+        schedule = self._schedule(num_microbatches, forward_only)
         batches = _next_step(data_iterator)
+        part = self._kept.part(schedule, batches, is_last=is_last_step(get_args()))
         self._begin(batches.rows, schedule)
-        works = {
-            stage: self._work(
-                runner, schedule, batches, forward_step_func, first_val_step=first_val_step
-            )
-            for stage, runner in self._runtime.runners.items()
-        }
-        self._hand_out(works, top.config)
-        with self._step(schedule) as walker:
-            walker.walk(steps)
-            self._progress.close_step(len(steps))
+        hand_out = partial(
+            self._hand_out, schedule, forward_step_func, top.config, first_val_step=first_val_step
+        )
+        with self._step(schedule, part):
+            works = self._walk(schedule, part, batches, hand_out)
             return self._close(works, forward_only, force_all_reduce=force_all_reduce)
 
     def _begin(self, rows: Mapping[str, Samples], schedule: Schedule) -> None:
@@ -120,29 +122,86 @@ class PlanForwardBackward:
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
 
-    def _hand_out(self, works: Mapping[Stage, StepWork], config: Any) -> None:
-        """Gives every stage its work, with what Megatron's loop sets in the config it knows."""
-        for stage, runner in self._runtime.runners.items():
+    def _walk(
+        self, schedule: Schedule, part: Part, batches: StepBatches, hand_out: Callable[..., Works]
+    ) -> Works:
+        """Walks the steps of the schedule. Returns what was done of this step.
+
+        Modules that run ahead do so on the next step's samples; before the first step also on its.
+        """
+        prologue, steps = self._steps(schedule.num_microbatches, schedule.forward_only, part)
+        # What is kept waits for training to go on while evaluation runs on its own data.
+        kept = self._kept.take(part) if schedule.ahead else {}
+        if prologue:
+            hand_out(dict.fromkeys(schedule.ahead, batches))
+            kept = self._walker(schedule, {}).walk(prologue)
+        before = self._runtime.randomness.states_of(schedule.ahead)
+        following = None if Part.ENDS in part else batches.ahead
+        data = {name: batches for name in self._runtime.hosted if name not in schedule.ahead}
+        if schedule.ahead and following is not None:
+            self._runtime.channels.begin_ahead(following.rows, schedule=schedule)
+            data |= dict.fromkeys(schedule.ahead, following)
+        works = hand_out(data)
+        made = self._walker(schedule, kept).walk(steps, first=len(prologue))
+        if schedule.ahead and following is not None:
+            self._kept.put(made, of=following, before=before)
+        self._progress.close_step(len(prologue) + len(steps))
+        return works
+
+    def _hand_out(
+        self,
+        schedule: Schedule,
+        forward_step_func: Callable[..., Any],
+        config: Any,
+        data: Mapping[str, StepBatches],
+        *,
+        first_val_step: bool | None,
+    ) -> Works:
+        """Gives every stage its work, with what Megatron's loop sets in the config it knows.
+
+        Args:
+            data: Data of each module that has work.
+        """
+        works = {
+            stage: self._work(
+                runner,
+                schedule,
+                data[stage.module],
+                forward_step_func,
+                first_val_step=first_val_step,
+            )
+            for stage, runner in self._runtime.runners.items()
+            if stage.module in data
+        }
+        for stage, work in works.items():
+            runner = self._runtime.runners[stage]
             runner.config.grad_scale_func = config.grad_scale_func
             runner.config.timers = config.timers
-            runner.begin(works[stage])
+            runner.begin(work)
             gather_parameters(runner.wrapped)
+        return works
 
     @contextmanager
-    def _step(self, schedule: Schedule) -> Iterator[Walker]:
-        """Lets others see that a step runs, and gives what walks it."""
+    def _step(self, schedule: Schedule, part: Part) -> Iterator[None]:
+        """Lets others see that a step runs."""
         self._progress.begin_step(
             # Without training there is no current iteration.
             getattr(get_args(), "curr_iteration", -1) + 1,
             num_microbatches=schedule.num_microbatches,
             forward_only=schedule.forward_only,
+            part=part,
         )
-        yield Walker(
+        yield
+        self._progress.end_step()
+
+    def _walker(self, schedule: Schedule, kept: Rows) -> Walker:
+        return Walker(
             runners=self._runtime.runners,
             channels=self._runtime.channels.open,
             progress=self._progress,
+            schedule=schedule,
+            kept=kept,
         )
-        self._progress.end_step()
 
     def _check_dispatch(self, rows: Mapping[str, Samples]) -> None:
         args, plan = get_args(), self._runtime.plan
@@ -154,14 +213,17 @@ class PlanForwardBackward:
                     samples_per_replica=plan.micro_batch_size,
                 )
 
-    def _prepare(
-        self, num_microbatches: int, forward_only: bool
-    ) -> tuple[Schedule, tuple[Step, ...]]:
-        plan = self._runtime.plan
-        schedule = build_schedule(
-            plan, num_microbatches=num_microbatches, forward_only=forward_only
+    def _build_schedule(self, num_microbatches: int, forward_only: bool) -> Schedule:
+        return build_schedule(
+            self._runtime.plan, num_microbatches=num_microbatches, forward_only=forward_only
         )
-        return schedule, steps_of(plan, schedule, self._runtime.rank)
+
+    def _part_of_steps(
+        self, num_microbatches: int, forward_only: bool, part: Part
+    ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+        schedule = self._schedule(num_microbatches, forward_only)
+        steps = steps_of(self._runtime.plan, schedule, self._runtime.rank)
+        return prologue_of(steps, schedule, part), steps_after_prologue(steps, schedule, part)
 
     def _work(
         self,
@@ -223,7 +285,7 @@ class PlanForwardBackward:
         }
 
     def _close(
-        self, works: Mapping[Stage, StepWork], forward_only: bool, *, force_all_reduce: bool | None
+        self, works: Works, forward_only: bool, *, force_all_reduce: bool | None
     ) -> list[dict[str, torch.Tensor]]:
         runtime = self._runtime
         language = runtime.plan.language

@@ -72,6 +72,17 @@ def launch_missing_reductions(model: Any, *, force_all_reduce: bool) -> None:
             group.start_grad_sync(force_all_reduce=force_all_reduce)
 
 
+def unlink_reductions(model: Any) -> None:
+    """Lets no bucket wait for the one that left before it; they are waited for after the tasks.
+
+    With ``--ddp-reduce-scatter-with-fp32-accumulation`` Megatron waits for that one to free its
+    buffer. Such a wait inside a task is for replicas that may come to theirs much later, and for
+    the end of the step where their samples had no image: the schedule does not know of it.
+    """
+    for group in _bucket_groups(model):
+        group.previous_grad_reduce_bucket_group = None
+
+
 def gather_parameters(model: torch.nn.Module) -> None:
     """Starts the parameter gathers of ``--overlap-param-gather`` before the first task.
 

@@ -30,6 +30,7 @@ from megatron_mosaic.host.channels import ActivationSizes
 from megatron_mosaic.host.checkpoint import LayerKeys
 from megatron_mosaic.host.families.family import ModuleBoundary, building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
+from megatron_mosaic.host.gradients import unlink_reductions
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
@@ -226,6 +227,7 @@ def _runners_of(
     config = _ddp_config_of(boundaries[0], ddp_config)
     module: Any = as_one_module([built.module for built in stages], collection=collection)
     (wrapped,) = wrap([module], module.config, collection, ddp_config=config)
+    unlink_reductions(wrapped)
     for model, built, boundary in zip(stages_in(wrapped), stages, boundaries, strict=True):
         yield ModuleRunner(
             model,

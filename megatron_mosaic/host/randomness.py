@@ -4,7 +4,7 @@ Megatron keeps one random state per process: the default generators and the tens
 tracker. Two modules with different tensor-parallel ranks need two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.training.initialize import _set_random_seed
 
 from megatron_mosaic.host.groups import ModuleGroups
+
+ModuleStates = Mapping[str, dict[str, torch.Tensor]]
 
 _HOST, _DEVICE = "default-host", "default-device"
 
@@ -51,11 +53,20 @@ class ModuleRandomness:
             self._current = module
         yield
 
+    def states_of(self, modules: Iterable[str]) -> ModuleStates:
+        """Returns the states of modules of this rank."""
+        self._leave()
+        return {module: self._states[module] for module in modules if module in self._states}
+
+    def exchange(self, states: ModuleStates) -> ModuleStates:
+        """Gives modules other states. Returns those that they had."""
+        had = self.states_of(states)
+        self._states.update(states)
+        return had
+
     def park(self) -> None:
         """Puts the states of all modules into the tracker. Called when a step ends."""
-        if self._current is not None:
-            self._states[self._current] = _read()
-            self._current = None
+        self._leave()
         parked = {
             f"{module}@{key}": state
             for module, states in self._states.items()
@@ -64,6 +75,11 @@ class ModuleRandomness:
         # Megatron takes an empty tracker in a checkpoint for a damaged one: a rank without any
         # module parks what it has.
         get_cuda_rng_tracker().set_states(parked or {f"idle@{_HOST}": torch.get_rng_state()})
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            self._states[self._current] = _read()
+            self._current = None
 
     def unpark(self) -> None:
         """Takes the states back, as they are after a checkpoint was loaded."""

@@ -41,11 +41,6 @@ def refuse_unsupported(plan: "Plan") -> None:
     """
     for placement in plan.modules.values():
         _refuse_sizes(placement)
-    if plan.schedule.ahead:
-        raise PlanError(
-            "schedule: ahead=true must be absent: encoders that run one step ahead are not "
-            "supported by this version; remove the key"
-        )
     for edge in plan.edges:
         if LANGUAGE not in edge:
             raise PlanError(

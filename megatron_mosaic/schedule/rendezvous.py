@@ -1,6 +1,6 @@
 """Whether a schedule runs to its end: which ranks meet, and who would wait for ever."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -78,9 +78,10 @@ def needed_ranks(
     """
     in_group, on_edge = _members_by_module(plan), _members_by_edge(plan)
     # A rank is through with a transfer once it has posted it, with a task once it has ended it.
+    numbered = [_numbered(own) for own in steps]
     at = [
-        {step[0]: index for index, step in enumerate(own) if not isinstance(step, Wait)}
-        for own in steps
+        {key: index for index, key in enumerate(keys) if not isinstance(own[index], Wait)}
+        for own, keys in zip(steps, numbered, strict=True)
     ]
     unfinished = {rank for rank, own in enumerate(steps) if positions[rank] < len(own)}
 
@@ -88,6 +89,7 @@ def needed_ranks(
         if rank not in unfinished:
             yield from unfinished
         for index, step in enumerate(steps[rank][: positions[rank] + 1]):
+            key = numbered[rank][index]
             if isinstance(step, Wait):
                 senders = _senders(plan, step.transfer)
                 others = [m for m in on_edge[step.transfer.edge, rank] if m in senders]
@@ -96,9 +98,22 @@ def needed_ranks(
                 others, margin = in_group[step.task.module, rank], int(index < positions[rank])
             else:
                 continue
-            yield from (m for m in others if positions[m] < at[m].get(step[0], -1) + margin)
+            yield from (m for m in others if positions[m] < at[m].get(key, -1) + margin)
 
     return tuple(frozenset(needed(rank)) - {rank} for rank in range(len(steps)))
+
+
+def _numbered(steps: Sequence[Step]) -> list[tuple[Transfer | Task, int]]:
+    """What each step is about, and how often it came before.
+
+    Modules that run ahead do the same twice in the first step: for itself and for the next one.
+    """
+    seen: Counter[tuple[type[Step], Transfer | Task]] = Counter()
+    numbered = []
+    for step in steps:
+        numbered.append((step[0], seen[type(step), step[0]]))
+        seen[type(step), step[0]] += 1
+    return numbered
 
 
 def _senders(plan: Plan, transfer: Transfer) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import pytest
 from megatron_mosaic.engine.lost import Limits, Report, describe, find_lost
 from megatron_mosaic.engine.progress import UNKNOWN_S, Phase, Place, Progress
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.ahead import Part, steps_of_part
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.steps import Compute, Wait, steps_of
 
@@ -36,7 +37,7 @@ def _closing(*, age_s, **report):
     return Report(place=place, age_s=age_s, **({"silent_s": 0.5, "state": "on"} | report))
 
 
-find = partial(find_lost, limits=LIMITS, plan=PLAN, steps_of=lambda n, f: _steps(n, bool(f)))
+find = partial(find_lost, limits=LIMITS, plan=PLAN, steps_of=lambda n, f, part: _steps(n, bool(f)))
 
 
 def test_hung_rank_is_named_and_not_those_that_wait_for_it():
@@ -178,3 +179,48 @@ def test_progress_remembers_the_longest_task_of_the_step_before():
 
     assert progress.place.longest_s == UNKNOWN_S  # no limit between steps
     assert progress.place.phase == Phase.BETWEEN
+
+
+# Vision is frozen, with PP 2 on ranks 0 and 1; language has PP 2 on ranks 1 and 2.
+AHEAD = Plan.load(Path(__file__).parent.parent / "plans" / "ahead_vision_stages.yaml")
+
+
+def _steps_ahead(num_microbatches, forward_only, part):
+    schedule = build_schedule(AHEAD, num_microbatches=num_microbatches, forward_only=forward_only)
+    return [
+        steps_of_part(steps_of(AHEAD, schedule, rank), schedule, Part(part)) for rank in range(3)
+    ]
+
+
+def _at_task(rank, task, *, part, nth=0, age_s=60.0, **report):
+    steps = _steps_ahead(8, False, part)[rank]
+    tasks = [i for i, s in enumerate(steps) if isinstance(s, Compute) and str(s.task) == task]
+    place = Place(Phase.WALKING, 3, 3, 0, 8, tasks[nth], 0.0, 1.0, part)
+    return Report(place=place, age_s=age_s, **({"silent_s": 0.5, "state": "on"} | report))
+
+
+def test_task_that_runs_ahead_is_named_as_of_the_next_step():
+    report = _at_task(0, "F1 vision.0", part=Part(0))
+
+    assert describe(report.place, 0, AHEAD) == "F1 vision.0 of step 4, ahead in step 3"
+
+
+def test_task_that_nothing_ran_ahead_for_is_named_as_of_its_step():
+    first, second = (_at_task(0, "F1 vision.0", part=Part.BEGINS, nth=n) for n in (0, 1))
+
+    assert describe(first.place, 0, AHEAD) == "F1 vision.0 of step 3"
+    assert describe(second.place, 0, AHEAD) == "F1 vision.0 of step 4, ahead in step 3"
+
+
+def test_rank_that_hangs_before_its_first_step_is_named():
+    # Rank 0 has sent what rank 1 is at. That it will send the like for the next step is no matter.
+    reports = {
+        0: _at_task(0, "F0 vision.0", part=Part.BEGINS, nth=1, age_s=1.0),
+        1: _at_task(1, "F0 vision.1", part=Part.BEGINS),
+        2: _at_task(2, "F0 language.1", part=Part.BEGINS, age_s=1.0, communicates=True),
+    }
+
+    lost = find_lost(reports, LIMITS, plan=AHEAD, steps_of=_steps_ahead)
+
+    assert lost is not None
+    assert lost.line(AHEAD).startswith("run: rank=1 must leave F0 vision.1 of step 3 within 46 s")

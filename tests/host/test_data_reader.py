@@ -47,7 +47,7 @@ class _OneRowPerImage:
         return {"vision": [tuple(Interval(at, at + 1) for at in sample) for sample in places]}
 
 
-def _reader(rank, dataset, *, first_sample=0, positions=False):
+def _reader(rank, dataset, *, first_sample=0, positions=False, hands_ahead=False):
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
@@ -89,6 +89,7 @@ def _reader(rank, dataset, *, first_sample=0, positions=False):
         num_samples=shares.num_samples,
         layout=layout,
         group=dist.group.WORLD,
+        hands_ahead=hands_ahead,
     )
 
 
@@ -243,3 +244,33 @@ def test_encoder_replicas_share_every_sample_of_a_task_once(
 
     covered = [sample for start, stop in intervals for sample in range(start, stop)]
     assert covered == list(range(group * size, 2 * group * size))
+
+
+def _read_with_the_next(rank, broken, lengths):
+    from megatron_mosaic.errors import HostError
+
+    reader = _reader(rank, _Samples(lengths[rank], broken=broken), hands_ahead=True)
+    steps = []
+    try:
+        for step in reader:
+            ahead = None if step.ahead is None else (step.ahead.first_sample, len(step.ahead.facts))
+            steps.append((step.first_sample, ahead))
+    except HostError:
+        return [*steps, "failed"]
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("broken", "lengths", "end"),
+    [
+        (None, (20, 20, 20), []),
+        # Where the data of the third step cannot be had, the second is the last that is whole.
+        (None, (24, 24, 20), []),
+        (17, (24, 24, 24), ["failed"]),
+    ],
+    ids=["ends", "ends_on_one_rank", "breaks"],
+)
+def test_step_is_handed_out_with_the_next_if_every_rank_has_it(broken, lengths, end):
+    outcomes = run_ranks(_read_with_the_next, 3, broken, lengths)
+
+    assert outcomes == [[(0, (8, 8)), (8, None), *end]] * 3

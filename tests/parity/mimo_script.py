@@ -214,6 +214,8 @@ def model_provider(pre_process=True, post_process=True, **unused):
     for name, submodule in model.modality_submodules.items():
         if name in args.freeze_encoders:
             submodule.encoders.requires_grad_(False)
+        if name in args.freeze_modalities:
+            submodule.requires_grad_(False)
     return model
 
 
@@ -324,6 +326,7 @@ def add_script_args(parser):
     group = parser.add_argument_group(title="modalities")
     group.add_argument("--modalities", nargs="+", choices=tuple(MODALITIES), default=["vision"])
     group.add_argument("--freeze-encoders", nargs="+", default=[])
+    group.add_argument("--freeze-modalities", nargs="+", default=[], help="with projections")
     return parser
 
 

@@ -20,6 +20,7 @@ TIMEOUT_S = 120
 SGD = OPTIMIZERS["sgd"]
 # Megatron cannot load what it saved of SGD in fp32.
 ADAM = OPTIMIZERS["adam"]
+FROZEN = ("--freeze-ViT", "--freeze-projection", "--use-distributed-optimizer")
 SAVED_STEP = 2
 
 
@@ -96,25 +97,25 @@ def _relative(own: dict, other: dict) -> float:
     )
 
 
-@pytest.mark.parametrize("keeps_states", [True, False], ids=["states", "reading_past"])
-def test_resumed_run_reads_on_where_the_checkpoint_stopped(shards, tmp_path, keeps_states):
+@pytest.mark.parametrize(
+    ("plan", "keeps_states", "script_options"),
+    [
+        ("colocated_vtp2_ldp2", True, ()),
+        ("colocated_vtp2_ldp2", False, ()),
+        # Two steps are read ahead.
+        ("ahead_disjoint_sparse", True, FROZEN),
+    ],
+    ids=["states", "reading_past", "states_ahead"],
+)
+def test_resumed_run_reads_on_where_the_checkpoint_stopped(
+    shards, tmp_path, plan, keeps_states, script_options
+):
     folder = str(tmp_path)
     states = ["--dataloader-save", f"{folder}/data"] if keeps_states else []
-    options = [*ADAM, "--save", folder, *states]
-    through = whole(_run("colocated_vtp2_ldp2", shards, *options, "--save-interval", "2"))
+    options = [*ADAM, *script_options, *states]
+    through = whole(_run(plan, shards, *options, "--save", folder, "--save-interval", "2"))
 
-    resumed = whole(
-        _run(
-            "colocated_vtp2_ldp2",
-            shards,
-            *ADAM,
-            "--load",
-            folder,
-            "--ckpt-step",
-            str(SAVED_STEP),
-            *states,
-        )
-    )
+    resumed = whole(_run(plan, shards, *options, "--load", folder, "--ckpt-step", str(SAVED_STEP)))
 
     assert len(resumed.losses) == 2
     for own, other in zip(resumed.losses, through.losses[SAVED_STEP:], strict=True):

@@ -20,7 +20,18 @@ PLANS = sorted((Path(__file__).parent.parent / "plans").glob("*.yaml"))
 
 
 # What these plans are about does not concern the optimizer: one is enough.
-OF_MODELS = ("deep", "encoders", "language", "layer", "bias", "lora", "mimo", "moe", "output")
+OF_MODELS = (
+    "ahead",
+    "deep",
+    "encoders",
+    "language",
+    "layer",
+    "bias",
+    "lora",
+    "mimo",
+    "moe",
+    "output",
+)
 OF_MODELS += ("recompute", "virtual", "vision")
 
 

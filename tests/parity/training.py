@@ -1,6 +1,7 @@
 """Trains a plan, and stock Megatron with the same options, and compares the two."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,9 @@ LAYOUT_OPTIONS = (
     "--use-distributed-optimizer",
     "--overlap-grad-reduce",
     "--overlap-param-gather",
+    "--ddp-bucket-size",
+    "4000",
+    "--ddp-reduce-scatter-with-fp32-accumulation",
 )
 
 
@@ -53,9 +57,16 @@ def trained(plan: Path, optimizer: str, faults: tuple[str, ...] = ()) -> list[Re
     )
 
 
-def compared(records: list[Record], plan: Path, optimizer: str) -> Comparison:
-    """Compares a plan's ranks with stock Megatron in one process."""
-    options = tuple(option for option in options_of(plan) if option not in LAYOUT_OPTIONS)
+def compared(
+    records: list[Record], plan: Path, optimizer: str, options: Sequence[str] | None = None
+) -> Comparison:
+    """Compares a plan's ranks with stock Megatron in one process.
+
+    Args:
+        options: Those of the run, where they are not the plan file's.
+    """
+    options = options_of(plan) if options is None else options
+    alike = tuple(option for option in options if option not in LAYOUT_OPTIONS)
     return compare(
-        whole(records), reference(optimizer, options, script_of(plan)), adam=optimizer == "adam"
+        whole(records), reference(optimizer, alike, script_of(plan)), adam=optimizer == "adam"
     )

@@ -56,7 +56,7 @@ def save_loader_states(
     replica = source.saved_replica
     path = _state_file(dataloader_save_path, iteration, replica)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"dataloader_state_dict": source.state}, path)
+    torch.save({"dataloader_state_dict": reader.next_state}, path)
     facts = reader.next_facts()
     if replica == 0 and facts is not None:
         rows = [reader.layout.row(each) for each in facts]

@@ -121,6 +121,7 @@ class ReadingByModule:
             layout=layout,
             group=self.runtime.data_group,
             expected=expected,
+            hands_ahead=training and bool(build_schedule(self.runtime.plan).ahead),
         )
 
     def _loader_source(

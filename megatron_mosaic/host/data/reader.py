@@ -1,9 +1,10 @@
 """Hands out one step's data after another, and reads the next step meanwhile."""
 
 import traceback
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -36,6 +37,9 @@ class Share:
 class StepSource(Protocol):
     """Reads this rank's share of one step after another."""
 
+    state: Any
+    """Where the data stood before the last step that was read, for checkpoints; None if nowhere."""
+
     def read(self) -> Share:
         """Reads the next step; raises StopIteration at the end of the data."""
         ...
@@ -48,10 +52,14 @@ class StepBatches:
     Args:
         batches: Batch of every forward task, by module; None where nothing is read.
         facts: Facts of every sample of the step, on all ranks alike.
+        first_sample: First sample of the step, counted from the beginning of the data.
+        ahead: The next step's, where it is wanted a step early and there is one.
     """
 
     batches: Batches
     facts: tuple[SampleFacts, ...]
+    first_sample: int = 0
+    ahead: "StepBatches | None" = None
 
     @property
     def rows(self) -> Mapping[str, tuple[Runs, ...]]:
@@ -61,11 +69,23 @@ class StepBatches:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Ahead:
+class _Read:
     """A step that is read already, with its exchange under way."""
 
     batches: Batches
     exchange: FactsExchange
+    first_sample: int
+    state: Any
+
+    def known(self) -> StepBatches | None:
+        """The step, if it can be had: all ranks know alike, a failure waits for its turn."""
+        try:
+            facts = self.exchange.wait()
+        except (HostError, LayoutError):
+            return None
+        if facts is None:
+            return None
+        return StepBatches(batches=self.batches, facts=facts, first_sample=self.first_sample)
 
 
 class StepReader:
@@ -84,6 +104,8 @@ class StepReader:
         group: Group of the whole world that works on host memory, of readers alone: all ranks
             ask their readers in the same order.
         expected: Facts of the first step, where they are known from a checkpoint.
+        hands_ahead: Whether each step is handed out with the one after it. Then one more is read
+            meanwhile, so that no rank waits for an exchange that has only just begun.
 
     Note:
         Iterating is collective over the world.
@@ -98,6 +120,7 @@ class StepReader:
         layout: FactsLayout,
         group: dist.ProcessGroup,
         expected: Sequence[SampleFacts] | None = None,
+        hands_ahead: bool = False,
     ) -> None:
         self.source = source
         self.layout = layout
@@ -105,7 +128,8 @@ class StepReader:
         self._num_samples = num_samples
         self._group = group
         self._expected = expected
-        self._ahead: _Ahead | None = None
+        self._hands_ahead = hands_ahead
+        self._read: deque[_Read] = deque()
         self._ended = False
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -114,25 +138,35 @@ class StepReader:
     def __next__(self) -> StepBatches:
         if self._ended:
             raise StopIteration
-        step = self._ahead or self._read_ahead()
+        if not self._read:
+            self._read_one()
+        step = self._read[0]
         facts = step.exchange.wait()
         if facts is None:
             self._ended = True
             raise StopIteration
         self._check_expected(facts)
-        self._ahead = self._read_ahead()
-        return StepBatches(batches=step.batches, facts=facts)
+        self._read.popleft()
+        if not self._read:
+            self._read_one()
+        ahead = self._read[0].known() if self._hands_ahead else None
+        if ahead is not None and len(self._read) == 1:
+            self._read_one()
+        return StepBatches(
+            batches=step.batches, facts=facts, first_sample=step.first_sample, ahead=ahead
+        )
+
+    @property
+    def next_state(self) -> Any:
+        """Where the data stood before the first step that is not handed out."""
+        return self._read[0].state if self._read else self.source.state
 
     def next_facts(self) -> tuple[SampleFacts, ...] | None:
-        """Facts of the step that is read ahead; None if there is none, or it cannot be read."""
-        if self._ahead is None:
-            return None
-        try:
-            return self._ahead.exchange.wait()
-        except (HostError, LayoutError):
-            return None
+        """Facts of the step that comes next; None if there is none, or it cannot be read."""
+        step = self._read[0].known() if self._read else None
+        return None if step is None else step.facts
 
-    def _read_ahead(self) -> _Ahead:
+    def _read_one(self) -> None:
         batches: Batches = {}
         try:
             share = self.source.read()
@@ -150,8 +184,15 @@ class StepReader:
             layout=self.layout,
             group=self._group,
         )
+        self._read.append(
+            _Read(
+                batches=batches,
+                exchange=exchange,
+                first_sample=self._next_sample,
+                state=self.source.state,
+            )
+        )
         self._next_sample += self._num_samples
-        return _Ahead(batches=batches, exchange=exchange)
 
     def _check_expected(self, facts: Sequence[SampleFacts]) -> None:
         expected, self._expected = self._expected, None

@@ -37,6 +37,7 @@ class SampleSource:
         self._shares = shares
         self._boundaries = boundaries
         self._next_sample = first_sample
+        self.state = None  # the samples consumed say it all
         self._loaders = {
             name: iter(self._loader(name, num_workers))
             for name in shares.tasks

@@ -28,6 +28,7 @@ from megatron_mosaic.host.faults.dependence import error_communicates, frame_com
 from megatron_mosaic.host.faults.record_file import RecordFile, read_record, remove_record
 from megatron_mosaic.host.faults.termination import Termination
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.ahead import Part, steps_of_part
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 
@@ -253,12 +254,17 @@ class Watch:
         remove_record(lost.record)
         os._exit(_EXIT_LOST)
 
-    def _steps_of_all(self, num_microbatches: int, forward_only: bool) -> list[tuple[Step, ...]]:
+    def _steps_of_all(
+        self, num_microbatches: int, forward_only: bool, part: int
+    ) -> list[tuple[Step, ...]]:
         plan = self._plan
         schedule = build_schedule(
             plan, num_microbatches=num_microbatches, forward_only=forward_only
         )
-        return [steps_of(plan, schedule, rank) for rank in range(plan.world_size)]
+        return [
+            steps_of_part(steps_of(plan, schedule, rank), schedule, Part(part))
+            for rank in range(plan.world_size)
+        ]
 
 
 def _say(line: str | None, *, stacks: bool = False) -> None:
