@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from megatron_mosaic.report.prediction import TIME_TERMS, Prediction
 from megatron_mosaic.report.step import Measured, ReportedStep
-from megatron_mosaic.report.units import gib, seconds
+from megatron_mosaic.report.units import gib, ranks_text, seconds
 
 _LEAST_SHARE = 0.002  # of a step: what is less is not worth a word
 _NAMES: Mapping[str, str] = {
@@ -35,7 +35,7 @@ def summary(prediction: Prediction) -> str:
     """Says in words what a plan gains over the homogeneous baseline, and by what."""
     step_s, other_s = prediction.step_s, prediction.baseline_step_s
     if step_s is None:
-        return "The plan file holds no prediction, so there is nothing to compare it with."
+        return "The plan file predicts no time of a step, so there is nothing to compare it with."
     if other_s is None or not step_s:
         return f"A step takes {seconds(step_s)}; the plan file names no baseline."
     name = f"the best homogeneous layout{_in_brackets(prediction.baseline_layout)}"
@@ -62,7 +62,7 @@ def key_numbers(prediction: Prediction, step: ReportedStep) -> Iterator[Number]:
     if prediction.memory:
         fullest = max(prediction.memory, key=lambda bar: bar.total_bytes)
         of = f" of {gib(prediction.capacity_bytes)}" if prediction.capacity_bytes else ""
-        yield Number("fullest GPU", gib(fullest.total_bytes), f"ranks {fullest.ranks}{of}")
+        yield Number("fullest GPU", gib(fullest.total_bytes), f"{ranks_text(fullest.ranks)}{of}")
 
 
 def waiting_share(step: ReportedStep) -> float:

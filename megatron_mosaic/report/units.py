@@ -11,3 +11,8 @@ def seconds(value_s: float) -> str:
 def gib(value_bytes: float) -> str:
     """Gibibytes with one digit behind the point."""
     return f"{value_bytes / 2**30:.1f} GiB"
+
+
+def ranks_text(written: str) -> str:
+    """Ranks as the plan writes them, with the word before them."""
+    return f"rank{'' if written.isdigit() else 's'} {written}"

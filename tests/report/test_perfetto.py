@@ -30,7 +30,7 @@ def test_trace_names_kinds_of_ranks_and_measured_ranks(tmp_path):
         if event["ph"] == "M"
     }
     assert names["process_name", 0, 0] == "ranks 0-1: vision.0"
-    assert names["process_name", 2, 0] == "ranks 3: language.1"
+    assert names["process_name", 2, 0] == "rank 3: language.1"
     assert names["thread_name", 0, 0] == "simulated"
     assert names["thread_name", 0, 2] == "rank 1, measured"
 

@@ -207,6 +207,18 @@ def test_show_refuses_in_one_line(output, predicted, message, tmp_path, capsys):
     assert re.search(message, error)
 
 
+@pytest.mark.parametrize("output", [[], ["-o", "plan.png"]])
+def test_show_refuses_a_trace_where_none_is_shown(output, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN)
+
+    status = main(["show", str(plan), "--trace", "steps", *output])
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert re.search(r"--trace=steps must go with --output that ends with \.html or \.json", error)
+
+
 @pytest.mark.parametrize(
     ("value_s", "expected"),
     [(0.0, "0.00 s"), (0.00123, "1.23 ms"), (0.5, "500 ms"), (1.0, "1.00 s"), (12.34, "12.3 s")],

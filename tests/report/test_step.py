@@ -106,7 +106,7 @@ def test_summary_says_what_the_plan_gains_and_pays():
 @pytest.mark.parametrize(
     ("predicted", "expected"),
     [
-        ("", "The plan file holds no prediction, so there is nothing to compare it with."),
+        ("", "The plan file predicts no time of a step, so there is nothing to compare it with."),
         ("predicted: {step_s: 2.0}\n", "A step takes 2.00 s; the plan file names no baseline."),
         (
             "predicted: {step_s: 2.0, baseline_step_s: 2.001}\n",
