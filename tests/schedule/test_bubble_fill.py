@@ -223,7 +223,7 @@ def test_verify_marks_the_fault_in_its_table():
     )
 
     with pytest.raises(
-        ScheduleError, match="task=B0 vision.0 must come after B0 language"
+        ScheduleError, match=r"task=B0 vision.0 must come after B0 language"
     ) as caught:
         verify(stored, build_schedule(stored))
     assert caught.value.table == (
