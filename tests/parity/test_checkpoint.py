@@ -17,6 +17,7 @@ PLAN_OF = {plan.stem: plan for plan in PLANS}
 SHARDED = ("--use-distributed-optimizer",)
 SEVERAL = ("--modalities", "vision", "audio", *SHARDED)
 OUTPUT = ("--modalities", "vision", "generator", *SHARDED)
+TIED = ("--tie-embeddings", *SHARDED)
 DROPOUT = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
 # Samples of one length, so that no layout pads: padding would have a part in the auxiliary loss.
 EXPERTS = (
@@ -74,6 +75,13 @@ def _distance(own: dict, other: dict) -> float:
         ("idle_rank", "idle_rank", SHARDED),
         ("encoders_on_shared_ranks", "encoders_apart", SEVERAL),
         ("output_on_shared_ranks", "output_apart", OUTPUT),
+        ("virtual_pp2", "virtual_pp2", SHARDED),
+        ("virtual_pp2", "one_rank", SHARDED),
+        ("colocated_v2_l2", "virtual_pp2", SHARDED),
+        ("virtual_vision", "virtual_uneven_disjoint", SHARDED),
+        ("virtual_uneven_disjoint", "colocated_v2_l2pp2", SHARDED),
+        ("virtual_tied_one_rank", "virtual_tied_pp2", TIED),
+        ("virtual_tied_pp2", "virtual_tied_one_rank", TIED),
     ],
 )
 def test_resumed_run_ends_as_the_uninterrupted_one(saved_under, resumed_under, options):
