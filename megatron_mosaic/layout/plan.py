@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -12,17 +12,26 @@ from megatron_mosaic.fields import nearest, show
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan_file import FORMAT, read_plan_fields, write_plan_fields
 from megatron_mosaic.layout.rules import check_plan
-from megatron_mosaic.layout.unsupported import refuse_later_kind, refuse_unsupported
+from megatron_mosaic.layout.unsupported import refuse_unsupported
 
-ScheduleKind = Literal["no_pipelining", "1f1b", "colocated"]
+ScheduleKind = Literal["no_pipelining", "1f1b", "interleaved", "colocated", "bubble_fill"]
 
-# Keys of a module that came after format 1, at their defaults: without them a plan has the digest
-# that it always had.
-_LATER_DEFAULTS: Mapping[str, Any] = {
+# Keys of a schedule beside its kind, and the kinds that know them.
+_KINDS_OF_KEY: Mapping[str, tuple[ScheduleKind, ...]] = {
+    "encoder_group": ("colocated", "bubble_fill"),
+    "max_live": ("bubble_fill",),
+    "ahead": ("bubble_fill",),
+    "order": ("bubble_fill",),
+}
+
+# Keys that came after format 1, at their defaults: without them a plan has the digest that it
+# always had.
+_LATER_MODULE_DEFAULTS: Mapping[str, Any] = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": None,
     "virtual_pipeline_model_parallel_size": 1,
 }
+_LATER_SCHEDULE_DEFAULTS: Mapping[str, Any] = {"max_live": None, "ahead": False, "order": None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,39 +39,56 @@ class ScheduleChoice:
     """Which schedule runs, and its parameters.
 
     Args:
-        kind: ``no_pipelining``; ``1f1b`` with encoders on ranks of their own; ``colocated`` with
-            encoders that may share ranks with the language model.
-        encoder_group: Microbatches of one encoder task, with ``colocated`` alone; ``None`` is the
-            whole batch.
+        kind: ``no_pipelining``; ``1f1b`` with encoders on ranks of their own; ``interleaved``, the
+            same with several stages of the language model on a rank; ``colocated`` with encoders
+            that may share ranks with the language model; ``bubble_fill`` with encoder tasks in
+            the waits of the language model's pipeline.
+        encoder_group: Microbatches of one encoder task, with ``colocated`` and ``bubble_fill``;
+            ``None`` is the whole batch with the one, one microbatch with the other.
+        max_live: Tasks of an encoder stage whose activations a rank may hold at the same time,
+            with ``bubble_fill``; ``None`` is no bound.
+        ahead: Frozen encoders run the next step's forward passes, with ``bubble_fill``.
+        order: Tasks of each kind of ranks as text, pairs of ranks and tasks, with
+            ``bubble_fill``; ``None`` leaves the order to durations of one unit forward and two
+            backward.
 
     Raises:
         PlanError: The kind does not exist.
-        LayoutError: ``encoder_group`` is not positive, or given for another kind.
+        LayoutError: A number is not positive, or a key is given for another kind.
     """
 
     kind: ScheduleKind
     encoder_group: int | None = None
+    max_live: int | None = None
+    ahead: bool = False
+    order: tuple[tuple[str, str], ...] | None = None
 
     def __post_init__(self) -> None:
-        refuse_later_kind(self.kind)
         kinds = get_args(ScheduleKind)
         if self.kind not in kinds:
             raise PlanError(
                 f"schedule: kind={show(self.kind)} must be one of {', '.join(kinds)}; "
                 f"{nearest(self.kind, kinds, otherwise='choose one of them')}"
             )
-        if self.encoder_group is None:
-            return
-        if self.kind != "colocated":
-            raise LayoutError(
-                f"schedule: encoder_group={self.encoder_group} must go with kind=colocated, "
-                f"not {self.kind}; remove the key or change the kind"
-            )
-        if self.encoder_group < 1:
-            raise LayoutError(
-                f"schedule: encoder_group={self.encoder_group} must be >= 1; "
-                f"give microbatches, or remove the key for the whole batch"
-            )
+        for key, known in _KINDS_OF_KEY.items():
+            value = getattr(self, key)
+            if value not in (None, False) and self.kind not in known:
+                raise LayoutError(
+                    f"schedule: {key}={show(value)} must go with kind={' or '.join(known)}, "
+                    f"not {self.kind}; remove the key or change the kind"
+                )
+        for key, otherwise in (("encoder_group", "the default"), ("max_live", "no bound")):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise LayoutError(
+                    f"schedule: {key}={value} must be >= 1; "
+                    f"give a positive number, or remove the key for {otherwise}"
+                )
+
+    def group_size(self, num_microbatches: int) -> int:
+        """Microbatches of one encoder task in a step of ``num_microbatches``."""
+        default = num_microbatches if self.kind == "colocated" else 1
+        return min(self.encoder_group or default, num_microbatches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +158,8 @@ class Plan:
         content = asdict(self)
         del content["predicted"], content["inputs"]
         for module in content["modules"].values():
-            for key, default in _LATER_DEFAULTS.items():
-                if module[key] == default:
-                    del module[key]
+            _leave_out(module, _LATER_MODULE_DEFAULTS)
+        _leave_out(content["schedule"], _LATER_SCHEDULE_DEFAULTS)
         canonical = json.dumps({"format": FORMAT, **content}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -175,7 +200,11 @@ class Plan:
 
     def to_yaml(self) -> str:
         """Text of the plan file: ranks as spans, keys with default values left out."""
-        schedule = {key: value for key, value in asdict(self.schedule).items() if value is not None}
+        schedule = {
+            field.name: value
+            for field in fields(self.schedule)
+            if (value := getattr(self.schedule, field.name)) not in (None, False)
+        }
         written = {
             "world_size": self.world_size,
             "global_batch_size": self.global_batch_size,
@@ -193,6 +222,12 @@ class Plan:
     def write(self, path: str | Path) -> None:
         """Writes the plan file."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+def _leave_out(content: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    for key, default in defaults.items():
+        if content[key] == default:
+            del content[key]
 
 
 def check_world_size(plan: Plan, launched: int, *, where: str = "plan") -> None:

@@ -53,7 +53,26 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "expert_tensor_parallel_size": integer,
     "recompute": text,
 }
-_SCHEDULE_KEYS: Mapping[str, Parse] = {"kind": text, "encoder_group": integer}
+
+
+def _task_lists(field: str, value: object) -> tuple[tuple[str, str], ...]:
+    """Reads the tasks of each kind of ranks, in any order of the kinds."""
+    lists = mapping(field, value)
+    return tuple(
+        sorted(
+            (text(f"{field} key", ranks), text(f"{field}[{ranks}]", lists[ranks]))
+            for ranks in lists
+        )
+    )
+
+
+_SCHEDULE_KEYS: Mapping[str, Parse] = {
+    "kind": text,
+    "encoder_group": integer,
+    "max_live": integer,
+    "ahead": boolean,
+    "order": _task_lists,
+}
 
 
 def read_plan_fields(source: str) -> dict[str, Any]:
@@ -68,7 +87,6 @@ def read_plan_fields(source: str) -> dict[str, Any]:
     plan = read_keys("", document, known=_PLAN_KEYS, required=_REQUIRED_PLAN_KEYS)
     del plan["format"]
     plan["modules"] = {name: _read_module(name, module) for name, module in plan["modules"].items()}
-    unsupported.refuse_later_keys("schedule", plan["schedule"], unsupported.LATER_SCHEDULE_KEYS)
     plan["schedule"] = read_keys(
         "schedule: ", plan["schedule"], known=_SCHEDULE_KEYS, required=("kind",)
     )
@@ -81,6 +99,8 @@ def write_plan_fields(plan: Mapping[str, Any]) -> str:
     document["modules"] = {
         name: _written_module(placement) for name, placement in plan["modules"].items()
     }
+    if "order" in document["schedule"]:
+        document["schedule"] = {**document["schedule"], "order": dict(plan["schedule"]["order"])}
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.fields import nearest, show
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.ranks import MAX_WORLD_SIZE, show_ranks
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def check_plan(plan: "Plan") -> None:
     _check_connected(plan)
     _check_acyclic(plan)
     _check_schedule(plan)
+    _check_virtual_stages(plan)
+    _check_ahead(plan)
     _check_encoder_group(plan)
     _check_outputs(plan)
 
@@ -128,9 +131,9 @@ def _check_acyclic(plan: "Plan") -> None:
 
 def _check_schedule(plan: "Plan") -> None:
     kind = plan.schedule.kind
-    if kind == "colocated" and not plan.encoders:
+    if kind in ("colocated", "bubble_fill") and not plan.encoders:
         raise LayoutError(
-            "schedule: kind=colocated must have a module beside language to run; use 1f1b"
+            f"schedule: kind={kind} must have a module beside language to run; use 1f1b"
         )
     for name, placement in plan.modules.items():
         stages = placement.pipeline_model_parallel_size
@@ -140,11 +143,41 @@ def _check_schedule(plan: "Plan") -> None:
                 f"{stages} of modules.{name}; use 1f1b or colocated"
             )
         shared = sorted(set(placement.ranks) & set(plan.language.ranks))
-        if kind == "1f1b" and name != "language" and shared:
+        if kind in ("1f1b", "interleaved") and name != LANGUAGE and shared:
             raise LayoutError(
-                f"schedule: kind=1f1b must not share ranks {show_ranks(shared)} between "
+                f"schedule: kind={kind} must not share ranks {show_ranks(shared)} between "
                 f"modules.{name} and modules.language; use colocated or other ranks"
             )
+
+
+def _check_virtual_stages(plan: "Plan") -> None:
+    kind = plan.schedule.kind
+    pp = plan.language.pipeline_model_parallel_size
+    virtual = plan.language.virtual_pipeline_model_parallel_size
+    where = f"modules.language: virtual_pipeline_model_parallel_size={virtual}"
+    if kind == "interleaved" and (virtual == 1 or pp == 1):
+        raise LayoutError(
+            f"{where} must be > 1 on a pipeline of > 1 ranks, not {pp}, with kind=interleaved; "
+            f"raise both or use 1f1b"
+        )
+    if virtual > 1 and kind not in ("interleaved", "bubble_fill"):
+        raise LayoutError(f"{where} must be 1 with kind={kind}; use interleaved or remove the key")
+    if virtual > 1 and plan.num_microbatches % pp:
+        raise LayoutError(
+            f"{where} must go with microbatches that are a multiple of "
+            f"pipeline_model_parallel_size={pp}, not {plan.num_microbatches}; "
+            f"change global_batch_size or micro_batch_size"
+        )
+
+
+def _check_ahead(plan: "Plan") -> None:
+    fed = {destination for _, destination in plan.edges}
+    first = [plan.modules[name] for name in plan.encoders if name not in fed]
+    if plan.schedule.ahead and all(placement.trainable != () for placement in first):
+        raise LayoutError(
+            "schedule: ahead=true must find an encoder with trainable=[] that no other module "
+            "feeds; remove the key"
+        )
 
 
 def _check_encoder_group(plan: "Plan") -> None:

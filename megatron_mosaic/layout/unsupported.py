@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 LATER_MODULE_KEYS: Mapping[str, str] = {
     "share": "a share of a GPU",
 }
-LATER_SCHEDULE_KEYS: Mapping[str, str] = {"order": "a stored task order"}
-LATER_SCHEDULE_KINDS: Mapping[str, str] = {"bubble_fill": "filling pipeline bubbles"}
 
 
 def refuse_later_keys(where: str, written: Mapping[str, object], later: Mapping[str, str]) -> None:
@@ -35,19 +33,6 @@ def refuse_later_keys(where: str, written: Mapping[str, object], later: Mapping[
             )
 
 
-def refuse_later_kind(kind: str) -> None:
-    """Refuses schedules of the design that this version cannot build.
-
-    Raises:
-        PlanError: ``kind`` is one of them.
-    """
-    if kind in LATER_SCHEDULE_KINDS:
-        raise PlanError(
-            f"schedule: kind={kind} must be another one: {LATER_SCHEDULE_KINDS[kind]} is not "
-            f"supported by this version; use colocated"
-        )
-
-
 def refuse_unsupported(plan: "Plan") -> None:
     """Refuses a consistent plan that this version cannot run.
 
@@ -56,6 +41,11 @@ def refuse_unsupported(plan: "Plan") -> None:
     """
     for placement in plan.modules.values():
         _refuse_sizes(placement)
+    if plan.schedule.ahead:
+        raise PlanError(
+            "schedule: ahead=true must be absent: encoders that run one step ahead are not "
+            "supported by this version; remove the key"
+        )
     for edge in plan.edges:
         if LANGUAGE not in edge:
             raise PlanError(

@@ -2,7 +2,7 @@
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule import colocated, no_pipelining, one_f_one_b
+from megatron_mosaic.schedule import bubble_fill, colocated, interleaved, no_pipelining, one_f_one_b
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.schedule import Schedule
 
@@ -33,8 +33,12 @@ def build_schedule(
             build = no_pipelining.no_pipelining
         case "1f1b":
             build = one_f_one_b.one_f_one_b
+        case "interleaved":
+            build = interleaved.interleaved
         case "colocated":
             build = colocated.colocated
+        case "bubble_fill":
+            build = bubble_fill.bubble_fill
     return build(plan, num_microbatches=num_microbatches, forward_only=forward_only)
 
 
@@ -45,5 +49,9 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
             return min(num_microbatches, 1)
         case "1f1b":
             return one_f_one_b.max_live(plan, stage, num_microbatches=num_microbatches)
+        case "interleaved":
+            return interleaved.max_live(plan, stage, num_microbatches=num_microbatches)
         case "colocated":
             return colocated.max_live(plan, stage, num_microbatches=num_microbatches)
+        case "bubble_fill":
+            return bubble_fill.max_live(plan, stage, num_microbatches=num_microbatches)

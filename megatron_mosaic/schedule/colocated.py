@@ -94,7 +94,7 @@ def encoder_stages(plan: Plan) -> tuple[Stage, ...]:
 
 def encoder_groups(plan: Plan, *, num_microbatches: int) -> list[tuple[int, ...]]:
     """Microbatches of every encoder task; the last group may be shorter."""
-    size = min(plan.schedule.encoder_group or num_microbatches, num_microbatches)
+    size = plan.schedule.group_size(num_microbatches)
     starts = range(0, num_microbatches, size)
     return [tuple(range(m, min(m + size, num_microbatches))) for m in starts]
 

@@ -3,6 +3,7 @@
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 
 
@@ -78,6 +79,18 @@ def needs_backward(plan: Plan, module: str) -> bool:
     """
     behind = upstream(plan, module) | {module}
     return any(plan.modules[name].trainable != () for name in behind)
+
+
+def ahead_modules(plan: Plan) -> frozenset[str]:
+    """Modules that run a step ahead: all that can, if the plan wants it.
+
+    Those are the modules before the language model without a backward pass: nothing that a step
+    trains changes what they make of the next one.
+    """
+    if not plan.schedule.ahead:
+        return frozenset()
+    before = [name for name in plan.modules if LANGUAGE not in upstream(plan, name) | {name}]
+    return frozenset(name for name in before if not needs_backward(plan, name))
 
 
 def hosted_stages(plan: Plan, rank: int) -> tuple[Stage, ...]:

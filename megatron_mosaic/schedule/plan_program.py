@@ -12,9 +12,10 @@ import numpy as np
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule import colocated
+from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.clock import Clock
 from megatron_mosaic.schedule.graph import Stage, needs_backward, stage_distances, stage_order
-from megatron_mosaic.schedule.program import Integers, Program, TaskArrays, wire
+from megatron_mosaic.schedule.program import Integers, Program, TaskArrays, program_of, wire
 
 
 class _Due(NamedTuple):
@@ -38,6 +39,9 @@ def program_of_plan(
         forward_only: Leaves the backward tasks out.
     """
     total = plan.num_microbatches if num_microbatches is None else num_microbatches
+    if plan.schedule.kind in ("interleaved", "bubble_fill"):
+        schedule = build_schedule(plan, num_microbatches=total, forward_only=forward_only)
+        return program_of(plan, schedule)
     due = {"no_pipelining": _one_by_one, "1f1b": _pipelined, "colocated": _grouped}
     number = {stage: index for index, stage in enumerate(stage_order(plan))}
     backward = {name: not forward_only and needs_backward(plan, name) for name in plan.modules}

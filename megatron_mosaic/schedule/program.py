@@ -1,5 +1,6 @@
 """A schedule as arrays: what every task waits for, with equal ranks folded."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds, stage_order
+from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds
+from megatron_mosaic.schedule.parts import Link, Part, links_of, parts_of
 from megatron_mosaic.schedule.schedule import Schedule
-from megatron_mosaic.schedule.steps import Edge, edges_of
+from megatron_mosaic.schedule.steps import Edge, crosses_steps, edges_of
 from megatron_mosaic.schedule.task import Task
 
 Integers = NDArray[np.int64]
@@ -57,7 +59,8 @@ class Program:
     """What a simulation runs.
 
     Args:
-        stages: Stages that ``tasks.stage`` counts.
+        parts: Stages that ``tasks.stage`` counts; one whose replicas run apart is there for each
+            part.
         edges: Edges that ``Inputs.edge`` counts.
         kinds: Ranks that host the same stages, and so have the same tasks; none that are idle.
         tasks: All tasks.
@@ -66,7 +69,7 @@ class Program:
         others: What some tasks wait for besides: more kinds of ranks, more inputs.
     """
 
-    stages: tuple[Stage, ...]
+    parts: tuple[Part, ...]
     edges: tuple[Edge, ...]
     kinds: tuple[RankKind, ...]
     tasks: TaskArrays
@@ -74,53 +77,73 @@ class Program:
     data: Inputs
     others: Inputs
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Stage of every part."""
+        return tuple(part.stage for part in self.parts)
+
     def task(self, index: int) -> Task:
         """One task."""
         stage, backward, first, count = (int(column[index]) for column in self.tasks)
         kind = "B" if backward else "F"
-        return Task(kind, *self.stages[stage], tuple(range(first, first + count)))
+        return Task(kind, *self.parts[stage].stage, tuple(range(first, first + count)))
 
     def tasks_of(self, kind: RankKind) -> Integers:
         """Positions of the tasks that ranks of a kind run, in their order."""
-        hosted = [self.stages.index(stage) for stage in kind.stages]
+        number = self.kinds.index(kind)
+        hosted = [p for p, part in enumerate(self.parts) if number in part.kinds]
         return np.flatnonzero(np.isin(self.tasks.stage, hosted))
 
     def peak_live(self, stage: Stage) -> int:
         """Most tasks of a stage whose activations a rank holds at the same time."""
-        own = self.tasks.backward[self.tasks.stage == self.stages.index(stage)]
-        if not own.any():
-            return min(len(own), 1)
-        return int(np.cumsum(1 - 2 * own).max())
+        own = [p for p, part in enumerate(self.parts) if part.stage == stage]
+        return max(_peak(self.tasks.backward[self.tasks.stage == p]) for p in own)
 
 
 def program_of(plan: Plan, schedule: Schedule) -> Program:
     """Makes the program of any schedule of a plan that ``verify`` accepts.
 
-    Every stage must run its microbatches in ascending order, as all built schedules do.
+    Every stage must run its microbatches in ascending order, and ranks that host the same stages
+    the same tasks, as all built schedules do. Where the lists of its ranks do not let all of a
+    stage run a task together, or the schedule leaves them free, its replicas are parts.
     """
-    stages = stage_order(plan)
-    number = {stage: index for index, stage in enumerate(stages)}
-    rows = [
-        (number[Stage(*task[1:3])], task.kind == "B", task.microbatches[0], len(task.microbatches))
-        for task in _common_order(plan, schedule)
-    ]
-    return wire(plan, TaskArrays(*np.array(rows, dtype=np.int64).reshape(-1, 4).T))
+    found = None
+    if not schedule.receives_early:
+        parts = parts_of(plan, apart=False)
+        found = _common_order(plan, schedule, parts)
+    if found is None:
+        parts = parts_of(plan, apart=True)
+        found = _common_order(plan, schedule, parts)
+    assert found is not None, "the schedule must be one that verify accepts"
+    rows = [(p, t.kind == "B", t.microbatches[0], len(t.microbatches)) for p, t in found]
+    tasks = TaskArrays(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
+    return wire(plan, tasks, parts=parts, ahead=schedule)
 
 
-def wire(plan: Plan, tasks: TaskArrays) -> Program:
+def wire(
+    plan: Plan,
+    tasks: TaskArrays,
+    *,
+    parts: tuple[Part, ...] | None = None,
+    ahead: Schedule | None = None,
+) -> Program:
     """Finds out what every task of a plan waits for.
 
     Args:
         plan: The plan.
-        tasks: Tasks; ``stage`` counts the plan's ``stage_order``.
+        tasks: Tasks; ``stage`` counts the parts.
+        parts: Parts of the plan's stages; by default every stage is one.
+        ahead: Schedule that tells which modules run ahead, if any do.
     """
-    stages, edges, kinds = stage_order(plan), edges_of(plan), rank_kinds(plan)
-    rank, *more_ranks = _rank_inputs(tasks, stages, kinds, no_edge=len(edges))
-    data, *more_data = _data_inputs(tasks, stages, edges)
+    edges, kinds = edges_of(plan), rank_kinds(plan)
+    parts = parts_of(plan, apart=False) if parts is None else parts
+    links = links_in_a_step(plan, parts, ahead)
+    rank, *more_ranks = _rank_inputs(tasks, parts, no_edge=len(edges))
+    data, *more_data = data_inputs(tasks, links, len(parts), no_edge=len(edges))
     others = [np.concatenate(column) for column in zip(*more_ranks, *more_data, strict=True)]
     order = np.argsort(others[0], kind="stable") if others else np.array([], dtype=np.int64)
     return Program(
-        stages=stages,
+        parts=parts,
         edges=edges,
         kinds=kinds,
         tasks=tasks,
@@ -130,15 +153,23 @@ def wire(plan: Plan, tasks: TaskArrays) -> Program:
     )
 
 
-def _rank_inputs(
-    tasks: TaskArrays, stages: tuple[Stage, ...], kinds: tuple[RankKind, ...], *, no_edge: int
-) -> Iterator[Inputs]:
+def links_in_a_step(
+    plan: Plan, parts: tuple[Part, ...], schedule: Schedule | None
+) -> tuple[Link, ...]:
+    edges, links = edges_of(plan), links_of(plan, parts)
+    if schedule is None:
+        return links
+    return tuple(link for link in links if not crosses_steps(schedule, edges[link.edge]))
+
+
+def _peak(backward: Integers) -> int:
+    """Most tasks between their passes; without backward passes each is gone when it ends."""
+    return int(np.cumsum(1 - 2 * backward).max()) if backward.any() else min(len(backward), 1)
+
+
+def _rank_inputs(tasks: TaskArrays, parts: tuple[Part, ...], *, no_edge: int) -> Iterator[Inputs]:
     """Tasks before on the same ranks: all tasks' on their first kind, then those on others."""
-    number = {stage: index for index, stage in enumerate(stages)}
-    hosts: list[list[int]] = [[] for _ in stages]
-    for k, hosting in enumerate(kinds):
-        for stage in hosting.stages:
-            hosts[number[stage]].append(k)
+    hosts = [list(part.kinds) for part in parts]
     # One row for every task and kind of ranks that runs it; `slot` counts those of one task.
     num_hosts = np.array([len(own) for own in hosts])[tasks.stage]
     task, slot = _spread(num_hosts)
@@ -152,33 +183,29 @@ def _rank_inputs(
         yield Inputs(task[own], before[own], nothing + no_edge, nothing)
 
 
-def _data_inputs(
-    tasks: TaskArrays, stages: tuple[Stage, ...], edges: tuple[Edge, ...]
+def data_inputs(
+    tasks: TaskArrays, links: tuple[Link, ...], num_parts: int, *, no_edge: int
 ) -> Iterator[Inputs]:
     """Tasks that make the inputs: all tasks' first one, then the others."""
-    number = {stage: index for index, stage in enumerate(stages)}
-    # Forward passes wait for what comes into a stage, backward passes for what went out.
-    waits: list[list[int]] = [[] for _ in range(2 * len(stages))]
-    ends = np.zeros((2, len(edges) + 1), dtype=np.int64)
-    for e, edge in enumerate(edges):
-        ends[0, e], ends[1, e] = number[Stage(*edge[:2])], number[Stage(*edge[2:])]
-        waits[ends[1, e]].append(e)
-        waits[len(stages) + ends[0, e]].append(e)
-    maker = _task_of_microbatch(tasks, len(stages))
-    slots = _padded(waits)[:, tasks.stage + len(stages) * tasks.backward]
+    # Forward passes wait for what comes into a part, backward passes for what went out.
+    waits: list[list[int]] = [[] for _ in range(2 * num_parts)]
+    for n, link in enumerate(links):
+        waits[link.destination].append(n)
+        waits[num_parts + link.source].append(n)
+    edges, *ends = np.array([*links, (no_edge, 0, 0)]).T
+    maker = _task_of_microbatch(tasks, num_parts)
+    slots = _padded(waits)[:, tasks.stage + num_parts * tasks.backward]
     last = tasks.first + tasks.count - 1
-    for s, edge in enumerate(slots):
-        own = np.flatnonzero(edge >= 0)
-        backward, there = tasks.backward[own], edge[own]
-        before = maker[backward, ends[backward, there], last[own]]
+    for s, link in enumerate(slots):
+        own = np.flatnonzero(link >= 0)
+        backward, there = tasks.backward[own], link[own]
+        before = maker[backward, np.array(ends)[backward, there], last[own]]
         passed = last[own] - tasks.first[before] + 1
         if s:
-            yield Inputs(own, before, there, passed)
+            yield Inputs(own, before, edges[there], passed)
             continue
-        first = Inputs(
-            np.arange(len(edge)), *(np.full_like(edge, n) for n in (START, len(edges), 0))
-        )
-        first.before[own], first.edge[own], first.passed[own] = before, there, passed
+        first = Inputs(np.arange(len(link)), *(np.full_like(link, n) for n in (START, no_edge, 0)))
+        first.before[own], first.edge[own], first.passed[own] = before, edges[there], passed
         yield first
 
 
@@ -206,31 +233,63 @@ def _task_of_microbatch(tasks: TaskArrays, num_stages: int) -> Integers:
     return found
 
 
-def _common_order(plan: Plan, schedule: Schedule) -> Iterator[Task]:
-    """Yields every task once, after all that it waits for."""
-    kinds = rank_kinds(plan)
-    lists = [schedule.tasks[kind.ranks[0]] for kind in kinds]
-    hosts = {s: [k for k, kind in enumerate(kinds) if s in kind.stages] for s in stage_order(plan)}
-    into: dict[tuple[str, Stage], list[Stage]] = {}
-    for edge in edges_of(plan):
-        into.setdefault(("F", Stage(*edge[2:])), []).append(Stage(*edge[:2]))
-        into.setdefault(("B", Stage(*edge[:2])), []).append(Stage(*edge[2:]))
-    position = [0] * len(kinds)
-    done: set[tuple[str, Stage, int]] = set()
-    left = {task for tasks in lists for task in tasks}
-    while left:
-        num_left = len(left)
-        for k, tasks in enumerate(lists):
-            task = tasks[position[k]] if position[k] < len(tasks) else None
-            if task is None:
-                continue
-            stage = Stage(task.module, task.stage)
-            here = all(lists[other][position[other]] == task for other in hosts[stage])
-            needed = into.get((task.kind, stage), [])
-            if here and all((task.kind, s, m) in done for s in needed for m in task.microbatches):
-                for other in hosts[stage]:
-                    position[other] += 1
-                done |= {(task.kind, stage, m) for m in task.microbatches}
-                left.remove(task)
-                yield task
-        assert len(left) < num_left, "the schedule must be one that verify accepts"
+def _common_order(
+    plan: Plan, schedule: Schedule, parts: tuple[Part, ...]
+) -> list[tuple[int, Task]] | None:
+    """Tasks of all parts, once each, after all that they wait for; None if some wait for ever."""
+    lists = _lists(plan, schedule, parts)
+    inputs = _inputs(links_in_a_step(plan, parts, schedule))
+    position = [0] * len(lists)
+    done: set[tuple[str, int, int]] = set()
+    waiting: dict[object, list[int]] = {}
+    order: list[tuple[int, Task]] = []
+    ready = deque(range(len(lists)))
+    while ready:
+        k = ready.popleft()
+        while position[k] < len(lists[k]):
+            part, task = own = lists[k][position[k]]
+            hosts = parts[part].kinds
+            away = [h for h in hosts if lists[h][position[h] : position[h] + 1] != [own]]
+            missing = [(away[0], own)] if away else _missing(task, inputs, part, done)
+            if missing:
+                waiting.setdefault(missing[0], []).append(k)
+                ready.extend(waiting.pop((k, own), ()))
+                break
+            order.append(own)
+            for host in hosts:
+                position[host] += 1
+            ready.extend(host for host in hosts if host != k)
+            for m in task.microbatches:
+                done.add((task.kind, part, m))
+                ready.extend(waiting.pop((task.kind, part, m), ()))
+    finished = all(at == len(tasks) for at, tasks in zip(position, lists, strict=True))
+    return order if finished else None
+
+
+def _lists(plan: Plan, schedule: Schedule, parts: tuple[Part, ...]) -> list[list[tuple[int, Task]]]:
+    """Tasks of every kind of ranks with their parts."""
+    place = {(part.stage, k): p for p, part in enumerate(parts) for k in part.kinds}
+    return [
+        [(place[Stage(task.module, task.stage), k], task) for task in schedule.tasks[kind.ranks[0]]]
+        for k, kind in enumerate(rank_kinds(plan))
+    ]
+
+
+def _inputs(links: tuple[Link, ...]) -> dict[tuple[str, int], list[int]]:
+    """Parts whose tasks a pass of a part waits for."""
+    into: dict[tuple[str, int], list[int]] = {}
+    for link in links:
+        into.setdefault(("F", link.destination), []).append(link.source)
+        into.setdefault(("B", link.source), []).append(link.destination)
+    return into
+
+
+def _missing(
+    task: Task,
+    inputs: dict[tuple[str, int], list[int]],
+    part: int,
+    done: set[tuple[str, int, int]],
+) -> list[tuple[str, int, int]]:
+    needed = inputs.get((task.kind, part), ())
+    keys = [(task.kind, other, m) for other in needed for m in task.microbatches]
+    return [key for key in keys if key not in done]

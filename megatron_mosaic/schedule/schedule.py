@@ -18,17 +18,28 @@ class Schedule:
         forward_only: Evaluation: there are no backward tasks.
         tasks: Task lists by global rank; a rank that hosts nothing has an empty one. Replicas
             of the same stages have equal lists.
+        ahead: Frozen modules whose forward tasks here are those of the next step. What they made
+            in the step before is kept by the ranks that made it and goes to the modules that use
+            it now. Before the first step they run once more.
+        receives_early: Ranks that run an encoder post the receives of its gradients as soon as
+            they have sent its activations. Then they need not come to its backward tasks
+            together, as each may run them at another place of its list.
     """
 
     num_microbatches: int
     forward_only: bool
     tasks: tuple[tuple[Task, ...], ...]
+    ahead: frozenset[str] = frozenset()
+    receives_early: bool = False
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of what every rank does."""
         own = {id(tasks): tasks for tasks in self.tasks}  # replicas share their list
         lists = {key: ";".join(map(str, tasks)) for key, tasks in own.items()}
-        content = [self.num_microbatches, self.forward_only, *(lists[id(t)] for t in self.tasks)]
+        lists_of_ranks = (lists[id(tasks)] for tasks in self.tasks)
+        content = [self.num_microbatches, self.forward_only, *lists_of_ranks]
+        if self.ahead or self.receives_early:
+            content += [sorted(self.ahead), self.receives_early]
         return hashlib.sha256("\n".join(map(str, content)).encode()).hexdigest()
 
 

@@ -95,8 +95,8 @@ def simulate(
 
 def _durations(program: Program, tasks_s: Mapping[Stage, PassTimes]) -> Seconds:
     stage, backward, _, count = program.tasks
-    table = np.array([tasks_s[stage] for stage in program.stages])
-    longest = np.ones(len(program.stages), dtype=np.int64)
+    table = np.array([tasks_s[part.stage] for part in program.parts])
+    longest = np.ones(len(program.parts), dtype=np.int64)
     np.maximum.at(longest, stage, count)
     return table[stage, backward] * (count / longest[stage])
 

@@ -100,21 +100,71 @@ def has_gradient(plan: Plan, edge: Edge) -> bool:
 def steps_of(plan: Plan, schedule: Schedule, rank: int) -> tuple[Step, ...]:
     """Expands a rank's tasks into what the engine walks.
 
-    A rank that only receives posts directly before it waits. One that hosts both ends of an edge
-    posts its sends and receives at once, after the task that produces, so it never posts twice.
+    A rank that only receives posts directly before it waits, or early if the schedule says so.
+    One that hosts both ends of an edge posts its sends and receives at once, after the task that
+    produces, so it never posts twice.
+
+    What a module that runs ahead made in the step before is sent by ranks that only send it at
+    the beginning, and by ranks that use it before they wait for it.
     """
     edges = edges_of(plan)
-    sends_forward = {edge for edge in edges if rank in participants(plan, edge)[0]}
-    sends_back = {edge for edge in edges if rank in participants(plan, edge)[1]}
-    steps: list[Step] = []
+    on = _Ends(
+        source=frozenset(edge for edge in edges if rank in participants(plan, edge)[0]),
+        destination=frozenset(edge for edge in edges if rank in participants(plan, edge)[1]),
+        kept=frozenset(edge for edge in edges if crosses_steps(schedule, edge)),
+        early=frozenset(edge for edge in edges if schedule.receives_early and _joins_modules(edge)),
+    )
+    steps: list[Step] = [
+        Post(Transfer("activation", edge, microbatch))
+        for edge in edges
+        if edge in on.kept & on.source - on.destination
+        for microbatch in range(schedule.num_microbatches)
+    ]
     for task in schedule.tasks[rank]:
         arriving, leaving = _transfers(plan, edges, task)
-        sends = sends_forward if task.kind == "F" else sends_back
-        steps += [Post(transfer) for transfer in arriving if transfer.edge not in sends]
+        steps += [Post(transfer) for transfer in arriving if on.posts_at_wait(transfer)]
         steps += [Wait(transfer) for transfer in arriving]
         steps.append(Compute(task))
-        steps += [Post(transfer) for transfer in leaving]
+        if not schedule.forward_only:
+            leaving += _early_receives(plan, on, leaving)
+        steps += [Post(transfer) for transfer in leaving if transfer.edge not in on.kept]
     return tuple(steps)
+
+
+def crosses_steps(schedule: Schedule, edge: Edge) -> bool:
+    """Whether an edge leads from a module that runs a step ahead to one that does not."""
+    return edge.source in schedule.ahead and edge.destination not in schedule.ahead
+
+
+class _Ends(NamedTuple):
+    """Edges that one rank takes part in, and what is special about some of them."""
+
+    source: frozenset[Edge]
+    destination: frozenset[Edge]
+    kept: frozenset[Edge]
+    early: frozenset[Edge]
+
+    def posts_at_wait(self, transfer: Transfer) -> bool:
+        """Whether this rank, which waits for a transfer, has not posted it before."""
+        edge = transfer.edge
+        if transfer.kind == "activation":
+            return edge not in self.source or edge in self.kept
+        return edge not in self.destination and edge not in self.early
+
+
+def _early_receives(plan: Plan, on: _Ends, leaving: list[Transfer]) -> list[Transfer]:
+    """Gradients of what a task sends, if this rank posts their receives now."""
+    return [
+        Transfer("gradient", edge, microbatch)
+        for kind, edge, microbatch in leaving
+        if kind == "activation"
+        and edge in on.early - on.destination - on.kept
+        and has_gradient(plan, edge)
+    ]
+
+
+def _joins_modules(edge: Edge) -> bool:
+    return edge.source != edge.destination
 
 
 def _transfers(

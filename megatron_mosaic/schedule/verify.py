@@ -1,14 +1,16 @@
 """Checks that a schedule does the work of its plan, in an order that can run."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache, partial
 from typing import Literal, get_args
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.drawing import draw
-from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward, stage_order
+from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward
+from megatron_mosaic.schedule.play import needs_of
 from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks
 from megatron_mosaic.schedule.schedule import Schedule, peak_live
 from megatron_mosaic.schedule.steps import (
@@ -71,18 +73,17 @@ def _check_tasks(plan: Plan, schedule: Schedule) -> None:
             if task not in expected:
                 names = ", ".join(f"{name}.{stage}" for name, stage in hosted) or "nothing"
                 rule = f"must be a task that the plan needs of {names}; remove it"
-                raise _error(schedule, [rank], f"task={task} {rule}")
+                raise _error(schedule, [rank], f"task={task} {rule}", at=task)
         for task in sorted(expected):
             if counts[task] != 1:
                 advice = "add it" if counts[task] == 0 else "remove the others"
                 rule = f"must run once, not {counts[task]} times; {advice}"
-                raise _error(schedule, [rank], f"task={task} {rule}")
+                raise _error(schedule, [rank], f"task={task} {rule}", at=task)
 
 
 def _groups(plan: Plan, schedule: Schedule, module: str) -> list[tuple[int, ...]]:
-    """Microbatches of a module's tasks, as its first rank has them."""
+    """Microbatches of a module's tasks, as the first rank of its first stage has them."""
     rank = plan.modules[module].ranks[0]
-    # Its first stage: a rank may host others of the module, with tasks of the same microbatches.
     tasks = [task for task in schedule.tasks[rank] if task[:3] == ("F", module, 0)]
     groups = sorted(task.microbatches for task in tasks)
     if [m for group in groups for m in group] != list(range(schedule.num_microbatches)):
@@ -102,7 +103,7 @@ def _kinds(plan: Plan, schedule: Schedule, module: str) -> tuple[Literal["F", "B
 
 
 def _check_order(plan: Plan, schedule: Schedule) -> None:
-    needs = _needs(plan)
+    needs = needs_of(plan, schedule)
     for rank, tasks in enumerate(schedule.tasks):
         hosted = hosted_stages(plan, rank)
         producer = {(task.kind, task[1:3], m): task for task in tasks for m in task.microbatches}
@@ -115,21 +116,8 @@ def _check_order(plan: Plan, schedule: Schedule) -> None:
                     before = producer[kind, stage, m]
                     if before not in done:
                         rule = f"must come after {before}; move it behind"
-                        raise _error(schedule, [rank], f"task={task} {rule}")
+                        raise _error(schedule, [rank], f"task={task} {rule}", at=task)
             done.add(task)
-
-
-def _needs(plan: Plan) -> dict[tuple[str, Stage], list[tuple[str, Stage]]]:
-    """For each kind and stage the kinds and stages that it takes its input from."""
-    needs: dict[tuple[str, Stage], list[tuple[str, Stage]]] = {}
-    for stage in stage_order(plan):
-        needs["F", stage] = []
-        needs["B", stage] = [("F", stage)]
-    for source, source_stage, destination, destination_stage in edges_of(plan):
-        here, there = Stage(source, source_stage), Stage(destination, destination_stage)
-        needs["F", there].append(("F", here))
-        needs["B", here].append(("B", there))
-    return needs
 
 
 def _all_steps(plan: Plan, schedule: Schedule) -> list[tuple[Step, ...]]:
@@ -156,19 +144,31 @@ def _check_transfers(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...
             for first, *others in communicators(plan, edge):
                 for other in others:
                     orders = posts[first, kind, edge], posts[other, kind, edge]
-                    _check_equal_order(schedule, f"{kind} {edge}", (first, other), orders)
+                    _check_equal_order(schedule, kind, edge, (first, other), orders)
 
 
 def _check_equal_order(
-    schedule: Schedule, what: str, ranks: tuple[int, int], orders: tuple[list[int], list[int]]
+    schedule: Schedule,
+    kind: TransferKind,
+    edge: Edge,
+    ranks: tuple[int, int],
+    orders: tuple[list[int], list[int]],
 ) -> None:
     for expected, found in zip(*orders, strict=True):
         if expected != found:
+            one, other = ranks
+            ends = ((edge.source, edge.source_stage), (edge.destination, edge.destination_stage))
+            at = next(
+                task
+                for task in schedule.tasks[other]
+                if task[1:3] in ends and found in task.microbatches
+            )
             raise _error(
                 schedule,
-                ranks[::-1],
-                f"microbatch={found} of {what} must come after {expected}, as on rank {ranks[0]}; "
-                f"run the tasks of both ranks in the same order",
+                (other, one),
+                f"microbatch={found} of {kind} {edge} must come after {expected}, as on rank "
+                f"{one}; run the tasks of both ranks in the same order",
+                at=at,
             )
 
 
@@ -184,6 +184,7 @@ def _check_progress(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]
         [entry.rank for entry in circle],
         f"task={task} must not wait in a circle: for {chain}, which waits for rank {rank}; "
         f"give these ranks' tasks one common order",
+        faults={(entry.rank, entry.task) for entry in circle},
     )
 
 
@@ -196,18 +197,39 @@ def _circle(blocked: dict[int, Blocked]) -> list[Blocked]:
 
 
 def _check_live(plan: Plan, schedule: Schedule) -> None:
-    for rank in range(plan.world_size):
+    bound = cache(partial(max_live, plan, num_microbatches=schedule.num_microbatches))
+    live_of: dict[tuple[tuple[Task, ...], Stage], int] = {}
+    for rank, tasks in enumerate(schedule.tasks):
         for stage in hosted_stages(plan, rank):
-            most = max_live(plan, stage, num_microbatches=schedule.num_microbatches)
-            live = peak_live(schedule, rank, stage.module, stage=stage.stage)
+            if (tasks, stage) not in live_of:
+                live_of[tasks, stage] = peak_live(schedule, rank, stage.module, stage=stage.stage)
+            live, most = live_of[tasks, stage], bound(stage)
             if live > most:
                 raise _error(
                     schedule,
                     [rank],
-                    f"live={live} tasks of {stage.module} must be <= {most}, the bound of "
+                    f"live={live} tasks of {_name(plan, stage)} must be <= {most}, the bound of "
                     f"kind={plan.schedule.kind}; run backward tasks earlier",
                 )
 
 
-def _error(schedule: Schedule, ranks: Sequence[int], rest: str) -> ScheduleError:
-    return ScheduleError(f"schedule.ranks[{ranks[0]}]: {rest}", table=draw(schedule, ranks=ranks))
+def _name(plan: Plan, stage: Stage) -> str:
+    return (
+        str(stage.module)
+        if plan.modules[stage.module].num_stages == 1
+        else ".".join(map(str, stage))
+    )
+
+
+def _error(
+    schedule: Schedule,
+    ranks: Sequence[int],
+    rest: str,
+    *,
+    at: Task | None = None,
+    faults: Collection[tuple[int, Task]] = (),
+) -> ScheduleError:
+    """Error about some ranks; in its table a task of the first of them, or several, are marked."""
+    marked = {(ranks[0], at)} if at is not None else faults
+    table = draw(schedule, ranks=ranks, faults=marked)
+    return ScheduleError(f"schedule.ranks[{ranks[0]}]: {rest}", table=table)

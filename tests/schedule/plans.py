@@ -14,6 +14,7 @@ def place(
     cp: int = 1,
     dp: int = 1,
     pp: int = 1,
+    vpp: int = 1,
     ep: int = 1,
     expt_tp: int | None = None,
     trainable: tuple[str, ...] | None = None,
@@ -25,6 +26,7 @@ def place(
         context_parallel_size=cp,
         data_parallel_size=dp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=expt_tp,
         trainable=trainable,
@@ -38,6 +40,8 @@ def plan_of(
     group: int | None = None,
     edges: tuple[tuple[str, str], ...] | None = None,
     world_size: int | None = None,
+    max_live: int | None = None,
+    ahead: bool = False,
 ) -> Plan:
     """Joins every encoder to the language model unless ``edges`` says otherwise."""
     modules = {placement.name: placement for placement in placements}
@@ -52,7 +56,7 @@ def plan_of(
             micro_batch_size=1,
             modules=modules,
             edges=edges,
-            schedule=ScheduleChoice(kind=kind, encoder_group=group),
+            schedule=ScheduleChoice(kind=kind, encoder_group=group, max_live=max_live, ahead=ahead),
         )
 
 

@@ -121,3 +121,51 @@ def test_communicators_join_modules_and_keep_pipeline_lines_apart(edge, sides, t
 
     assert participants(plan, edge) == sides
     assert communicators(plan, edge) == together
+
+
+def ahead_on_shared_ranks():
+    return plan_of(
+        "bubble_fill",
+        place("vision", 0, 1, dp=2, trainable=()),
+        place("language", 0, 1, pp=2),
+        num_microbatches=2,
+        group=2,
+        ahead=True,
+    )
+
+
+def test_steps_of_a_rank_that_uses_what_ran_ahead_send_it_before_they_wait():
+    assert shown(ahead_on_shared_ranks(), 0) == (
+        "post-act-v0 wait-act-v0 F0:language.0 post-act-l0 "
+        "post-act-v1 wait-act-v1 F1:language.0 post-act-l1 F0-1:vision.0 "
+        "post-gra-l0 wait-gra-l0 B0:language.0 post-gra-l1 wait-gra-l1 B1:language.0"
+    )
+
+
+def test_steps_of_a_rank_that_only_sends_what_ran_ahead_begin_with_it():
+    assert shown(ahead_on_shared_ranks(), 1) == (
+        "post-act-v0 post-act-v1 F0-1:vision.0 "
+        "post-act-l0 wait-act-l0 F0:language.1 B0:language.1 post-gra-l0 "
+        "post-act-l1 wait-act-l1 F1:language.1 B1:language.1 post-gra-l1"
+    )
+
+
+def test_steps_of_evaluation_run_nothing_ahead():
+    assert build_schedule(ahead_on_shared_ranks(), forward_only=True).ahead == frozenset()
+
+
+def test_steps_post_the_receive_of_an_encoders_gradient_early_with_bubble_fill():
+    plan = plan_of(
+        "bubble_fill",
+        place("vision", 0, 1, dp=2),
+        place("language", 0, 1, pp=2),
+        num_microbatches=1,
+    )
+
+    # Rank 0 sends the gradient as well, so it posts when it has it.
+    assert shown(plan, 0).endswith("B0:language.0 post-gra-v0 wait-gra-v0 B0:vision.0")
+    assert shown(plan, 1) == (
+        "F0:vision.0 post-act-v0 post-gra-v0 "
+        "post-act-l0 wait-act-l0 F0:language.1 B0:language.1 post-gra-l0 "
+        "wait-gra-v0 B0:vision.0"
+    )
