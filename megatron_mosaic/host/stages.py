@@ -85,8 +85,9 @@ def tie_embeddings(stages: Sequence[torch.nn.Module]) -> None:
     first, last = _language_of(stages[0]), _language_of(stages[-1])
     if first is None or last is None or not first.share_embeddings_and_output_weights:
         return
-    # As Megatron marks it where it is shared within a stage.
-    first.shared_embedding_or_output_weight().zero_out_wgrad = True
+    weight = first.shared_embedding_or_output_weight()
+    # As Megatron marks it where it is shared within a stage: there is no copy to keep equal.
+    weight.shared_embedding, weight.zero_out_wgrad = False, True
     last.output_layer.weight = None
     last.shared_embedding_or_output_weight = first.shared_embedding_or_output_weight
     last.tie_embeddings_and_output_weights_state_dict = _nothing_to_tie
