@@ -130,12 +130,11 @@ def test_frozen_modules_are_saved_and_loaded():
     assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5
 
 
-def test_dropout_continues_where_a_checkpoint_stopped():
-    through, folder = _saved("colocated_vtp2_ldp2", DROPOUT)
+@pytest.mark.parametrize("name", ["colocated_vtp2_ldp2", "virtual_pp2"])
+def test_dropout_continues_where_a_checkpoint_stopped(name):
+    through, folder = _saved(name, DROPOUT)
 
-    resumed = _run(
-        "colocated_vtp2_ldp2", *DROPOUT, "--load", folder, "--ckpt-step", str(SAVED_STEP)
-    )
+    resumed = _run(name, *DROPOUT, "--load", folder, "--ckpt-step", str(SAVED_STEP))
 
     for name, weight in through.weights[-1].items():
         np.testing.assert_array_equal(resumed.weights[-1][name], weight, name)
