@@ -48,6 +48,26 @@ def test_link_over_gloo_carries_host_memory_and_delivers_on_its_device():
     assert run_ranks(_receive_on_meta, 2) == ["cpu", "meta"]
 
 
+def test_link_inside_a_rank_hands_over_without_a_message():
+    ((same_memory, requires_grad, num_operations),) = run_ranks(_hand_over, 1)
+
+    assert (same_memory, requires_grad, num_operations) == (True, False, 0)
+
+
+def _hand_over(rank):
+    link = PipelineLink(
+        group=GroupFactory(rank).group((0,), scope="link"),
+        source=0,
+        destination=0,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    leaving = _inputs(0).requires_grad_()
+    with record() as log:
+        arrived = link.post(leaving, shape=SHAPE).wait()
+    return arrived.data_ptr() == leaving.data_ptr(), arrived.requires_grad, len(log)
+
+
 def _receive_on_meta(rank):
     link = PipelineLink(
         group=GroupFactory(rank).group((0, 1), scope="link"),

@@ -46,7 +46,12 @@ def test_tensors_travel_side_by_side_and_an_unused_one_has_zero_gradient():
     ("name", "sizes", "field"),
     [
         ("language", {"context_parallel_size": 2}, "context_parallel_size=2"),
-        ("vision", {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2"),
+        ("vision", {"pipeline_model_parallel_size": 2}, "vision: pipeline_model_parallel_size=2"),
+        (
+            "vision",
+            {"data_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "vision: virtual_pipeline_model_parallel_size=2",
+        ),
         (
             "vision",
             {"tensor_model_parallel_size": 2, "sequence_parallel": True},

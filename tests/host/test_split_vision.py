@@ -8,7 +8,7 @@ from megatron_mosaic.layout.placement import ModulePlacement
 from tests.ranks import run_ranks
 
 
-def _refusal(rank, cp, stages, kind):
+def _refusal(rank, cp, stages, kind, virtual):
     from megatron_mosaic.host.families.llava_vision import check_splittable
 
     placement = ModulePlacement(
@@ -16,6 +16,7 @@ def _refusal(rank, cp, stages, kind):
         ranks=tuple(range(cp * stages)),
         context_parallel_size=cp,
         pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=virtual,
     )
     arguments = {"vision_transformer_config": SimpleNamespace(vision_model_type=kind)}
     arguments |= {"pixel_shuffle": True, "tile_tags": None}
@@ -25,15 +26,18 @@ def _refusal(rank, cp, stages, kind):
 
 
 @pytest.mark.parametrize(
-    ("cp", "stages", "kind", "shown"),
+    ("cp", "stages", "kind", "virtual", "shown"),
     [
-        (2, 4, "clip", "context_parallel_size=2 must be 1 with pixel_shuffle"),
-        (2, 4, "radio", "context_parallel_size=2 must be 1 for vision_model_type=radio"),
-        (1, 4, "radio", "pipeline_model_parallel_size=4 must be 1 for vision_model_type=radio"),
+        (2, 4, "clip", 1, "context_parallel_size=2 must be 1 with pixel_shuffle"),
+        (2, 4, "radio", 1, "context_parallel_size=2 must be 1 for vision_model_type=radio"),
+        (1, 4, "radio", 1, "pipeline_model_parallel_size=4 must be 1 for vision_model_type=radio"),
+        (1, 1, "radio", 2, "virtual_pipeline_model_parallel_size=2 must be 1 for vision_model_ty"),
     ],
 )
-def test_refused_split_of_a_vision_model_shows_the_size_that_was_planned(cp, stages, kind, shown):
-    assert f"modules.vision: {shown}" in run_ranks(_refusal, 1, cp, stages, kind)[0]
+def test_refused_split_of_a_vision_model_shows_the_size_that_was_planned(
+    cp, stages, kind, virtual, shown
+):
+    assert f"modules.vision: {shown}" in run_ranks(_refusal, 1, cp, stages, kind, virtual)[0]
 
 
 def _give_a_mask(rank):

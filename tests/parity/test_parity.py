@@ -109,8 +109,9 @@ def _swap_two_issues(entries: list) -> None:
     raise AssertionError("no two operations to swap")
 
 
-def test_bf16_stays_as_near_to_one_process_as_bf16_does_to_fp32():
-    plan = Path(__file__).parent.parent / "plans" / "colocated_v2_l2pp2.yaml"
+@pytest.mark.parametrize("name", ["colocated_v2_l2pp2", "virtual_cp2"])
+def test_bf16_stays_as_near_to_one_process_as_bf16_does_to_fp32(name):
+    plan = Path(__file__).parent.parent / "plans" / f"{name}.yaml"
     options = ("--images", "ragged")
     arguments = [*OPTIMIZERS["adam"], *options, "--bf16", "--use-distributed-optimizer"]
     records = run_ranks(record_plan, 4, str(plan), arguments, init=False, timeout_s=TIMEOUT_S)

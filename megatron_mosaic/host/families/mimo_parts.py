@@ -104,10 +104,13 @@ def check_sizes(placement: ModulePlacement) -> None:
             f"{where}: context_parallel_size={placement.context_parallel_size} must be 1: context "
             f"parallelism is {reason}; give its ranks to another size"
         )
-    stages = placement.num_stages
-    if placement.name != LANGUAGE and (stages > 1 or placement.sequence_parallel):
+    if placement.name != LANGUAGE and (placement.num_stages > 1 or placement.sequence_parallel):
+        stages = f"pipeline_model_parallel_size={placement.pipeline_model_parallel_size}"
+        virtual = placement.virtual_pipeline_model_parallel_size
+        if virtual > 1:
+            stages = f"virtual_pipeline_model_parallel_size={virtual}"
         raise PlanError(
-            f"{where}: pipeline_model_parallel_size={stages} must be 1, and sequence_parallel "
+            f"{where}: {stages} must be 1, and sequence_parallel "
             f"false: they are {reason} beside language; raise another size instead"
         )
 
