@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks.machine import write_results
 from megatron_mosaic.cost.pipeline import Hop, PipelineStage, pipeline_s
 from megatron_mosaic.planner.partition import Chain, Load, split_chains
+from megatron_mosaic.schedule.simulate import PassTimes
 
 NUM_MICROBATCHES = 24
 """Of the paper's scripts, version 1 (24 microbatches of one sample)."""
@@ -120,14 +121,27 @@ def step_s(stages: Sequence[tuple[float, float]]) -> float:
 
 def of_published_stages(times: StageTimes, counts: Counts) -> float:
     """Step time with the published stage times."""
-    return step_s(
-        [(times.encoder_forward_s, times.encoder_backward_s)] * counts.encoder
-        + [(times.language_forward_s, times.language_backward_s)] * counts.language
-    )
+    encoder, language = published_stages(times, counts)
+    return step_s([*encoder, *language])
+
+
+def published_stages(times: StageTimes, counts: Counts) -> tuple[list[PassTimes], list[PassTimes]]:
+    """Stages of the encoder and of the LLM with the published times."""
+    encoder = PassTimes(times.encoder_forward_s, times.encoder_backward_s)
+    language = PassTimes(times.language_forward_s, times.language_backward_s)
+    return [encoder] * counts.encoder, [language] * counts.language
 
 
 def of_own_split(case: Case, aware_counts: Counts, *, aware: bool) -> tuple[float, Counts]:
     """Step time of this package's split, and its stages."""
+    encoder, language = own_stages(case, aware_counts, aware=aware)
+    return step_s([*encoder, *language]), Counts(len(encoder), len(language))
+
+
+def own_stages(
+    case: Case, aware_counts: Counts, *, aware: bool
+) -> tuple[list[PassTimes], list[PassTimes]]:
+    """Stages of the encoder and of the LLM as this package splits them, with their true times."""
     times, counts = case.aware, aware_counts
     layers = {
         "encoder": _layers(times.encoder_forward_s, times.encoder_backward_s, counts.encoder),
@@ -139,14 +153,22 @@ def of_own_split(case: Case, aware_counts: Counts, *, aware: bool) -> tuple[floa
     ]
     splits = split_chains(chains, num_stages=sum(aware_counts), num_microbatches=NUM_MICROBATCHES)
     assert splits is not None
-    stages = []
-    for parts, split in zip(layers.values(), splits, strict=True):
-        start = 0
-        for count in split.layers_per_stage:
-            own = parts[start : start + count]
-            stages.append((sum(f for f, _ in own), sum(b for _, b in own)))
-            start += count
-    return step_s(stages), Counts(*(len(split.layers_per_stage) for split in splits))
+    encoder, language = (
+        _stages(parts, split.layers_per_stage)
+        for parts, split in zip(layers.values(), splits, strict=True)
+    )
+    return encoder, language
+
+
+def _stages(
+    layers: Sequence[tuple[float, float]], layers_per_stage: Sequence[int]
+) -> list[PassTimes]:
+    stages, start = [], 0
+    for count in layers_per_stage:
+        own = layers[start : start + count]
+        stages.append(PassTimes(sum(f for f, _ in own), sum(b for _, b in own)))
+        start += count
+    return stages
 
 
 def _layers(forward_s: float, backward_s: float, stages: int) -> list[tuple[float, float]]:

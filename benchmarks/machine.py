@@ -42,3 +42,8 @@ def write_results(name: str, results: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": describe_machine(), **results}, indent=1) + "\n")
     return path
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """Reads the results of one subject."""
+    return json.loads((RESULTS / f"{name}.json").read_text())

@@ -34,7 +34,7 @@ def predicted_s(timed: TimedPlan) -> float:
 
 
 def measure(plans: Sequence[TimedPlan], *, counts: Counts = COUNTS) -> list[dict[str, Any]]:
-    """Runs plans on real ranks.
+    """Runs plans of equally many ranks on real ones.
 
     Returns:
         For each plan the makespans of its steps, by the trace that the ranks wrote, and the
@@ -42,7 +42,8 @@ def measure(plans: Sequence[TimedPlan], *, counts: Counts = COUNTS) -> list[dict
     """
     with tempfile.TemporaryDirectory(prefix="trace-") as folder:
         arguments = (list(plans), folder, counts)
-        ranks = run_ranks(run_on_rank, WORLD_SIZE, *arguments, timeout_s=TIMEOUT_S)
+        world_size = plans[0].plan.world_size
+        ranks = run_ranks(run_on_rank, world_size, *arguments, timeout_s=TIMEOUT_S)
         measured = []
         for n in range(len(plans)):
             steps_s = [step.makespan_s for step in read_trace(Path(folder) / str(n))]

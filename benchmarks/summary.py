@@ -3,11 +3,10 @@
 python -m benchmarks.summary
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS
+from benchmarks.machine import read_results
 
 README = Path(__file__).resolve().parent / "README.md"
 FIRST, LAST = "<!-- numbers -->\n", "<!-- end of numbers -->\n"
@@ -15,7 +14,7 @@ FIRST, LAST = "<!-- numbers -->\n", "<!-- end of numbers -->\n"
 
 def numbers() -> str:
     """Returns the results in Markdown."""
-    return f"\n{_bytes(_load('boundary_bytes'))}\n{_times(_load('boundary_time'))}\n"
+    return f"\n{_bytes(read_results('boundary_bytes'))}\n{_times(read_results('boundary_time'))}\n"
 
 
 def main() -> None:
@@ -25,11 +24,8 @@ def main() -> None:
     README.write_text(f"{before}{FIRST}{numbers()}{LAST}{after}")
 
 
-def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def _machine(machine: dict[str, Any]) -> str:
+def describe(machine: dict[str, Any]) -> str:
+    """Says what a measurement ran on."""
     return (
         f"{machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, torch {machine['torch']}, megatron-core "
@@ -41,7 +37,7 @@ def _machine(machine: dict[str, Any]) -> str:
 def _bytes(results: dict[str, Any]) -> str:
     summary = results["summary"]
     lines = [
-        f"### Bytes\n\n{_machine(results['machine'])}; eight ranks over gloo, "
+        f"### Bytes\n\n{describe(results['machine'])}; eight ranks over gloo, "
         f"{results['row_bytes']} bytes a row, median of {results['repeats']}.\n",
         f"Of {summary['pairs']} pairs upstream's communicators take "
         f"{summary['pairs_that_upstream_takes']}. Mosaic's worst ratio of bytes received to the "
@@ -69,7 +65,7 @@ def _bytes(results: dict[str, Any]) -> str:
 
 def _times(results: dict[str, Any]) -> str:
     lines = [
-        f"### Time to derive routes\n\n{_machine(results['machine'])}; "
+        f"### Time to derive routes\n\n{describe(results['machine'])}; "
         f"{results['ranks_per_module']} ranks a module, {results['samples']:,} samples; "
         f"milliseconds of processor time, the worst of some ranks.\n",
         "| layouts | new counts, microbatch of 8 | of 32 | known counts | whole step, of 8 | of 32 "

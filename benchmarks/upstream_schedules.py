@@ -3,8 +3,10 @@
 python -m benchmarks.upstream_schedules
 """
 
+import logging
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -46,6 +48,8 @@ def race_on_rank(rank: int, plans: Sequence[TimedPlan]) -> list[Moments]:
         For every plan the beginning and end of each step on this rank.
     """
     hurry()
+    logging.getLogger().setLevel(logging.WARNING)  # upstream tells of every construction
+    warnings.simplefilter("ignore")  # and uses what torch warns of
     return [_race(rank, timed) for timed in plans]
 
 
@@ -95,10 +99,15 @@ def compare(plans: Sequence[TimedPlan]) -> list[dict[str, Any]]:
                 "mosaic_s": middle["mosaic"],
                 "upstream_s": middle["upstream"],
                 "ratio": middle["mosaic"] / middle["upstream"],
-                "noise": abs(middle["again"] / middle["mosaic"] - 1),
+                "noise": _spread([*steps["mosaic"], *steps["again"]]),
             }
         )
     return rows
+
+
+def _spread(steps_s: Sequence[float]) -> float:
+    """How far apart the steps of one contestant are, over their median."""
+    return (max(steps_s) - min(steps_s)) / statistics.median(steps_s)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
