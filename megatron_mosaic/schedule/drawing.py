@@ -1,7 +1,8 @@
 """A schedule as text for the terminal."""
 
 import textwrap
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.schedule.schedule import Schedule
@@ -14,17 +15,21 @@ def draw(
     ranks: Iterable[int] | None = None,
     width: int = 100,
     max_lines: int = 6,
+    faults: Collection[tuple[int, Task]] = (),
 ) -> str:
     """Draws one row for every rank: its tasks in their order.
 
     Ranks with equal tasks share a row. A cell is the kind of the task and its microbatches; a
-    prefix tells the module, and the language model has none.
+    prefix tells the module, and the language model has none. Where ranks have several stages of
+    a module the stage follows.
 
     Args:
         schedule: The schedule.
         ranks: Ranks to draw; all by default.
         width: Columns of the terminal.
-        max_lines: Lines of one row, at least 3; a longer one loses its middle.
+        max_lines: Lines of one row, at least 3; a longer one loses what is neither its beginning
+            nor its end nor around a fault.
+        faults: Ranks and tasks to put in brackets.
 
     Returns:
         Lines without a final newline; the first explains the prefixes.
@@ -35,9 +40,12 @@ def draw(
     stages = [_stages(tasks) for tasks in rows]
     lead_widths = max(map(len, where), default=0), max(map(len, stages), default=0)
     lines = [_legend(schedule, prefixes)]
-    for tasks, *labels in zip(rows, where, stages, strict=True):
+    for (tasks, members), *labels in zip(rows.items(), where, stages, strict=True):
         lead = "".join(f"{label:{size}}  " for label, size in zip(labels, lead_widths, strict=True))
-        cells = [prefixes[task.module] + _cell(task) for task in tasks]
+        cells = [
+            f"[{cell}]" if any((rank, task) in faults for rank in members) else cell
+            for task, cell in zip(tasks, _cells(tasks, prefixes), strict=True)
+        ]
         lines += _wrap(lead, cells, width=width, max_lines=max_lines)
     return "\n".join(lines)
 
@@ -79,8 +87,14 @@ def _stages(tasks: tuple[Task, ...]) -> str:
     return " ".join(names) or "idle"
 
 
-def _cell(task: Task) -> str:
-    return str(task).split(" ", maxsplit=1)[0]
+def _cells(tasks: tuple[Task, ...], prefixes: Mapping[str, str]) -> list[str]:
+    several = Counter(module for module, _ in {task[1:3] for task in tasks})
+    return [
+        prefixes[task.module]
+        + str(task).split(" ", maxsplit=1)[0]
+        + (f".{task.stage}" if several[task.module] > 1 else "")
+        for task in tasks
+    ]
 
 
 def _wrap(lead: str, cells: list[str], *, width: int, max_lines: int) -> list[str]:
@@ -93,9 +107,21 @@ def _wrap(lead: str, cells: list[str], *, width: int, max_lines: int) -> list[st
         else:
             lines.append((" " * len(lead) if lines else lead) + cell)
     if len(lines) > max_lines:
-        num_shown = sum(
-            len(line[len(lead) :].split()) for line in [*lines[: max_lines - 2], lines[-1]]
-        )
-        gap = f"... {len(cells) - num_shown} tasks ..."
-        lines[max_lines - 2 : -1] = [" " * len(lead) + gap]
+        lines = _shorten(lead, lines, num_cells=len(cells), max_lines=max_lines)
     return lines
+
+
+def _shorten(lead: str, lines: list[str], *, num_cells: int, max_lines: int) -> list[str]:
+    """Keeps the beginning and the end of a row, or instead the lines up to its first fault."""
+    first_fault = next((n for n, line in enumerate(lines) if "[" in line[len(lead) :]), 0)
+    shown = lines[: max_lines - 2]
+    if first_fault >= max_lines - 2:
+        shown = [lines[0], *lines[first_fault - max_lines + 4 : first_fault + 1]]
+    shown.append(lines[-1])
+    num_shown = sum(len(line[len(lead) :].split()) for line in shown)
+    gap = f"{' ' * len(lead)}... {num_cells - num_shown} tasks ..."
+    return (
+        [*shown[:-1], gap, shown[-1]]
+        if first_fault < max_lines - 2
+        else [shown[0], gap, *shown[1:]]
+    )

@@ -164,8 +164,10 @@ def _units(
 
 def _keys(plan: Plan, parts: tuple[Part, ...]) -> list[Key]:
     """Tasks of all parts; those of the language model's pipeline in their order."""
-    place = {part.stage: p for p, part in enumerate(parts)}
-    keys = [(place[Stage(*task[1:3])], task) for task in base_order(plan)]
+    places: dict[tuple[str, int], list[int]] = {}
+    for p, part in enumerate(parts):
+        places.setdefault(part.stage, []).append(p)
+    keys = [(p, task) for task in base_order(plan) for p in places[task[1:3]]]
     encoders = encoder_stages(plan)
     groups = encoder_groups(plan, num_microbatches=plan.num_microbatches)
     for p, part in enumerate(parts):

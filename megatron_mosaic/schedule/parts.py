@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.colocated import encoder_stages
 from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds, stage_order
 from megatron_mosaic.schedule.steps import Edge, communicators, edges_of
 
@@ -39,15 +38,14 @@ def parts_of(plan: Plan, *, apart: bool) -> tuple[Part, ...]:
 
     Args:
         plan: The plan.
-        apart: Replicas of an encoder on ranks that also host different stages run its tasks each
-            at its own time. Otherwise, and in other modules, all ranks of a stage run together.
+        apart: Replicas on ranks that host different stages beside run their tasks each at its
+            own time. Otherwise all ranks of a stage run together.
     """
     kinds = rank_kinds(plan)
-    split = set(encoder_stages(plan)) if apart else set[Stage]()
     parts = []
     for stage in stage_order(plan):
         hosts = [k for k, kind in enumerate(kinds) if stage in kind.stages]
-        joined = _joined_kinds(plan, kinds, stage, hosts) if stage in split else [hosts]
+        joined = _joined_kinds(plan, kinds, stage, hosts) if apart else [hosts]
         parts += [Part(stage, tuple(members)) for members in joined]
     return tuple(parts)
 

@@ -103,14 +103,19 @@ class Program:
 def program_of(plan: Plan, schedule: Schedule) -> Program:
     """Makes the program of any schedule of a plan that ``verify`` accepts.
 
-    Every stage must run its microbatches in ascending order, as all built schedules do. Where
-    ranks need not come to an encoder's tasks together, its replicas are parts of their own.
+    Every stage must run its microbatches in ascending order, and ranks that host the same stages
+    the same tasks, as all built schedules do. Where the lists of its ranks do not let all of a
+    stage run a task together, or the schedule leaves them free, its replicas are parts.
     """
-    parts = parts_of(plan, apart=schedule.receives_early)
-    rows = [
-        (part, task.kind == "B", task.microbatches[0], len(task.microbatches))
-        for part, task in _common_order(plan, schedule, parts)
-    ]
+    found = None
+    if not schedule.receives_early:
+        parts = parts_of(plan, apart=False)
+        found = _common_order(plan, schedule, parts)
+    if found is None:
+        parts = parts_of(plan, apart=True)
+        found = _common_order(plan, schedule, parts)
+    assert found is not None, "the schedule must be one that verify accepts"
+    rows = [(p, t.kind == "B", t.microbatches[0], len(t.microbatches)) for p, t in found]
     tasks = TaskArrays(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
     return wire(plan, tasks, parts=parts, ahead=schedule)
 
@@ -230,54 +235,61 @@ def _task_of_microbatch(tasks: TaskArrays, num_stages: int) -> Integers:
 
 def _common_order(
     plan: Plan, schedule: Schedule, parts: tuple[Part, ...]
-) -> Iterator[tuple[int, Task]]:
-    """Yields every task of every part once, after all that it waits for."""
-    kinds, links = rank_kinds(plan), links_in_a_step(plan, parts, schedule)
-    place = {(part.stage, k): p for p, part in enumerate(parts) for k in part.kinds}
-    lists = [
-        [(place[Stage(task.module, task.stage), k], task) for task in schedule.tasks[kind.ranks[0]]]
-        for k, kind in enumerate(kinds)
-    ]
-    into: dict[tuple[str, int], list[int]] = {}
-    for link in links:
-        into.setdefault(("F", link.destination), []).append(link.source)
-        into.setdefault(("B", link.source), []).append(link.destination)
+) -> list[tuple[int, Task]] | None:
+    """Tasks of all parts, once each, after all that they wait for; None if some wait for ever."""
+    lists = _lists(plan, schedule, parts)
+    inputs = _inputs(links_in_a_step(plan, parts, schedule))
     position = [0] * len(lists)
     done: set[tuple[str, int, int]] = set()
     waiting: dict[object, list[int]] = {}
+    order: list[tuple[int, Task]] = []
     ready = deque(range(len(lists)))
-    num_left = sum(len(tasks) * 1 for tasks in lists)
     while ready:
         k = ready.popleft()
         while position[k] < len(lists[k]):
             part, task = own = lists[k][position[k]]
             hosts = parts[part].kinds
-            away = next(
-                (h for h in hosts if lists[h][position[h] : position[h] + 1] != [own]), None
-            )
-            if away is not None:
-                waiting.setdefault((away, own), []).append(k)
+            away = [h for h in hosts if lists[h][position[h] : position[h] + 1] != [own]]
+            missing = [(away[0], own)] if away else _missing(task, inputs, part, done)
+            if missing:
+                waiting.setdefault(missing[0], []).append(k)
+                ready.extend(waiting.pop((k, own), ()))
                 break
-            missing = next(
-                (
-                    (task.kind, other, m)
-                    for other in into.get((task.kind, part), ())
-                    for m in task.microbatches
-                    if (task.kind, other, m) not in done
-                ),
-                None,
-            )
-            if missing is not None:
-                waiting.setdefault(missing, []).append(k)
-                break
+            order.append(own)
             for host in hosts:
                 position[host] += 1
-                num_left -= 1
             ready.extend(host for host in hosts if host != k)
             for m in task.microbatches:
                 done.add((task.kind, part, m))
                 ready.extend(waiting.pop((task.kind, part, m), ()))
-            yield own
-        if position[k] < len(lists[k]):
-            ready.extend(waiting.pop((k, lists[k][position[k]]), ()))
-    assert num_left == 0, "the schedule must be one that verify accepts"
+    finished = all(at == len(tasks) for at, tasks in zip(position, lists, strict=True))
+    return order if finished else None
+
+
+def _lists(plan: Plan, schedule: Schedule, parts: tuple[Part, ...]) -> list[list[tuple[int, Task]]]:
+    """Tasks of every kind of ranks with their parts."""
+    place = {(part.stage, k): p for p, part in enumerate(parts) for k in part.kinds}
+    return [
+        [(place[Stage(task.module, task.stage), k], task) for task in schedule.tasks[kind.ranks[0]]]
+        for k, kind in enumerate(rank_kinds(plan))
+    ]
+
+
+def _inputs(links: tuple[Link, ...]) -> dict[tuple[str, int], list[int]]:
+    """Parts whose tasks a pass of a part waits for."""
+    into: dict[tuple[str, int], list[int]] = {}
+    for link in links:
+        into.setdefault(("F", link.destination), []).append(link.source)
+        into.setdefault(("B", link.source), []).append(link.destination)
+    return into
+
+
+def _missing(
+    task: Task,
+    inputs: dict[tuple[str, int], list[int]],
+    part: int,
+    done: set[tuple[str, int, int]],
+) -> list[tuple[str, int, int]]:
+    needed = inputs.get((task.kind, part), ())
+    keys = [(task.kind, other, m) for other in needed for m in task.microbatches]
+    return [key for key in keys if key not in done]

@@ -1,7 +1,7 @@
 """Checks that a schedule does the work of its plan, in an order that can run."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache, partial
 from typing import Literal, get_args
 
@@ -73,12 +73,12 @@ def _check_tasks(plan: Plan, schedule: Schedule) -> None:
             if task not in expected:
                 names = ", ".join(f"{name}.{stage}" for name, stage in hosted) or "nothing"
                 rule = f"must be a task that the plan needs of {names}; remove it"
-                raise _error(schedule, [rank], f"task={task} {rule}")
+                raise _error(schedule, [rank], f"task={task} {rule}", at=task)
         for task in sorted(expected):
             if counts[task] != 1:
                 advice = "add it" if counts[task] == 0 else "remove the others"
                 rule = f"must run once, not {counts[task]} times; {advice}"
-                raise _error(schedule, [rank], f"task={task} {rule}")
+                raise _error(schedule, [rank], f"task={task} {rule}", at=task)
 
 
 def _groups(plan: Plan, schedule: Schedule, module: str) -> list[tuple[int, ...]]:
@@ -116,7 +116,7 @@ def _check_order(plan: Plan, schedule: Schedule) -> None:
                     before = producer[kind, stage, m]
                     if before not in done:
                         rule = f"must come after {before}; move it behind"
-                        raise _error(schedule, [rank], f"task={task} {rule}")
+                        raise _error(schedule, [rank], f"task={task} {rule}", at=task)
             done.add(task)
 
 
@@ -144,19 +144,31 @@ def _check_transfers(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...
             for first, *others in communicators(plan, edge):
                 for other in others:
                     orders = posts[first, kind, edge], posts[other, kind, edge]
-                    _check_equal_order(schedule, f"{kind} {edge}", (first, other), orders)
+                    _check_equal_order(schedule, kind, edge, (first, other), orders)
 
 
 def _check_equal_order(
-    schedule: Schedule, what: str, ranks: tuple[int, int], orders: tuple[list[int], list[int]]
+    schedule: Schedule,
+    kind: TransferKind,
+    edge: Edge,
+    ranks: tuple[int, int],
+    orders: tuple[list[int], list[int]],
 ) -> None:
     for expected, found in zip(*orders, strict=True):
         if expected != found:
+            one, other = ranks
+            ends = ((edge.source, edge.source_stage), (edge.destination, edge.destination_stage))
+            at = next(
+                task
+                for task in schedule.tasks[other]
+                if task[1:3] in ends and found in task.microbatches
+            )
             raise _error(
                 schedule,
-                ranks[::-1],
-                f"microbatch={found} of {what} must come after {expected}, as on rank {ranks[0]}; "
-                f"run the tasks of both ranks in the same order",
+                (other, one),
+                f"microbatch={found} of {kind} {edge} must come after {expected}, as on rank "
+                f"{one}; run the tasks of both ranks in the same order",
+                at=at,
             )
 
 
@@ -172,6 +184,7 @@ def _check_progress(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]
         [entry.rank for entry in circle],
         f"task={task} must not wait in a circle: for {chain}, which waits for rank {rank}; "
         f"give these ranks' tasks one common order",
+        faults={(entry.rank, entry.task) for entry in circle},
     )
 
 
@@ -208,5 +221,15 @@ def _name(plan: Plan, stage: Stage) -> str:
     )
 
 
-def _error(schedule: Schedule, ranks: Sequence[int], rest: str) -> ScheduleError:
-    return ScheduleError(f"schedule.ranks[{ranks[0]}]: {rest}", table=draw(schedule, ranks=ranks))
+def _error(
+    schedule: Schedule,
+    ranks: Sequence[int],
+    rest: str,
+    *,
+    at: Task | None = None,
+    faults: Collection[tuple[int, Task]] = (),
+) -> ScheduleError:
+    """Error about some ranks; in its table a task of the first of them, or several, are marked."""
+    marked = {(ranks[0], at)} if at is not None else faults
+    table = draw(schedule, ranks=ranks, faults=marked)
+    return ScheduleError(f"schedule.ranks[{ranks[0]}]: {rest}", table=table)
