@@ -126,13 +126,9 @@ class MosaicModel(MimoModel):
         self._layer_keys.loaded()
 
     def _stages(self) -> Iterator[tuple[str, int, Any]]:
-        """Yields module, number on this rank and unwrapped model of every stage here.
-
-        The last comes first: with tied embeddings on one rank both ends have an entry for the
-        weight, and the optimizer must find that of the first stage, which is the one written.
-        """
+        """Yields module, number on this rank and unwrapped model of every stage here."""
         for name, module in self.hosted().items():
-            for number, stage in reversed(list(enumerate(stages_in(module)))):
+            for number, stage in enumerate(stages_in(module)):
                 yield name, number, unwrap_model(stage)
 
 

@@ -74,16 +74,27 @@ def stages_in(wrapped: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def tie_embeddings(stages: Sequence[torch.nn.Module]) -> None:
-    """Makes the first and last stage of a language model on one rank share tied embeddings.
+    """Lets the last stage of a language model on one rank use tied embeddings of the first.
 
-    On two ranks Megatron gives the last stage a copy and adds up the gradients of both.
+    On two ranks Megatron gives the last stage a copy and adds up the gradients of both. Here it is
+    as in a model of one stage: the weight is trained and saved once.
 
     Args:
         stages: All stages of the module, ascending.
     """
     first, last = _language_of(stages[0]), _language_of(stages[-1])
-    if first is not None and last is not None and first.share_embeddings_and_output_weights:
-        last.output_layer.weight = first.shared_embedding_or_output_weight()
+    if first is None or last is None or not first.share_embeddings_and_output_weights:
+        return
+    weight = first.shared_embedding_or_output_weight()
+    # As Megatron marks it where it is shared within a stage: there is no copy to keep equal.
+    weight.shared_embedding, weight.zero_out_wgrad = False, True
+    last.output_layer.weight = None
+    last.shared_embedding_or_output_weight = first.shared_embedding_or_output_weight
+    last.tie_embeddings_and_output_weights_state_dict = _nothing_to_tie
+
+
+def _nothing_to_tie(*unused: Any, **also_unused: Any) -> None:
+    """The last stage has no copy of its own that a checkpoint would hold."""
 
 
 def _language_of(stage: torch.nn.Module) -> Any:
