@@ -1,11 +1,13 @@
 """Plans, most for eight ranks, with the time that each stage's tasks are made to take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice, ScheduleKind
+from megatron_mosaic.schedule.fill import fill
 from megatron_mosaic.schedule.graph import Stage, stage_order
+from megatron_mosaic.schedule.order import write_order
 from megatron_mosaic.schedule.simulate import PassTimes
 
 WORLD_SIZE = 8
@@ -35,6 +37,7 @@ def place(
     tp: int = 1,
     dp: int = 1,
     pp: int = 1,
+    virtual: int = 1,
     trainable: tuple[str, ...] | None = None,
 ) -> ModulePlacement:
     """Places a module."""
@@ -44,6 +47,7 @@ def place(
         tensor_model_parallel_size=tp,
         data_parallel_size=dp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual,
         trainable=trainable,
     )
 
@@ -56,6 +60,8 @@ def timed(
     num_microbatches: int,
     waits_s: Mapping[str, PassTimes | Sequence[PassTimes]],
     group: int | None = None,
+    max_live: int | None = None,
+    ahead: bool = False,
     output: str | None = None,
     world_size: int = WORLD_SIZE,
 ) -> TimedPlan:
@@ -68,6 +74,8 @@ def timed(
         num_microbatches: Of a step.
         waits_s: Of the longest task of every stage of a module, or of each of its stages.
         group: Microbatches of an encoder's task.
+        max_live: Live tasks of an encoder's stage on a rank, at most.
+        ahead: Whether frozen encoders run a step ahead.
         output: Module that the language model feeds.
         world_size: Ranks; those beyond the modules' are idle.
     """
@@ -82,12 +90,16 @@ def timed(
         modules=modules,
         edges=tuple((name, "language") for name in encoders)
         + ((("language", output),) if output else ()),
-        schedule=ScheduleChoice(kind=kind, encoder_group=group),
+        schedule=ScheduleChoice(kind=kind, encoder_group=group, max_live=max_live, ahead=ahead),
     )
     tasks_s = {}
     for stage in stage_order(plan):
         given = waits_s[stage.module]
         tasks_s[stage] = given if isinstance(given, PassTimes) else given[stage.stage]
+    if kind == "bubble_fill":
+        # As the planner does: the order of tasks comes from their times, and stands in the plan.
+        order = write_order(plan, fill(plan, tasks_s=tasks_s))
+        plan = replace(plan, schedule=replace(plan.schedule, order=order))
     return TimedPlan(name=name, plan=plan, tasks_s=tasks_s)
 
 
@@ -97,6 +109,10 @@ def _times(*forward_ms: float, backward: float = 2.0) -> list[PassTimes]:
 
 def fidelity_plans() -> list[TimedPlan]:
     """Plans of every schedule and kind of layout; no task takes less than 20 ms."""
+    return _plain_plans() + _filled_plans()
+
+
+def _plain_plans() -> list[TimedPlan]:
     (short,), (middle,), (long,) = _times(30), _times(40), _times(80)
     frozen = PassTimes(0.04, 0.0)
     return [
@@ -222,6 +238,54 @@ def fidelity_plans() -> list[TimedPlan]:
     ]
 
 
+def _filled_plans() -> list[TimedPlan]:
+    """Plans with several stages of a module on a rank, or encoders in the waits of a pipeline."""
+    (short,), (middle,) = _times(20), _times(30)
+    everywhere = place("vision", range(8), dp=8)
+    pipeline = place("language", range(8), tp=2, pp=4)
+    return [
+        timed(
+            "interleaved",
+            "interleaved",
+            [place("vision", [0, 1], tp=2), place("language", range(2, 8), dp=2, pp=3, virtual=2)],
+            num_microbatches=9,
+            waits_s={"vision": middle, "language": short},
+        ),
+        timed(
+            "bubble filling",
+            "bubble_fill",
+            [everywhere, pipeline],
+            num_microbatches=8,
+            waits_s={"vision": short, "language": middle},
+        ),
+        timed(
+            "bubble filling, at most 3 live",
+            "bubble_fill",
+            [place("vision", range(8), tp=2, dp=4), pipeline],
+            num_microbatches=8,
+            waits_s={"vision": middle, "language": _times(30, 20, 40, 30)},
+            group=2,
+            max_live=3,
+        ),
+        timed(
+            "bubble filling, encoder in chunks",
+            "bubble_fill",
+            [place("vision", range(8), dp=8, virtual=2), pipeline],
+            num_microbatches=8,
+            waits_s={"vision": short, "language": middle},
+            group=2,
+        ),
+        timed(
+            "bubble filling, frozen encoder a step ahead",
+            "bubble_fill",
+            [place("vision", range(8), dp=8, trainable=()), pipeline],
+            num_microbatches=8,
+            waits_s={"vision": PassTimes(0.03, 0.0), "language": middle},
+            ahead=True,
+        ),
+    ]
+
+
 def upstream_plans() -> list[TimedPlan]:
     """Those of the plans that upstream has a schedule for, with pairs of unlike sizes.
 
@@ -236,4 +300,4 @@ def upstream_plans() -> list[TimedPlan]:
         "1F1B, unlike replicas, slow encoder",
         "three-phase",
     }
-    return [timed for timed in fidelity_plans() if timed.name in kept]
+    return [timed for timed in _plain_plans() if timed.name in kept]

@@ -17,14 +17,15 @@ from megatron_mosaic.comm.boundary import ItemShape
 from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import HostClock, TaskTrace
-from megatron_mosaic.engine.walk import Walker
+from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.host.channels import ActivationSizes, ChannelSet, RowFacts
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.schedule.ahead import Part, prologue_of
 from megatron_mosaic.schedule.build import build_schedule
-from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.graph import Stage, hosted_stages
 from megatron_mosaic.schedule.schedule import Schedule
-from megatron_mosaic.schedule.steps import steps_of
+from megatron_mosaic.schedule.steps import Step, steps_of
 from megatron_mosaic.schedule.task import Task
 
 HIDDEN_SIZE = 16
@@ -50,11 +51,11 @@ class Counts(NamedTuple):
     with_waits: int
 
 
-class WaitingModule:
-    """Runs a module's tasks: each takes the time that it is given, and leaves zeros.
+class WaitingStage:
+    """Runs a stage's tasks: each takes the time that it is given, and leaves zeros.
 
     Args:
-        name: The module.
+        stage: The stage.
         timed: The plan and its times.
         channels: Know the shapes of what leaves.
         longest: Microbatches of every stage's longest task.
@@ -62,18 +63,19 @@ class WaitingModule:
 
     def __init__(
         self,
-        name: str,
+        stage: Stage,
         *,
         timed: TimedPlan,
         channels: ChannelSet,
         longest: Mapping[Stage, int],
     ) -> None:
         self.waits = True
-        self._placement = timed.plan.modules[name]
+        self._module = stage.module
+        self._is_last = stage.stage + 1 == timed.plan.modules[stage.module].num_stages
         self._micro_batch_size = timed.plan.micro_batch_size
         self._channels = channels
-        self._tasks_s = timed.tasks_s
-        self._longest = longest
+        self._times = timed.tasks_s[stage]
+        self._longest = longest[stage]
         self._received: dict[Task, Mapping[str, torch.Tensor]] = {}
 
     def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -94,13 +96,11 @@ class WaitingModule:
     def _wait_s(self, task: Task) -> float:
         if not self.waits:
             return 0.0
-        stage = Stage(task.module, task.stage)
-        wait_s = self._tasks_s[stage][task.kind == "B"]
-        return wait_s * len(task.microbatches) / self._longest[stage]
+        return self._times[task.kind == "B"] * len(task.microbatches) / self._longest
 
     def _leaving(self, task: Task) -> torch.Tensor | None:
-        name, microbatches = task.module, task.microbatches
-        if task.stage + 1 < self._placement.num_stages:
+        name, microbatches = self._module, task.microbatches
+        if not self._is_last:
             samples = self._micro_batch_size * len(microbatches)
             if name == "language":
                 return torch.zeros(SEQUENCE_LENGTH, samples, HIDDEN_SIZE)
@@ -173,27 +173,43 @@ class TimedEngine:
         self._channels = _channels(plan, self._factory, rank)
         longest = longest_tasks(self._schedule)
         self._runners = {
-            name: WaitingModule(name, timed=timed, channels=self._channels, longest=longest)
-            for name in plan.modules_of(rank)
+            stage: WaitingStage(stage, timed=timed, channels=self._channels, longest=longest)
+            for stage in hosted_stages(plan, rank)
         }
         item = (Interval(0, ITEM_ROWS),)
         self._samples = dict.fromkeys(plan.modules, (item,) * plan.global_batch_size)
         self._progress = Progress(trace=trace)
+        self._kept: Rows | None = None
 
     def step(self, *, waits: bool) -> None:
         """Runs a step, as the engine's users do."""
         for runner in self._runners.values():
             runner.waits = waits
-        progress = self._progress
-        self._channels.begin(self._samples, schedule=self._schedule)
-        walker = Walker(runners=self._runners, channels=self._channels.open, progress=progress)
-        num_microbatches = self._schedule.num_microbatches
+        progress, schedule = self._progress, self._schedule
+        part = Part.BEGINS if self._kept is None else Part(0)
+        prologue = prologue_of(self._steps, schedule, part)
+        self._channels.begin(self._samples, schedule=schedule)
         progress.begin_step(
-            progress.place.count + 1, num_microbatches=num_microbatches, forward_only=False
+            progress.place.count + 1,
+            num_microbatches=schedule.num_microbatches,
+            forward_only=False,
+            part=part,
         )
-        walker.walk(self._steps)
-        progress.close_step(len(self._steps))
+        if self._kept is None:
+            self._kept = self._walk(prologue, {})
+        self._kept = self._walk(self._steps, self._kept, first=len(prologue))
+        progress.close_step(len(prologue) + len(self._steps))
         progress.end_step()
+
+    def _walk(self, steps: Sequence[Step], kept: Rows, *, first: int = 0) -> Rows:
+        walker = Walker(
+            runners=self._runners,
+            channels=self._channels.open,
+            progress=self._progress,
+            schedule=self._schedule,
+            kept=kept,
+        )
+        return walker.walk(steps, first=first)
 
     def destroy(self) -> None:
         """Destroys the groups that were made."""
