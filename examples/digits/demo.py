@@ -15,8 +15,8 @@ from examples.digits.picture import draw
 from examples.digits.progress import following
 from examples.digits.runs import FOLDER, Outcome, Run, RunError, execute
 from examples.digits.summary import summary
-from examples.digits.timeline import typical_step
 from examples.digits.verdict import broken_promises
+from megatron_mosaic.schedule.measured import read_trace, typical_step
 
 OUTPUT = Path("out/digits")
 ONE_PROCESS, HOMOGENEOUS, PLAN = "one process", "homogeneous", "plan"
@@ -92,7 +92,7 @@ def _train(run: Run, *, folder: Path, console: Console) -> Outcome:
 def _draw(outcomes: Mapping[str, Outcome], folder: Path) -> Path:
     logs = {title: outcome.log for title, outcome in outcomes.items()}
     steps = {
-        f"{title}: {LAYOUTS[title]}": typical_step(folder / f"trace_{title}")
+        f"{title}: {LAYOUTS[title]}": typical_step(read_trace(folder / f"trace_{title}"))
         for title in (HOMOGENEOUS, PLAN)
     }
     return draw(logs, steps, path=folder / "digits.png")

@@ -1,6 +1,6 @@
 """The demo's picture: losses, how far they differ, and one step of each plan as measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from examples.digits.timeline import Span, duration_s
 from examples.digits.training_log import TrainingLog
 from examples.digits.verdict import COMPARED_STEPS, LARGEST_DIFFERENCE, relative_differences
+from megatron_mosaic.schedule.measured import MeasuredStep
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -38,9 +38,7 @@ _KINDS = {"F": "forward", "B": "backward"}
 _LEAST_LABELLED_WIDTH = 0.018  # of the axes
 
 
-def draw(
-    logs: Mapping[str, TrainingLog], steps: Mapping[str, Sequence[Span]], *, path: Path
-) -> Path:
+def draw(logs: Mapping[str, TrainingLog], steps: Mapping[str, MeasuredStep], *, path: Path) -> Path:
     """Draws the picture and returns its path.
 
     Args:
@@ -54,11 +52,11 @@ def draw(
         grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
         _draw_losses(figure.add_subplot(grid[0, 0]), logs)
         _draw_differences(figure.add_subplot(grid[0, 1]), logs)
-        longest_ms = max(duration_s(spans) for spans in steps.values()) * 1000
-        for row, (title, spans) in enumerate(steps.items(), start=1):
+        longest_ms = max(step.makespan_s for step in steps.values()) * 1000
+        for row, (title, step) in enumerate(steps.items(), start=1):
             axes = figure.add_subplot(grid[row, :])
             axes.set_xlim(0, longest_ms)
-            _draw_step(axes, spans, title=title)
+            _draw_step(axes, step, title=title)
         axes.set_xlabel("milliseconds since the first task of the step began")
         _add_task_legend(figure)
         figure.savefig(path, dpi=150)
@@ -95,28 +93,28 @@ def _draw_differences(axes: Axes, logs: Mapping[str, TrainingLog]) -> None:
     axes.legend()
 
 
-def _draw_step(axes: Axes, spans: Sequence[Span], *, title: str) -> None:
+def _draw_step(axes: Axes, step: MeasuredStep, *, title: str) -> None:
     """Draws a row of tasks for each rank; the numbers are the microbatches of a task."""
-    for span in spans:
-        start_ms, width_ms = span.start_s * 1000, (span.end_s - span.start_s) * 1000
-        color = _COLORS[span.module, span.kind]
-        axes.barh(
-            span.rank, width_ms, left=start_ms, height=0.8, color=color, edgecolor="white", lw=0.5
-        )
-        if width_ms > _LEAST_LABELLED_WIDTH * axes.get_xlim()[1]:
-            axes.text(
-                start_ms + width_ms / 2,
-                span.rank,
-                ",".join(map(str, span.microbatches)),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if span.kind == "F" else "#333333",
+    for rank, spans in step.spans.items():
+        for task, start_s, end_s in spans:
+            start_ms, width_ms = start_s * 1000, (end_s - start_s) * 1000
+            color = _COLORS[task.module, task.kind]
+            axes.barh(
+                rank, width_ms, left=start_ms, height=0.8, color=color, edgecolor="white", lw=0.5
             )
-    ranks = sorted({span.rank for span in spans})
-    axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
+            if width_ms > _LEAST_LABELLED_WIDTH * axes.get_xlim()[1]:
+                axes.text(
+                    start_ms + width_ms / 2,
+                    rank,
+                    ",".join(map(str, task.microbatches)),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if task.kind == "F" else "#333333",
+                )
+    axes.set_yticks(list(step.spans), [f"rank {rank}" for rank in step.spans])
     axes.invert_yaxis()
-    axes.set_title(f"{title}, {duration_s(spans) * 1000:.0f} ms")
+    axes.set_title(f"{title}, {step.makespan_s * 1000:.0f} ms")
 
 
 def _add_task_legend(figure: Figure) -> None:
