@@ -120,7 +120,7 @@ def times_of(costs: CostModel, setting: Setting) -> Times:
         ("language", setting.pp * setting.virtual, 1),
     ):
         sizes = ParallelSizes(tp=TP, pp=num_stages, sequence_parallel=name == "language")
-        stages = costs.stages(name, sizes, samples_per_task=samples)
+        stages = costs.stages(costs.module(name, sizes, samples=samples))
         group = setting.group if name == "vision" else 1
         for number, stage in enumerate(stages):
             tasks_s[Stage(name, number)] = PassTimes(stage.forward_s, stage.backward_s)
@@ -189,9 +189,8 @@ def compare(costs: CostModel, setting: Setting) -> dict[str, Any]:
 
 def _one_task_s(costs: CostModel, setting: Setting, alone_s: float) -> float:
     """Three phases with the whole batch in one task of the encoder, a replica on every place."""
-    (stage,) = costs.stages(
-        "vision", ParallelSizes(tp=TP), samples_per_task=NUM_MICROBATCHES / setting.pp
-    )
+    samples = NUM_MICROBATCHES / setting.pp
+    (stage,) = costs.stages(costs.module("vision", ParallelSizes(tp=TP), samples=samples))
     return alone_s + stage.forward_s + stage.backward_s
 
 

@@ -21,6 +21,10 @@ _TERMS = {
     "sync_s": "synchronisation of gradients and weights",
     "optimizer_s": "optimizer",
 }
+_SCHEDULES = {
+    "interleaved": " with interleaved stages",
+    "bubble_fill": " with encoder tasks in the waits of its pipeline",
+}
 _HOSTS = {
     "language": "all ranks of language",
     "first_stage": "the first stage of language",
@@ -132,7 +136,8 @@ def _difference(choice: Simulated, baseline: Simulated) -> str:
     paid = [f"{_ms(-s)} of {term}" for term, s in changes if s < 0]
     gain = baseline.step_s / choice.step_s - 1
     text = (
-        f"The {choice.candidate.placement} layout takes {_ms(choice.step_s)} a step, the "
+        f"The {choice.candidate.placement} layout{_SCHEDULES.get(choice.candidate.kind, '')} takes "
+        f"{_ms(choice.step_s)} a step, the "
         f"best homogeneous one {_ms(baseline.step_s)} ({gain:.1%} longer): it saves "
         f"{' and '.join(saved) or 'nothing in a single term'}"
     )

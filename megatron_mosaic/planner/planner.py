@@ -104,7 +104,10 @@ def digests(problem: Problem) -> Mapping[str, str]:
 
 
 def as_estimates(answer: Answer) -> list[Estimate]:
-    """The plans that an explanation compares: the choice, the next one, and the baseline."""
+    """The plans that an explanation compares, under the schedules of the search.
+
+    They are the choice, the next one, and the baseline.
+    """
     estimates = [entry.estimate for entry in answer.best[:2]]
     if answer.baseline is not None:
         estimates.append(answer.baseline.estimate)

@@ -8,12 +8,14 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.planner.explanation import explain
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
 from tests.planner.problems import cluster, encoder, language, model, problem
 from tests.schedule.plans import place, plan_of
 
+ENCODER = encoder("vision")
 BIG_ENCODER = encoder("vision", hidden=2048, layers=12, trainable=None)
 DEEP = {"language.pipeline_model_parallel_size": "4", "micro_batch_size": "1"}
 
@@ -64,6 +66,31 @@ def test_waits_of_a_pipeline_are_filled_with_encoder_tasks():
     verify(plan, build_schedule(plan))
     assert answer.choice.step_s < paused.choice.step_s
     assert answer.choice.step.peak_bytes <= asked.memory_bytes
+
+
+def test_encoders_on_ranks_of_their_own_feed_an_interleaved_pipeline():
+    answer = make_plan(problem(model(ENCODER), 6, 8, pins=DEEP))
+
+    plan = Plan.loads(answer.plan().to_yaml(), where="plan.yaml")
+    assert plan.language.virtual_pipeline_model_parallel_size > 1
+    assert not set(plan.language.ranks) & set(plan.modules["vision"].ranks)
+    verify(plan, build_schedule(plan))
+    assert explain(answer).sentences[0].startswith("The disjoint layout with interleaved stages")
+
+
+def test_filled_waits_keep_few_encoder_tasks_where_memory_is_short():
+    encoder_tasks = encoder("vision", hidden=2048, layers=12, tokens=4096, trainable=None)
+    pins = {**DEEP, "placement": "colocated", "schedule.kind": "bubble_fill"}
+    pins["schedule.encoder_group"] = "1"
+    asked = problem(model(encoder_tasks), 4, 16, pins=pins)
+    roomy = make_plan(asked).choice
+    tight = replace(asked, cluster=cluster(4, memory_gib=roomy.step.peak_bytes / 2**30 + 2.5))
+
+    choice = make_plan(tight).choice
+
+    assert roomy.plan.schedule.max_live is None
+    assert choice.plan.schedule.max_live is not None
+    assert choice.step.peak_bytes <= tight.memory_bytes < roomy.step.peak_bytes
 
 
 def test_check_shows_the_groups_of_filled_waits(tmp_path, capsys):
