@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,39 @@ def test_slow_rank_is_not_lost():
     assert [end.status for end in ended] == [0, 0, 0], ended
     assert "struck" in ended[2].output
     assert _losses(ended) == _uninterrupted()
+
+
+AHEAD_PATH = PLAN_PATH.with_name("ahead_disjoint_sparse.yaml")
+
+
+def _train_ahead(rank: int) -> None:
+    """Rank 0, which encodes alone, dies in its fifth task."""
+    from megatron_mosaic.host.cpu import run_on_cpu
+
+    run_on_cpu()
+    from megatron_mosaic.host import training
+    from megatron_mosaic.host.arguments import parse_and_validate_args
+    from tests.parity import vlm_script
+
+    forward_step, number = vlm_script.forward_step, count(1)
+
+    def step(data_iterator, model):
+        if rank == 0 and model.training and next(number) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward_step(data_iterator, model)
+
+    vlm_script.forward_step = step
+    frozen = ["--freeze-ViT", "--freeze-projection"]
+    plan = ["--mosaic-plan", str(AHEAD_PATH)]
+    sys.argv = ["script", *ARGUMENTS, *OPTIONS, *HEARTBEAT, *frozen, *plan]
+    vlm_script.main(parse_and_validate_args, training.pretrain)
+
+
+def test_task_of_a_lost_rank_is_named_as_of_the_next_step_where_it_runs_ahead():
+    ended = run_to_the_end(_train_ahead, 4, timeout_s=150)
+
+    # Two tasks a step: those of step 1, and in step 1 those of step 2.
+    for end in ended[1:]:
+        assert end.status != 0
+        assert "run: rank=0 must answer" in end.output
+        assert "F0-1 vision.0 of step 3, ahead in step 2" in end.output
