@@ -1,126 +1,224 @@
-"""How much of the bubble encoder tasks fill, on Optimus' largest setting, simulated.
+"""How much of the bubble encoder tasks fill, and how few of them are live, in Optimus' setting.
 
 python -m benchmarks.bubble_fill
 
-ViT-22B and GPT-175B on 3,072 GPUs with 1,536 samples a step (arXiv 2408.03505). The paper gives no
-layout; here the language model is in TP 8, PP 8, DP 48, a sample a microbatch, so 32 microbatches,
-and the encoder in the same sizes on the same ranks. One of the 48 equal replicas is simulated, in
-1F1B and with two and four stages of the language model on a rank, with the cost model's times on
-``CLUSTER``.
+ViT-22B and GPT-175B (arXiv 2408.03505), simulated with the cost model's times on ``CLUSTER`` and
+verified. The paper gives no layout; stated here are those of one replica, of which a run has 48:
+TP 8 everywhere, a sample a microbatch, 32 microbatches a step, so 1,536 samples on 3,072 GPUs with
+PP 8 and on 1,536 with PP 4. The encoder is on the same ranks.
 
-``three-phase`` runs the encoder over the whole batch, the language model's pipeline, and the
-encoder's backward pass. The fillable bubble is what lies between its time and the least that any
-order could take: the language model alone, or the busiest rank's work. Recovered is the part of it
-that a schedule is faster than three-phase.
+``three phases`` is the encoder's forward passes, the language model's pipeline, the encoder's
+backward passes, with the same tasks on the same ranks. No order can take less than the busiest
+rank's work, nor than the pipeline alone with one task of the encoder before and one after it. What
+lies between the two is the fillable bubble; a schedule recovers the part of it by which it is
+faster than three phases. ``one task`` is three phases with the whole batch in one task of the
+encoder and its replicas on all places of the pipeline: the model says that small tasks of the
+encoder are bound by launching kernels, which larger ones are not.
 """
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from benchmarks.machine import write_results
 from megatron_mosaic.cluster.library import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.layout.placement import ModulePlacement
-from megatron_mosaic.layout.plan import Plan, ScheduleChoice
+from megatron_mosaic.layout.plan import Plan, ScheduleChoice, ScheduleKind
 from megatron_mosaic.model.library import load_model
 from megatron_mosaic.schedule.build import build_schedule
-from megatron_mosaic.schedule.fill import fill, least_live
+from megatron_mosaic.schedule.fill import fill
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.program import program_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
 from megatron_mosaic.schedule.steps import Edge
+from megatron_mosaic.schedule.task import Task
 from megatron_mosaic.schedule.verify import verify
 
 MODEL, CLUSTER = "vit-22b-gpt-175b", "h100"
-TP, PP, NUM_MICROBATCHES = 8, 8, 32
-VIRTUAL = (1, 2, 4)
+TP, NUM_MICROBATCHES = 8, 32
+
+
+class Setting(NamedTuple):
+    """Layout of one replica.
+
+    Args:
+        pp: Pipeline places of the language model.
+        virtual: Its stages on a rank.
+        encoder_dp: Replicas of the encoder.
+        encoder_pp: Pipeline places of each.
+        chunks: Stages of the encoder on a rank.
+        group: Microbatches of an encoder task.
+        max_live: Bound on live tasks of an encoder stage.
+    """
+
+    pp: int
+    virtual: int
+    encoder_dp: int
+    encoder_pp: int
+    chunks: int
+    group: int
+    max_live: int | None = None
+
+
+SETTINGS = (
+    Setting(8, 1, 8, 1, 1, 8),
+    Setting(8, 1, 8, 1, 8, 8),
+    Setting(8, 1, 8, 1, 16, 8),
+    Setting(8, 2, 8, 1, 8, 8),
+    # An encoder whose pipeline follows the language model's overlaps with it by itself.
+    Setting(8, 1, 1, 8, 1, 4),
+    Setting(4, 1, 4, 1, 4, 4),
+    Setting(4, 1, 4, 1, 8, 4, 3),
+    Setting(4, 1, 4, 1, 8, 4, 2),
+    Setting(4, 1, 4, 1, 1, 4, 2),
+)
+
 Times = tuple[dict[Stage, PassTimes], dict[Edge, float]]
 
 
-def plan_of(kind: str, virtual: int, **choice: Any) -> Plan:
-    """One replica of the setting; without an encoder for the kinds that know none here."""
-    sizes = {"tensor_model_parallel_size": TP, "pipeline_model_parallel_size": PP}
-    language = ModulePlacement(
-        name="language",
-        ranks=tuple(range(TP * PP)),
-        virtual_pipeline_model_parallel_size=virtual,
-        **sizes,
-    )
-    vision = ModulePlacement(name="vision", ranks=tuple(range(TP * PP)), **sizes)
+def plan_of(setting: Setting, kind: ScheduleKind, group: int | None = None) -> Plan:
+    """One replica; without encoder for the kinds that do not share ranks."""
+    ranks = tuple(range(TP * setting.pp))
+    modules = {
+        "language": ModulePlacement(
+            name="language",
+            ranks=ranks,
+            tensor_model_parallel_size=TP,
+            pipeline_model_parallel_size=setting.pp,
+            virtual_pipeline_model_parallel_size=setting.virtual,
+        )
+    }
     alone = kind in ("1f1b", "interleaved")
+    if not alone:
+        modules["vision"] = ModulePlacement(
+            name="vision",
+            ranks=ranks,
+            tensor_model_parallel_size=TP,
+            data_parallel_size=setting.encoder_dp,
+            pipeline_model_parallel_size=setting.encoder_pp,
+            virtual_pipeline_model_parallel_size=setting.chunks,
+        )
+    bound = setting.max_live if kind == "bubble_fill" else None
     return Plan(
-        world_size=TP * PP,
+        world_size=len(ranks),
         global_batch_size=NUM_MICROBATCHES,
         micro_batch_size=1,
-        modules={"language": language} if alone else {"language": language, "vision": vision},
+        modules=modules,
         edges=() if alone else (("vision", "language"),),
-        schedule=ScheduleChoice(kind=kind, **choice),  # pyright: ignore[reportArgumentType]
+        schedule=ScheduleChoice(kind=kind, encoder_group=group, max_live=bound),
     )
 
 
-def times_of(virtual: int) -> Times:
-    """Times of all tasks and hops by the cost model."""
-    costs = CostModel(load_model(MODEL), load_cluster(CLUSTER), TrainingSettings())
+def times_of(costs: CostModel, setting: Setting) -> Times:
+    """Times of all tasks, and of a microbatch's hops."""
     tasks_s: dict[Stage, PassTimes] = {}
     transfers_s: dict[Edge, float] = {}
-    for name, chunks in (("vision", 1), ("language", virtual)):
-        sizes = ParallelSizes(tp=TP, pp=PP * chunks, sequence_parallel=name == "language")
-        stages = costs.stages(name, sizes, samples_per_task=1)
+    for name, num_stages, samples in (
+        ("vision", setting.encoder_pp * setting.chunks, setting.group / setting.encoder_dp),
+        ("language", setting.pp * setting.virtual, 1),
+    ):
+        sizes = ParallelSizes(tp=TP, pp=num_stages, sequence_parallel=name == "language")
+        stages = costs.stages(name, sizes, samples_per_task=samples)
+        group = setting.group if name == "vision" else 1
         for number, stage in enumerate(stages):
             tasks_s[Stage(name, number)] = PassTimes(stage.forward_s, stage.backward_s)
-            if number:
-                transfers_s[Edge(name, number - 1, name, number)] = stages[number - 1].hop_s
-    # From the encoder to the language model go as many bytes as between the latter's stages.
-    transfers_s[Edge("vision", PP - 1, "language", 0)] = transfers_s[
-        Edge("language", 0, "language", 1)
-    ]
+            if number and (name == "language" or setting.encoder_pp > 1):
+                edge = Edge(name, number - 1, name, number)
+                transfers_s[edge] = stages[number - 1].hop_s / group
+    # Into the language model go about as many rows as between its stages.
+    last = setting.encoder_pp * setting.chunks - 1
+    hop_s = transfers_s[Edge("language", 0, "language", 1)]
+    transfers_s[Edge("vision", last, "language", 0)] = hop_s
     return tasks_s, transfers_s
 
 
 def timeline_of(plan: Plan, schedule: Schedule, times: Times) -> Timeline:
     """Simulates a verified schedule."""
     verify(plan, schedule)
-    tasks_s, transfers_s = times
-    return simulate(program_of(plan, schedule), tasks_s=tasks_s, transfers_s=transfers_s)
+    return simulate(program_of(plan, schedule), tasks_s=times[0], transfers_s=times[1])
 
 
-def compare(virtual: int) -> dict[str, Any]:
-    """Times of three-phase, of the language model alone, and of bubble_fill by its bound."""
-    times = times_of(virtual)
-    alone = plan_of("1f1b" if virtual == 1 else "interleaved", virtual)
+def three_phases(plan: Plan, filled: Schedule) -> Schedule:
+    """The tasks of a schedule, those of the encoder before and after all others."""
+
+    def key(task: Task) -> tuple[int, int, int]:
+        if task.module == "language":
+            return 1, 0, 0
+        stage = task.stage if task.kind == "F" else -task.stage
+        return (0 if task.kind == "F" else 2), task.microbatches[0], stage
+
+    tasks = tuple(tuple(sorted(own, key=key)) for own in filled.tasks)
+    return Schedule(
+        num_microbatches=plan.num_microbatches,
+        forward_only=False,
+        tasks=tasks,
+        receives_early=True,
+    )
+
+
+def compare(costs: CostModel, setting: Setting) -> dict[str, Any]:
+    """A setting's times beside three phases and the least possible."""
+    times = times_of(costs, setting)
+    alone = plan_of(setting, "1f1b" if setting.virtual == 1 else "interleaved")
     alone_s = timeline_of(alone, build_schedule(alone), times).makespan_s
-    encoder = timeline_of(*_encoder_in_order(virtual), times)
-    passes = [times[0][Stage("vision", stage)] for stage in range(PP)]
-    # Each rank runs one stage of the encoder, one microbatch after the other.
-    three_phase_s = alone_s + _pipelined_s(passes)
-    busiest_s = max(encoder.busy_s(kind) for kind in encoder.program.kinds)
-    fillable_s = three_phase_s - max(alone_s, busiest_s)
-    least = least_live(plan_of("bubble_fill", virtual))
-    rows = []
-    for bound in sorted({least, NUM_MICROBATCHES // 4, *range(8, NUM_MICROBATCHES + 1, 4)}):
-        if bound >= least:
-            plan = plan_of("bubble_fill", virtual, max_live=bound)
-            schedule = fill(plan, tasks_s=times[0], transfers_s=times[1])
-            timeline = timeline_of(plan, schedule, times)
-            rows.append(
-                {
-                    "max_live": bound,
-                    "step_s": timeline.makespan_s,
-                    "recovered": (three_phase_s - timeline.makespan_s) / fillable_s,
-                    "live_of_three_phase": max(
-                        timeline.program.peak_live(Stage("vision", stage)) for stage in range(PP)
-                    )
-                    / NUM_MICROBATCHES,
-                    "longer_than_three_phase": timeline.makespan_s / three_phase_s - 1,
-                }
-            )
+    plan = plan_of(setting, "bubble_fill", setting.group)
+    schedule = fill(plan, tasks_s=times[0], transfers_s=times[1])
+    timeline = timeline_of(plan, schedule, times)
+    unbounded = plan_of(setting._replace(max_live=None), "bubble_fill", setting.group)
+    three_s = timeline_of(unbounded, three_phases(unbounded, schedule), times).makespan_s
+    passes = [sum(times[0][stage]) for stage in times[0] if stage.module == "vision"]
+    busiest_s = max(timeline.busy_s(kind) for kind in timeline.program.kinds)
+    least_s = max(busiest_s, alone_s + sum(passes))
+    live = max(timeline.program.peak_live(Stage("vision", stage)) for stage in range(len(passes)))
     return {
-        "stages_per_rank": virtual,
+        **setting._asdict(),
         "language_alone_s": alone_s,
-        "three_phase_s": three_phase_s,
         "busiest_rank_s": busiest_s,
-        "fillable_s": fillable_s,
-        "bounds": rows,
+        "least_s": least_s,
+        "three_phases_s": three_s,
+        "one_task_s": _one_task_s(costs, setting, alone_s),
+        "bubble_fill_s": timeline.makespan_s,
+        "recovered": (three_s - timeline.makespan_s) / (three_s - least_s),
+        "longer_than_three_phases": timeline.makespan_s / three_s - 1,
+        "live_microbatches": live * setting.group,
+        "live_of_three_phases": live * setting.group / NUM_MICROBATCHES,
     }
+
+
+def _one_task_s(costs: CostModel, setting: Setting, alone_s: float) -> float:
+    """Three phases with the whole batch in one task of the encoder, a replica on every place."""
+    (stage,) = costs.stages(
+        "vision", ParallelSizes(tp=TP), samples_per_task=NUM_MICROBATCHES / setting.pp
+    )
+    return alone_s + stage.forward_s + stage.backward_s
+
+
+def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield (
+        "PP virtual  encoder DP PP chunks group bound   alone  least  3 phases one task  filled  "
+        "recovered  longer  live"
+    )
+    for row in rows:
+        yield (
+            f"{row['pp']:2} {row['virtual']:7}  {row['encoder_dp']:10} {row['encoder_pp']:2} "
+            f"{row['chunks']:6} {row['group']:5} {row['max_live'] or '-':>5}  "
+            f"{row['language_alone_s']:6.3f} {row['least_s']:6.3f}  {row['three_phases_s']:8.3f} "
+            f"{row['one_task_s']:8.3f}  {row['bubble_fill_s']:6.3f}  {row['recovered']:9.1%}  "
+            f"{row['longer_than_three_phases']:+6.1%}  {row['live_of_three_phases']:4.0%}"
+        )
+
+
+def main() -> None:
+    """Prints all settings and writes them."""
+    costs = CostModel(load_model(MODEL), load_cluster(CLUSTER), TrainingSettings())
+    rows = [compare(costs, setting) for setting in SETTINGS]
+    print(f"{MODEL} on {CLUSTER}, TP {TP}, {NUM_MICROBATCHES} microbatches; times in s")
+    print("\n".join(_lines(rows)))
+    results = {"model": MODEL, "cluster": CLUSTER, "tp": TP, "settings": rows}
+    print(write_results("bubble_fill", results))
+
+
+if __name__ == "__main__":
+    main()

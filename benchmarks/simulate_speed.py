@@ -3,12 +3,15 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from benchmarks.machine import write_results
 from megatron_mosaic.layout.placement import ModulePlacement
-from megatron_mosaic.layout.plan import Plan, ScheduleChoice
+from megatron_mosaic.layout.plan import Plan, ScheduleChoice, ScheduleKind
+from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import stage_order
+from megatron_mosaic.schedule.order import write_order
 from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.simulate import PassTimes, simulate
 
@@ -24,6 +27,8 @@ class Case(NamedTuple):
         num_microbatches: Microbatches.
         replicas: Ranks of each stage.
         encoder_group: Microbatches of a task of an encoder on all ranks; None is no encoder.
+        virtual: Stages on a rank; more than one is interleaved.
+        fills: Whether the encoder's tasks fill bubbles, in the order that the plan holds.
     """
 
     name: str
@@ -31,6 +36,8 @@ class Case(NamedTuple):
     num_microbatches: int
     replicas: int = 1
     encoder_group: int | None = None
+    virtual: int = 1
+    fills: bool = False
 
 
 CASES = (
@@ -39,6 +46,9 @@ CASES = (
     Case("64 stages, 512 microbatches", 64, 512),
     Case("16 stages of 1,024 ranks, 256 microbatches", 16, 256, replicas=1024),
     Case("64 stages, 256 microbatches, encoder in groups of 8", 64, 256, encoder_group=8),
+    Case("16 ranks of 4 stages, 512 microbatches", 16, 512, virtual=4),
+    Case("64 stages, 512 microbatches, encoder fills", 64, 512, encoder_group=8, fills=True),
+    Case("16 stages of 256 ranks, encoder fills", 16, 64, 256, encoder_group=8, fills=True),
 )
 
 
@@ -88,15 +98,18 @@ def _plan(case: Case) -> Plan:
         ranks=ranks,
         data_parallel_size=case.replicas,
         pipeline_model_parallel_size=case.num_stages,
+        virtual_pipeline_model_parallel_size=case.virtual,
     )
-    modules, edges, schedule = {"language": language}, (), ScheduleChoice(kind="1f1b")
+    kind: ScheduleKind = "1f1b" if case.virtual == 1 else "interleaved"
+    modules, edges, schedule = {"language": language}, (), ScheduleChoice(kind=kind)
     if case.encoder_group is not None:
         modules["vision"] = ModulePlacement(
             name="vision", ranks=ranks, data_parallel_size=len(ranks)
         )
         edges = (("vision", "language"),)
-        schedule = ScheduleChoice(kind="colocated", encoder_group=case.encoder_group)
-    return Plan(
+        kind = "bubble_fill" if case.fills else "colocated"
+        schedule = ScheduleChoice(kind=kind, encoder_group=case.encoder_group)
+    plan = Plan(
         world_size=len(ranks),
         global_batch_size=case.num_microbatches * case.replicas,
         micro_batch_size=1,
@@ -104,6 +117,10 @@ def _plan(case: Case) -> Plan:
         edges=edges,
         schedule=schedule,
     )
+    if case.fills:
+        order = write_order(plan, build_schedule(plan))
+        plan = replace(plan, schedule=replace(schedule, order=order))
+    return plan
 
 
 if __name__ == "__main__":

@@ -75,6 +75,22 @@ _SCHEDULE_KEYS: Mapping[str, Parse] = {
 }
 
 
+class _OnePerLine(dict[str, str]):
+    """A mapping that is written with one entry on a line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes plain values."""
+
+
+_Dumper.add_representer(
+    _OnePerLine,
+    lambda dumper, lists: dumper.represent_mapping(
+        "tag:yaml.org,2002:map", lists.items(), flow_style=False
+    ),
+)
+
+
 def read_plan_fields(source: str) -> dict[str, Any]:
     """Reads the arguments of a ``Plan`` from YAML; the schedule is still a mapping.
 
@@ -100,8 +116,9 @@ def write_plan_fields(plan: Mapping[str, Any]) -> str:
         name: _written_module(placement) for name, placement in plan["modules"].items()
     }
     if "order" in document["schedule"]:
-        document["schedule"] = {**document["schedule"], "order": dict(plan["schedule"]["order"])}
-    return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
+        lists = _OnePerLine(plan["schedule"]["order"])
+        document["schedule"] = {**document["schedule"], "order": lists}
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _read_module(name: Any, module: Any) -> ModulePlacement:

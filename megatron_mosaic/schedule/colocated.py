@@ -66,10 +66,12 @@ def language_pipeline(plan: Plan, *, forward_only: bool) -> tuple[Clock, dict[St
 
     Modules that the language model feeds are behind it in this pipeline.
     """
-    backward = not forward_only and needs_backward(plan, "language")
     distances = stage_distances(plan)
     encoders = encoder_stages(plan)
     pipeline = {stage: d for stage, d in distances.items() if stage not in encoders}
+    # A frozen language model may feed a trainable module.
+    trains = any(needs_backward(plan, stage.module) for stage in pipeline)
+    backward = not forward_only and trains
     return Clock(depth=distances[Stage("language", 0)], backward=backward), pipeline
 
 

@@ -13,6 +13,7 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.clock import due_tasks
 from megatron_mosaic.schedule.colocated import encoder_groups, encoder_stages, language_pipeline
 from megatron_mosaic.schedule.graph import (
+    RankKind,
     Stage,
     ahead_modules,
     needs_backward,
@@ -68,12 +69,12 @@ def fill(
         List scheduling by the length of the critical path: Graham, 1969, SIAM J. Appl. Math.
         17(2). That encoders fit into the waits: Feng et al., 2024, arXiv:2408.03505 (Optimus).
     """
-    parts = parts_of(plan, apart=True)
-    units = _units(plan, parts, tasks_s, transfers_s or {})
-    starts = _run(units, num_kinds=len(rank_kinds(plan)))
+    kinds = rank_kinds(plan)
+    units = _units(plan, kinds, tasks_s, transfers_s or {})
+    starts = _run(units, num_kinds=len(kinds))
     order = sorted(range(len(units)), key=lambda u: (starts[u], u))
     tasks: list[tuple[Task, ...]] = [()] * plan.world_size
-    for k, kind in enumerate(rank_kinds(plan)):
+    for k, kind in enumerate(kinds):
         own = tuple(units[u].key[1] for u in order if k in units[u].kinds)
         for rank in kind.ranks:
             tasks[rank] = own
@@ -136,11 +137,12 @@ def live_bound(plan: Plan, stage: Stage) -> int:
 
 def _units(
     plan: Plan,
-    parts: tuple[Part, ...],
+    kinds: tuple[RankKind, ...],
     tasks_s: Mapping[Stage, PassTimes],
     transfers_s: Mapping[Edge, float],
 ) -> list[_Unit]:
     """All tasks with what comes after them."""
+    parts = parts_of(plan, kinds, apart=True)
     keys = _keys(plan, parts)
     units = [
         _Unit(key, parts[key[0]].kinds, tasks_s[parts[key[0]].stage]["FB".index(key[1].kind)])
@@ -151,7 +153,7 @@ def _units(
     rows = [(p, t.kind == "B", t.microbatches[0], len(t.microbatches)) for p, t in keys]
     arrays = TaskArrays(*np.array(rows, dtype=np.int64).T)
     ahead = Schedule(num_microbatches=0, forward_only=False, tasks=(), ahead=ahead_modules(plan))
-    links = links_in_a_step(plan, parts, ahead)
+    links = links_in_a_step(plan, kinds, parts, ahead)
     for inputs in data_inputs(arrays, links, len(parts), no_edge=len(edges)):
         for after, before, edge, passed in zip(*map(np.ndarray.tolist, inputs), strict=True):
             if before != START:

@@ -9,6 +9,7 @@ no numbers. ``(F B)*7`` repeats what stands in the parentheses, and ``F*4`` one 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import nearest, show
@@ -119,11 +120,9 @@ def _runs(symbols: list[str]) -> Iterator[tuple[list[str], int]]:
 
 
 def _read(plan: Plan, kind: RankKind, where: str, text: str) -> Iterator[Task]:
-    passes = {
-        _symbol(kind_of_pass, name): (kind_of_pass, stage)
-        for name, stage in _names(kind).items()
-        for kind_of_pass in ("F", "B")
-    }
+    passes: dict[str, tuple[Literal["F", "B"], Stage]] = {}
+    for name, stage in _names(kind).items():
+        passes |= {_symbol("F", name): ("F", stage), _symbol("B", name): ("B", stage)}
     encoders = encoder_stages(plan)
     groups = encoder_groups(plan, num_microbatches=plan.num_microbatches)
     single = [(m,) for m in range(plan.num_microbatches)]

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds, stage_order
+from megatron_mosaic.schedule.graph import RankKind, Stage, stage_order
 from megatron_mosaic.schedule.steps import Edge, communicators, edges_of
 
 
@@ -33,15 +33,15 @@ class Link(NamedTuple):
     destination: int
 
 
-def parts_of(plan: Plan, *, apart: bool) -> tuple[Part, ...]:
+def parts_of(plan: Plan, kinds: tuple[RankKind, ...], *, apart: bool) -> tuple[Part, ...]:
     """Parts of all stages, in the order of the stages.
 
     Args:
         plan: The plan.
+        kinds: Its kinds of ranks.
         apart: Replicas on ranks that host different stages beside run their tasks each at its
             own time. Otherwise all ranks of a stage run together.
     """
-    kinds = rank_kinds(plan)
     parts = []
     for stage in stage_order(plan):
         hosts = [k for k, kind in enumerate(kinds) if stage in kind.stages]
@@ -50,9 +50,8 @@ def parts_of(plan: Plan, *, apart: bool) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def links_of(plan: Plan, parts: tuple[Part, ...]) -> tuple[Link, ...]:
+def links_of(plan: Plan, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]) -> tuple[Link, ...]:
     """Pairs of parts that an edge joins: all of two modules, those of one pipeline of a module."""
-    kind_of = {rank: k for k, kind in enumerate(rank_kinds(plan)) for rank in kind.ranks}
     places: dict[Stage, list[int]] = {}
     for position, part in enumerate(parts):
         places.setdefault(part.stage, []).append(position)
@@ -60,7 +59,7 @@ def links_of(plan: Plan, parts: tuple[Part, ...]) -> tuple[Link, ...]:
     for number, edge in enumerate(edges_of(plan)):
         sources, destinations = places[Stage(*edge[:2])], places[Stage(*edge[2:])]
         whole = edge.source != edge.destination or len(sources) == len(destinations) == 1
-        meet = None if whole else _meeting_kinds(plan, edge, kind_of)
+        meet = None if whole else _meeting_kinds(plan, edge, kinds)
         links += [
             Link(number, source, destination)
             for source in sources
@@ -88,7 +87,8 @@ def _joined_kinds(
     return [[k for k in hosts if label[k] == first] for first in sorted(set(label.values()))]
 
 
-def _meeting_kinds(plan: Plan, edge: Edge, kind_of: dict[int, int]) -> set[tuple[int, int]]:
+def _meeting_kinds(plan: Plan, edge: Edge, kinds: tuple[RankKind, ...]) -> set[tuple[int, int]]:
+    kind_of = {rank: k for k, kind in enumerate(kinds) for rank in kind.ranks}
     source = set(plan.modules[edge.source].stage_ranks(edge.source_stage))
     return {
         (kind_of[one], kind_of[other])

@@ -107,13 +107,13 @@ def program_of(plan: Plan, schedule: Schedule) -> Program:
     the same tasks, as all built schedules do. Where the lists of its ranks do not let all of a
     stage run a task together, or the schedule leaves them free, its replicas are parts.
     """
-    found = None
+    found, kinds = None, rank_kinds(plan)
     if not schedule.receives_early:
-        parts = parts_of(plan, apart=False)
-        found = _common_order(plan, schedule, parts)
+        parts = parts_of(plan, kinds, apart=False)
+        found = _common_order(plan, schedule, kinds, parts)
     if found is None:
-        parts = parts_of(plan, apart=True)
-        found = _common_order(plan, schedule, parts)
+        parts = parts_of(plan, kinds, apart=True)
+        found = _common_order(plan, schedule, kinds, parts)
     assert found is not None, "the schedule must be one that verify accepts"
     rows = [(p, t.kind == "B", t.microbatches[0], len(t.microbatches)) for p, t in found]
     tasks = TaskArrays(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
@@ -136,8 +136,8 @@ def wire(
         ahead: Schedule that tells which modules run ahead, if any do.
     """
     edges, kinds = edges_of(plan), rank_kinds(plan)
-    parts = parts_of(plan, apart=False) if parts is None else parts
-    links = links_in_a_step(plan, parts, ahead)
+    parts = parts_of(plan, kinds, apart=False) if parts is None else parts
+    links = links_in_a_step(plan, kinds, parts, ahead)
     rank, *more_ranks = _rank_inputs(tasks, parts, no_edge=len(edges))
     data, *more_data = data_inputs(tasks, links, len(parts), no_edge=len(edges))
     others = [np.concatenate(column) for column in zip(*more_ranks, *more_data, strict=True)]
@@ -154,9 +154,13 @@ def wire(
 
 
 def links_in_a_step(
-    plan: Plan, parts: tuple[Part, ...], schedule: Schedule | None
+    plan: Plan,
+    kinds: tuple[RankKind, ...],
+    parts: tuple[Part, ...],
+    schedule: Schedule | None,
 ) -> tuple[Link, ...]:
-    edges, links = edges_of(plan), links_of(plan, parts)
+    """Pairs of parts of which one waits for the other: not for what was made a step before."""
+    edges, links = edges_of(plan), links_of(plan, kinds, parts)
     if schedule is None:
         return links
     return tuple(link for link in links if not crosses_steps(schedule, edges[link.edge]))
@@ -234,11 +238,11 @@ def _task_of_microbatch(tasks: TaskArrays, num_stages: int) -> Integers:
 
 
 def _common_order(
-    plan: Plan, schedule: Schedule, parts: tuple[Part, ...]
+    plan: Plan, schedule: Schedule, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]
 ) -> list[tuple[int, Task]] | None:
     """Tasks of all parts, once each, after all that they wait for; None if some wait for ever."""
-    lists = _lists(plan, schedule, parts)
-    inputs = _inputs(links_in_a_step(plan, parts, schedule))
+    lists = _lists(schedule, kinds, parts)
+    inputs = _inputs(links_in_a_step(plan, kinds, parts, schedule))
     position = [0] * len(lists)
     done: set[tuple[str, int, int]] = set()
     waiting: dict[object, list[int]] = {}
@@ -266,12 +270,14 @@ def _common_order(
     return order if finished else None
 
 
-def _lists(plan: Plan, schedule: Schedule, parts: tuple[Part, ...]) -> list[list[tuple[int, Task]]]:
+def _lists(
+    schedule: Schedule, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]
+) -> list[list[tuple[int, Task]]]:
     """Tasks of every kind of ranks with their parts."""
     place = {(part.stage, k): p for p, part in enumerate(parts) for k in part.kinds}
     return [
         [(place[Stage(task.module, task.stage), k], task) for task in schedule.tasks[kind.ranks[0]]]
-        for k, kind in enumerate(rank_kinds(plan))
+        for k, kind in enumerate(kinds)
     ]
 
 
