@@ -240,7 +240,7 @@ def _plain_plans() -> list[TimedPlan]:
 
 def _filled_plans() -> list[TimedPlan]:
     """Plans with several stages of a module on a rank, or encoders in the waits of a pipeline."""
-    (short,), (middle,) = _times(20), _times(30)
+    (short,), (middle,) = _times(30), _times(40)
     everywhere = place("vision", range(8), dp=8)
     pipeline = place("language", range(8), tp=2, pp=4)
     return [
@@ -263,7 +263,7 @@ def _filled_plans() -> list[TimedPlan]:
             "bubble_fill",
             [place("vision", range(8), tp=2, dp=4), pipeline],
             num_microbatches=8,
-            waits_s={"vision": middle, "language": _times(30, 20, 40, 30)},
+            waits_s={"vision": middle, "language": _times(40, 30, 50, 40)},
             group=2,
             max_live=3,
         ),
@@ -280,7 +280,7 @@ def _filled_plans() -> list[TimedPlan]:
             "bubble_fill",
             [place("vision", range(8), dp=8, trainable=()), pipeline],
             num_microbatches=8,
-            waits_s={"vision": PassTimes(0.03, 0.0), "language": middle},
+            waits_s={"vision": PassTimes(0.04, 0.0), "language": middle},
             ahead=True,
         ),
     ]
