@@ -52,6 +52,13 @@ def refuse_unsupported(plan: "Plan") -> None:
             f"modules: outputs={show(list(plan.outputs))} must be one at most: several modules fed "
             f"by language are not supported by this version; keep one of them"
         )
+    for name in plan.outputs:
+        stages = plan.modules[name].num_stages
+        if stages > 1:
+            raise PlanError(
+                f"modules.{name}: stages={stages} must be 1: a module fed by language with several "
+                f"stages is not supported by this version; raise another size instead"
+            )
 
 
 def _refuse_sizes(placement: ModulePlacement) -> None:

@@ -8,7 +8,7 @@ from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.planner import Answer, as_estimates, digests
+from megatron_mosaic.planner.planner import Answer, as_estimates, inputs_of
 from megatron_mosaic.planner.prediction import prediction
 from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
@@ -246,7 +246,7 @@ def as_document(explanation: Explanation) -> dict[str, Any]:
         "cluster": problem.cluster.name,
         "num_gpus": problem.num_gpus,
         "global_batch_size": problem.global_batch_size,
-        "inputs": dict(digests(problem)),
+        "inputs": inputs_of(problem),
         "best": [_entry(entry) for entry in answer.best],
         "baseline": None if answer.baseline is None else _entry(answer.baseline),
         "search": {

@@ -1,6 +1,5 @@
 """From a problem to the best plans, the homogeneous one beside them, or what is in the way."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -45,7 +44,7 @@ class Answer:
     def plan(self) -> Plan:
         """The plan to run, with ranks and notes."""
         plan = self.choice.plan
-        return replace(plan, inputs=digests(self.problem), predicted=self._predicted(plan))
+        return replace(plan, inputs=inputs_of(self.problem), predicted=self._predicted(plan))
 
     def _predicted(self, plan: Plan) -> dict[str, Any]:
         notes = figure_notes(plan, cost_model=self.cost_model, baseline=self.baseline)
@@ -94,12 +93,19 @@ def make_plan(
     return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
 
 
-def digests(problem: Problem) -> Mapping[str, str]:
-    """Digests of what a plan was made from, so that a change of it shows."""
+def inputs_of(problem: Problem) -> dict[str, Any]:
+    """What a plan was made from: digests, so that a change shows, and the arguments assumed."""
+    settings = problem.settings
+    assumed = {
+        "--use-distributed-optimizer": settings.distributed_optimizer,
+        "--overlap-grad-reduce": settings.overlap_grad_reduce,
+        "--overlap-param-gather": settings.overlap_param_gather,
+    }
     return {
         "model": _digest(write_model(problem.model)),
         "cluster": _digest(write_cluster(problem.cluster)),
         "tool": __version__,
+        "arguments": [argument for argument, given in assumed.items() if given],
     }
 
 

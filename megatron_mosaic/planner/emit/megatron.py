@@ -36,7 +36,12 @@ def emit_megatron(plan: Plan, launch: Launch) -> Emission:
         _check_encoder(plan.modules[name], language)
     refuse_other_recompute(plan)
     check_single_microbatches(plan)
-    options = [*size_options(plan), *stage_options(language), *_freeze_options(plan)]
+    options = [
+        *size_options(plan),
+        *stage_options(language),
+        *_freeze_options(plan),
+        *_assumed_options(plan),
+    ]
     return Emission(text=shell_lines(*options), notes=(*_notes(plan), *environment_notes(plan)))
 
 
@@ -113,6 +118,12 @@ def _check_encoder(encoder: ModulePlacement, language: ModulePlacement) -> None:
             f"{where} ranks={show_ranks(encoder.ranks)} must be {show_ranks(first_stage)}, {which} "
             f"of language"
         )
+
+
+def _assumed_options(plan: Plan) -> Iterator[Option]:
+    """Yields what the planner's prediction counts on."""
+    for argument in (plan.inputs or {}).get("arguments", ()):
+        yield (str(argument),)
 
 
 def _freeze_options(plan: Plan) -> Iterator[Option]:
