@@ -14,7 +14,13 @@ from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import NUM_COMPARED, Simulated, rerank
+from megatron_mosaic.planner.rerank import (
+    NUM_COMPARED,
+    Simulated,
+    rerank,
+    simulated,
+    with_other_schedules,
+)
 from megatron_mosaic.planner.search import Found, search
 
 
@@ -88,9 +94,21 @@ def make_plan(
             f"microbatches that are a multiple of its ranks, and layers that divide evenly; "
             f"remove it or pin such a layout"
         )
-    baseline = next((entry for entry in entries if entry.estimate == found.baseline), None)
+    baseline = _baseline(found.baseline, problem, cost_model)
     best = tuple(entries[:top])
     return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
+
+
+def _baseline(
+    estimate: Estimate | None, problem: Problem, cost_model: CostModel
+) -> Simulated | None:
+    """The best homogeneous layout under the fastest schedule that stock arguments can name."""
+    if estimate is None:
+        return None
+    first = simulated(estimate, problem, cost_model)
+    schedules = with_other_schedules(first, problem, cost_model)
+    homogeneous = [entry for entry in schedules if entry.candidate.is_homogeneous]
+    return min(homogeneous, key=lambda entry: entry.step_s, default=None)
 
 
 def inputs_of(problem: Problem) -> dict[str, Any]:

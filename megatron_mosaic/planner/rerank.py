@@ -200,7 +200,11 @@ def rerank(
     for estimate in estimates:
         first = simulated(estimate, problem, cost_model)
         below_s = sorted(entry.step_s for entry in found)[top - 1] if len(found) >= top else inf
-        schedules = list(with_other_schedules(first, problem, cost_model, below_s=below_s))
+        schedules = [
+            entry
+            for entry in with_other_schedules(first, problem, cost_model, below_s=below_s)
+            if problem.pins.placement in (None, entry.candidate.placement)
+        ]
         if schedules:
             found.append(min(schedules, key=lambda entry: entry.step_s))
     return sorted(found, key=lambda entry: entry.step_s)
