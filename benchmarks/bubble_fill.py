@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.machine import write_results
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice, ScheduleKind
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.fill import fill
 from megatron_mosaic.schedule.graph import Stage

@@ -23,7 +23,7 @@ from benchmarks.published_points import POINTS, Case, Skipped, cases_of, newest,
 from megatron_mosaic.cost.costs import StepBreakdown
 from megatron_mosaic.cost.model_flops import model_flops_per_token, step_flops_per_token
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.tokens import Distribution
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 from benchmarks.predictions import joined
 from benchmarks.published_points import POINTS, read_points
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleInStep
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.spec import LanguageHead, ModelSpec
 from megatron_mosaic.model.tokens import Distribution
 

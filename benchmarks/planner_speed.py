@@ -45,9 +45,9 @@ LIMIT_S = 20.0
 
 def measure(name: str, num_gpus: int, batch: int) -> dict[str, Any]:
     """Plans once in this process."""
-    from megatron_mosaic.cluster.library import load_cluster
+    from megatron_mosaic.cluster.shipped import load_cluster
     from megatron_mosaic.cost.cost_model import CostModel
-    from megatron_mosaic.model.library import load_model
+    from megatron_mosaic.model.shipped import load_model
     from megatron_mosaic.planner.estimate import Estimator
     from megatron_mosaic.planner.planner import make_plan
     from megatron_mosaic.planner.problem import Problem

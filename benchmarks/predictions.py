@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.published_points import Case
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts, ModuleInStep, StageCosts, StepBreakdown

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cache
 
 from megatron_mosaic.model.layers import Layer, Mlp, SelfAttention, StateSpace
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.spec import (
     LanguageHead,
     LayerRun,

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _shipped() -> str:
-    from megatron_mosaic.cluster.library import shipped_clusters
-    from megatron_mosaic.model.library import shipped_models
+    from megatron_mosaic.cluster.shipped import shipped_clusters
+    from megatron_mosaic.model.shipped import shipped_models
 
     return "\n".join(
         (
@@ -75,7 +75,7 @@ def _shipped() -> str:
 
 
 def _problem(args: argparse.Namespace) -> "Problem":
-    from megatron_mosaic.model.library import load_model
+    from megatron_mosaic.model.shipped import load_model
     from megatron_mosaic.planner.problem import Problem, read_pins
 
     if args.cluster is None:
@@ -95,7 +95,7 @@ def _problem(args: argparse.Namespace) -> "Problem":
 
 def _cluster(name: str, *, num_gpus: int | None) -> "Cluster":
     """Loads a cluster; a shipped one has as many nodes as are asked for."""
-    from megatron_mosaic.cluster.library import load_cluster, resized, shipped_clusters
+    from megatron_mosaic.cluster.shipped import load_cluster, resized, shipped_clusters
 
     cluster = load_cluster(name)
     if num_gpus is None or num_gpus < 1 or name not in shipped_clusters():

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         HostError: There is no such device, or a rank failed.
     """
     from megatron_mosaic.cluster.cluster_file import write_cluster
-    from megatron_mosaic.cluster.library import load_cluster
+    from megatron_mosaic.cluster.shipped import load_cluster
     from megatron_mosaic.profile.ranks import ProfileSettings, launched_rank, measure
     from megatron_mosaic.profile.result import Fitted, measured_cluster
 

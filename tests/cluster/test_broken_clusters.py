@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.errors import LayoutError, PlanError
 
 BROKEN_CLUSTERS = sorted((Path(__file__).parents[1] / "broken_clusters").glob("*.yaml"))

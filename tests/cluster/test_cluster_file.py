@@ -8,7 +8,7 @@ from megatron_mosaic.cluster.cluster_file import (
     shipped_gpus,
     write_cluster,
 )
-from megatron_mosaic.cluster.library import load_cluster, resized, shipped_clusters
+from megatron_mosaic.cluster.shipped import load_cluster, resized, shipped_clusters
 from megatron_mosaic.errors import LayoutError
 
 OWN = """

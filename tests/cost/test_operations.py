@@ -10,7 +10,7 @@ from megatron_mosaic.cost.model_flops import (
 from megatron_mosaic.cost.operations import TaskTokens, Workplace, layer_operations
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.layers import Experts, Layer, Mlp, SelfAttention
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.tokens import Distribution
 
 LLAMA_LAYER = Layer(

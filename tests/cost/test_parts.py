@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
 from megatron_mosaic.cost.exposed import waited_s
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.stages import backward_s, stage_works
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 
 PART = PartCosts(
     forward_s=1.0, input_gradient_s=1.1, weight_gradient_s=0.9, recompute_s=0.2, trainable=1.0

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.memory import module_parts, stages_memory
 from megatron_mosaic.cost.plan_memory import (

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mosaic.errors import LayoutError, PlanError
-from megatron_mosaic.model.library import load_model, shipped_models
+from megatron_mosaic.model.shipped import load_model, shipped_models
 
 BROKEN_MODELS = sorted((Path(__file__).parents[1] / "broken_models").glob("*.yaml"))
 

@@ -6,8 +6,8 @@ import pytest
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.model.huggingface import read_huggingface
 from megatron_mosaic.model.layers import SelfAttention
-from megatron_mosaic.model.library import load_model
 from megatron_mosaic.model.parameters import module_parameters
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.tokens import Distribution
 
 LLAMA = {

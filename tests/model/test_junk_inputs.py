@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.cluster.cluster_file import parse_cluster, write_cluster
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.model.huggingface import huggingface_document
-from megatron_mosaic.model.library import load_model
 from megatron_mosaic.model.model_file import model_from_document, parse_model, write_model
+from megatron_mosaic.model.shipped import load_model
 from tests.model.test_huggingface import (
     DEEPSEEK_V3,
     GPT_OSS,

@@ -4,8 +4,8 @@ import pytest
 
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.model.layers import Experts, LinearAttention, Mlp, SelfAttention, StateSpace
-from megatron_mosaic.model.library import load_model
 from megatron_mosaic.model.megatron_arguments import parse_megatron_arguments
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.tokens import Distribution
 
 LLAMA = (

@@ -14,9 +14,9 @@ from megatron_mosaic.model.layers import (
     SelfAttention,
     StateSpace,
 )
-from megatron_mosaic.model.library import load_model, shipped_models
 from megatron_mosaic.model.model_file import parse_model, write_model
 from megatron_mosaic.model.parameters import module_parameters, mtp_parameters
+from megatron_mosaic.model.shipped import load_model, shipped_models
 from megatron_mosaic.model.spec import LanguageHead, Patches, Projector, TokenEmbedding
 from megatron_mosaic.model.tokens import Distribution
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.model.layers import Experts, Layer, Mlp, SelfAttention
 from megatron_mosaic.model.spec import (

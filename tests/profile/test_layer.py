@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.profile.layer import (
     LAYER_SIZES,
     DecoderLayer,

@@ -11,7 +11,7 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.cluster.cluster_file import read_cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.model.library import load_model
+from megatron_mosaic.model.shipped import load_model
 
 ROOT = Path(__file__).parents[2]
 

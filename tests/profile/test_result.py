@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mosaic.cluster.cluster_file import parse_cluster, write_cluster
-from megatron_mosaic.cluster.library import load_cluster
+from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.profile.measurements import (
     Device,
