@@ -1,0 +1,111 @@
+"""The keys that each segment of a mask sees, as intervals of positions."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from megatron_mosaic.tokens.mask import (
+    NO_DOCUMENT,
+    NO_GROUP,
+    Integers,
+    SequenceMask,
+)
+from megatron_mosaic.tokens.ranges import Ranges, counted_from, merged
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisibleKeys:
+    """What the queries of each segment see.
+
+    A query of segment ``i`` at position ``p`` sees the keys of ``seen`` of that segment and, if
+    ``causal_from[i] >= 0``, those from there to ``p``. None of these touch each other.
+
+    Args:
+        seen: Intervals of positions by segment, all of which every query of it sees.
+        causal_from: First of the keys that end with the query itself; -1 where there are none.
+    """
+
+    seen: Ranges
+    causal_from: Integers
+
+    @classmethod
+    def of(cls, mask: SequenceMask) -> Self:
+        """Derives the intervals from the rule of a mask."""
+        documents = _Documents.of(mask)
+        found = (
+            _plain(mask, documents),
+            _by_class(mask, documents),
+            _by_group(mask),
+            _own(mask),
+        )
+        rows, starts, stops = (np.concatenate(column) for column in zip(*found, strict=True))
+        ranges = merged(Ranges(rows, starts, stops))
+        # Nothing that causal queries see lies behind them: what reaches their own segment's end
+        # is what ends with the query.
+        causal = (mask.group[ranges.row] == NO_GROUP) & (ranges.stop == mask.stops[ranges.row])
+        causal_from = np.full(mask.num_segments, -1, dtype=np.int64)
+        causal_from[ranges.row[causal]] = ranges.start[causal]
+        return cls(seen=ranges.select(~causal), causal_from=causal_from)
+
+
+class _Documents(NamedTuple):
+    """Of every segment: what is known of its document."""
+
+    first: Integers  # its first segment
+    plain: Integers  # whether the segment sees all that is before it in the document
+
+    @classmethod
+    def of(cls, mask: SequenceMask) -> Self:
+        number = np.arange(mask.num_segments)
+        real = mask.document != NO_DOCUMENT
+        if not real.any():
+            return cls(number, np.zeros(mask.num_segments, dtype=np.int64))
+        own = number[real]
+        begins = np.flatnonzero(np.diff(mask.document[real], prepend=-2))
+        index = np.cumsum(np.diff(mask.document[real], prepend=-2) != 0) - 1
+        shown = np.bitwise_or.reduceat(mask.shown[real], begins)[index]
+        first = number.copy()
+        first[real] = own[begins][index]
+        gaps = np.cumsum(~real)
+        plain = np.zeros(mask.num_segments, dtype=np.int64)
+        plain[real] = ((mask.sees[real] & shown) == shown) & (gaps[own] == gaps[first[real]])
+        return cls(first, plain)
+
+
+def _plain(mask: SequenceMask, documents: _Documents) -> Ranges:
+    """Everything before the segment, where that is what it sees."""
+    rows = np.flatnonzero(documents.plain & (documents.first < np.arange(mask.num_segments)))
+    return Ranges(rows, mask.starts[documents.first[rows]], mask.starts[rows])
+
+
+def _by_class(mask: SequenceMask, documents: _Documents) -> Ranges:
+    """Segments before each one that it sees by their class, where it does not see all."""
+    number = np.arange(mask.num_segments)
+    rows = np.flatnonzero((documents.plain == 0) & (mask.sees != 0) & (documents.first < number))
+    rows, others = counted_from(documents.first[rows], number[rows] - documents.first[rows], rows)
+    seen = (mask.sees[rows] & mask.shown[others] != 0) & (mask.document[others] != NO_DOCUMENT)
+    rows, others = rows[seen], others[seen]
+    return Ranges(rows, mask.starts[others], mask.stops[others])
+
+
+def _by_group(mask: SequenceMask) -> Ranges:
+    """Segments of the same group of the same document, the segment itself among them."""
+    grouped = np.flatnonzero((mask.group != NO_GROUP) & (mask.document != NO_DOCUMENT))
+    order = grouped[np.lexsort((grouped, mask.group[grouped], mask.document[grouped]))]
+    if not len(order):
+        return Ranges.none()
+    names = np.stack((mask.document[order], mask.group[order]))
+    begins = np.flatnonzero(np.any(np.diff(names, prepend=-2), axis=0))
+    sizes = np.diff(begins, append=len(order))
+    size = np.repeat(sizes, sizes)
+    rows, members = counted_from(np.repeat(begins, sizes), size, order)
+    others = order[members]
+    return Ranges(rows, mask.starts[others], mask.stops[others])
+
+
+def _own(mask: SequenceMask) -> Ranges:
+    """Causal segments themselves, where they see their own class."""
+    seen = (mask.sees & mask.shown != 0) & (mask.group == NO_GROUP)
+    rows = np.flatnonzero(seen & (mask.document != NO_DOCUMENT))
+    return Ranges(rows, mask.starts[rows], mask.stops[rows])
