@@ -294,6 +294,7 @@ class PlanForwardBackward:
             if get_args().num_experts is not None:
                 self._moe_metrics.reduce(runtime.hosted.get(LANGUAGE))
         runtime.randomness.park()
+        self._report.check()
         return losses
 
 
