@@ -67,11 +67,11 @@ def _reads_of_the_second_step(rank):
     from megatron_mosaic.host.loss_report import LossReport
 
     report = LossReport(dist.group.WORLD)
-    found = []
-    for _ in range(2):
-        losses = {"language": [{"lm loss": torch.tensor([3.0, 2.0])}]}
-        with host_reads() as found:
-            report.reduce(losses, num_tokens=2, replicas=2, forward_only=False)
+    losses = {"language": [{"lm loss": torch.tensor([3.0, 2.0])}]}
+    options = {"num_tokens": 2, "replicas": 2, "forward_only": False}
+    report.reduce(losses, **options)
+    with host_reads() as found:
+        report.reduce(losses, **options)
     return found
 
 
