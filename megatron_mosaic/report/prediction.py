@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_mosaic.errors import PlanError
@@ -93,6 +93,24 @@ def read_prediction(plan: Plan) -> Prediction:
         transfers_s=_numbers("transfers_s", written.get("transfers_s", {})),
         task_bytes=_of_stages(plan, _numbers("task_bytes", written.get("task_bytes", {}))),
     )
+
+
+def read_baseline(plan: Plan) -> Plan | None:
+    """Reads the homogeneous plan that stands in a plan's prediction, with a prediction of its own.
+
+    Returns:
+        The plan; ``None`` where the file tells no more of it than numbers.
+
+    Raises:
+        PlanError: It is not of the form that the planner writes.
+        LayoutError: Its parts contradict each other.
+    """
+    notes = mapping("predicted.baseline", (plan.predicted or {}).get("baseline", {}))
+    if "plan" not in notes:
+        return None
+    where = "predicted.baseline.plan"
+    baseline = plan.with_layout(mapping(where, notes["plan"]), where=where)
+    return replace(baseline, predicted={key: notes[key] for key in notes if key != "plan"})
 
 
 def predicted_timeline(plan: Plan, prediction: Prediction) -> Timeline:
