@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.report.page_data import page_data
-from megatron_mosaic.report.prediction import read_prediction
+from megatron_mosaic.report.page_data import Drawn, page_data
+from megatron_mosaic.report.prediction import read_baseline, read_prediction
 from megatron_mosaic.report.step import read_step
+from megatron_mosaic.report.summary import in_brackets
+from megatron_mosaic.report.units import seconds
 
 # In the order in which each needs those before it.
 _SCRIPTS = (
@@ -36,10 +38,22 @@ def write_page(plan: Plan, path: Path, *, name: str, trace: Path | None = None) 
 
     Raises:
         PlanError: The prediction or the trace cannot be read.
+        LayoutError: The homogeneous plan in the prediction contradicts itself.
     """
+    own = _drawn("This plan", plan, trace=trace)
+    homogeneous, baseline = read_baseline(plan), None
+    if homogeneous is not None:
+        sizes = in_brackets(own.prediction.baseline_layout)
+        baseline = _drawn(f"The best homogeneous layout{sizes}", homogeneous)
+    data = page_data(plan, own, name=name, baseline=baseline)
+    path.write_text(page(data), encoding="utf-8")
+
+
+def _drawn(title: str, plan: Plan, *, trace: Path | None = None) -> Drawn:
     prediction = read_prediction(plan)
-    step = read_step(plan, prediction, trace=trace)
-    path.write_text(page(page_data(plan, prediction, step, name=name)), encoding="utf-8")
+    if prediction.step_s is not None:
+        title += f": {seconds(prediction.step_s)} a step"
+    return Drawn(title, prediction, read_step(plan, prediction, trace=trace))
 
 
 def page(data: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from tests.report.test_report import PLAN, PREDICTED
 
 pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
 
-RIGHT, AXIS = 64, 26  # pixels beside and above the rows
+RIGHT = 64  # pixels beside the rows
 # vF0 1 s, transfer 1 s, F0 on both stages 2 s; then language.1 works without a gap but before F3:
 # vF3 waits for vB0, so F3 is a second late. 4 * 3 - 1 + 1 s, B3 2 s, transfer 1 s, vB3 1 s.
 STEP_S = 4 + 12 + 2 + 1 + 1
@@ -58,15 +58,16 @@ def corner(page):
     )
 
 
-def place(page, *, row, at_s, rows=3, within=0.5):
+def place(page, *, row, at_s, within=0.5):
     """Place in the window of a time on a row, for the whole step is visible."""
     left, top, width = corner(page)
-    labels, row_height, whole_s = page.script(
-        "const {left, height, whole} = document.getElementById('rows').dataset;"
-        "return [Number(left), Number(height), Number(whole) / 1e6]"
+    labels, rows, whole_s = page.script(
+        "const {left, places, whole} = document.getElementById('rows').dataset;"
+        "return [Number(left), JSON.parse(places), Number(whole) / 1e6]"
     )
     x = left + labels + at_s / whole_s * (width - labels - RIGHT)
-    return x, top + AXIS + (row + within) * row_height
+    row_top, row_height = rows[row]
+    return x, top + row_top + within * row_height
 
 
 def tip(page):
@@ -198,7 +199,7 @@ def test_measured_tasks_stand_below_the_simulated_ones(window, pages):
     window.settle()
 
     # vision is on ranks 0 and 1, each with a row of its own.
-    window.move(*place(window, row=1, at_s=0.6, rows=4, within=0.75))
+    window.move(*place(window, row=1, at_s=0.6, within=0.75))
 
     shown = tip(window)
     assert (shown[""], shown["on"]) == ("F0 vision.0", "rank 1")

@@ -48,7 +48,7 @@ function summed(events, numModules) {
 function memoryLayers(state, row) {
   const { data } = state;
   const terms = data.kinds[row.kind].memory;
-  const track = row[tracksOf(row, state)[0].name];
+  const track = row[tracksOf(state.rows.indexOf(row), state)[0].name];
   const known = row && data.kinds[row.kind].stages.every((s) => data.stages[s].task_bytes !== null);
   const points = known ? liveBytes(data, track) : [[0, []]];
   const stays = STAYS.filter((term) => terms[term]).map((term) => ({
@@ -118,7 +118,7 @@ function drawMemory(canvas, state) {
 }
 
 function total(layers, held) {
-  return layers.reduce((sum, layer) => sum + layer.bytes(held), 0);
+  return sum(layers.map((layer) => layer.bytes(held)));
 }
 
 function clippedTo(pen, place, box, draw) {
