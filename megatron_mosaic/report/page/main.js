@@ -26,10 +26,8 @@ function start() {
     showsPath: false,
     paths: [],
   };
-  const wholeEnds = data.layouts.map(
-    (layout, n) => state.simulatedEnds[n] + sum(Object.values(layout.once_us)),
-  );
-  state.wholeEnd = Math.max(...wholeEnds, state.measuredEnd) || 1;
+  const ends = data.layouts.map((_, layout) => stepEnd(state, layout));
+  state.wholeEnd = Math.max(...ends, state.measuredEnd) || 1;
   state.view = wholeView(state.wholeEnd);
   fillHeader(data);
   fillBreakdown(data);

@@ -118,8 +118,7 @@ function drawRow(pen, state, number) {
     pen.beginPath();
     pen.rect(state.place.left, box.top, plotWidth(state.place), box.height);
     pen.clip();
-    pen.fillStyle = state.theme.track;
-    pen.fillRect(state.place.left, box.top, plotWidth(state.place), box.height);
+    drawGround(pen, state, slot.name === "measured" ? null : row.layout, box);
     if (slot.name === "simulated") drawOnce(pen, state, row.layout, box);
     drawTasks(pen, state, row, track, box);
     pen.restore();
@@ -127,6 +126,19 @@ function drawRow(pen, state, number) {
     const whole = slot.name === "measured" ? state.measuredEnd : state.simulatedEnds[row.layout];
     drawShare(pen, state, whole ? 1 - track.busy / whole : 0, box);
   }
+}
+
+/** The ground of a track, as long as the step is. */
+function drawGround(pen, state, layout, box) {
+  const end = layout === null ? state.measuredEnd : stepEnd(state, layout);
+  pen.fillStyle = state.theme.track;
+  const width = xOf(end, state.view, state.place) - state.place.left;
+  pen.fillRect(state.place.left, box.top, Math.max(0, width), box.height);
+}
+
+/** When a simulated step is over. */
+function stepEnd(state, layout) {
+  return state.simulatedEnds[layout] + sum(Object.values(state.data.layouts[layout].once_us));
 }
 
 function drawTrackName(pen, state, name, box) {
