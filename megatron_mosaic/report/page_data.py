@@ -12,7 +12,7 @@ from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS, module_co
 from megatron_mosaic.report.prediction import Memory, Prediction
 from megatron_mosaic.report.step import Measured, MeasuredRow, ReportedStep
 from megatron_mosaic.report.summary import key_numbers, summary
-from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.program import Integers, Program, TaskArrays
 from megatron_mosaic.schedule.simulate import Seconds
 
@@ -118,6 +118,7 @@ def _kind(
         "ranks": show_ranks(kind.ranks).strip("[]"),
         "num_ranks": len(kind.ranks),
         "stages": stages.tolist(),
+        "label": " + ".join(show_stages(kind.stages)),
         "memory": dict(terms) if terms else None,
     }
 

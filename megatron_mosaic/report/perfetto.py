@@ -17,7 +17,7 @@ from megatron_mosaic.report.memory import memory_over_time
 from megatron_mosaic.report.prediction import Prediction, read_prediction
 from megatron_mosaic.report.step import MeasuredRow, ReportedStep, read_step
 from megatron_mosaic.report.units import ranks_text
-from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.program import START, Integers, Program
 from megatron_mosaic.schedule.simulate import Seconds
 
@@ -60,7 +60,7 @@ def trace_events(step: ReportedStep, prediction: Prediction) -> list[_Event]:
 
 def _names(step: ReportedStep) -> Iterator[_Event]:
     for pid, kind in enumerate(step.timeline.program.kinds):
-        stages = " ".join(f"{stage.module}.{stage.stage}" for stage in kind.stages)
+        stages = " ".join(show_stages(kind.stages))
         yield _name("process_name", pid, name=f"{ranks_text(show_ranks(kind.ranks))}: {stages}")
         yield _name("process_sort_index", pid, sort_index=pid)
         yield _name("thread_name", pid, name="simulated")

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.report.palette import module_colors
 from megatron_mosaic.report.units import seconds
-from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.simulate import Timeline
 
 _MOST_ROWS = 20
@@ -36,9 +36,7 @@ def draw_timeline(figure: Figure | SubFigure, timeline: Timeline, *, predicted: 
     axes.set_xlim(0, timeline.makespan_s or 1.0)
     for row, kind in enumerate(rows):
         _draw_row(axes, timeline, kind, row=row, colors=colors)
-    labels = [
-        f"{_where(kind)}  {' '.join(f'{s.module}.{s.stage}' for s in kind.stages)}" for kind in rows
-    ]
+    labels = [f"{_where(kind)}  {' '.join(show_stages(kind.stages))}" for kind in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("seconds; a number is the first microbatch of its task")

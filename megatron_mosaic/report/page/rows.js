@@ -203,7 +203,7 @@ function drawTask(pen, state, row, task, box) {
   pen.fillStyle = color;
   pen.fillRect(box.x, box.top, box.width, box.height);
   pen.fillStyle = onColor;
-  for (let turn = row.turns.get(data.tasks.stage[task]); turn > 0 && box.width > 3; turn--) {
+  for (let turn = row.turns.get(data.tasks.stage[task]); turn > 0 && box.width > 8; turn--) {
     pen.fillRect(box.x + 2, box.top + box.height - 1 - 2.5 * turn, box.width - 3, 1);
   }
   pen.globalAlpha = 1;

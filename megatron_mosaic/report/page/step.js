@@ -13,7 +13,7 @@ function makeRows(data) {
     kind,
     layout: data.kinds[kind].layout,
     label: measured ? `rank ${measured.rank}` : ranksLabel(data.kinds[kind]),
-    stages: data.kinds[kind].stages.map((stage) => stageName(data, stage)).join(" + "),
+    stages: data.kinds[kind].label,
     turns: turnsOf(data, data.kinds[kind].stages),
     simulated: simulated[kind],
     measured: measured ? measuredTrack(data, simulated[kind], measured) : null,
