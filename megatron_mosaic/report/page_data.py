@@ -113,12 +113,12 @@ def _kind(
     program: Program, kind: RankKind, memory: Iterable[Memory], *, first_stage: int
 ) -> dict[str, Any]:
     terms = next((bar.terms for bar in memory if bar.holds(kind.ranks[0])), None)
-    stages = np.unique(program.tasks.stage[program.tasks_of(kind)]) + first_stage
+    stages = np.unique(program.tasks.stage[program.tasks_of(kind)]).tolist()
     return {
         "ranks": show_ranks(kind.ranks).strip("[]"),
         "num_ranks": len(kind.ranks),
-        "stages": stages.tolist(),
-        "label": " + ".join(show_stages(kind.stages)),
+        "stages": [first_stage + stage for stage in stages],
+        "label": " + ".join(show_stages(program.stages[stage] for stage in stages)),
         "memory": dict(terms) if terms else None,
     }
 

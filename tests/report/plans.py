@@ -15,6 +15,27 @@ def small_plan(predicted=PREDICTED + TASK_BYTES):
     return Plan.loads(PLAN + predicted, where="plan.yaml")
 
 
+BASELINE_NOTES = """\
+    plan:
+      micro_batch_size: 1
+      modules:
+        vision: {ranks: 0-1, tensor_model_parallel_size: 2}
+        language: {ranks: 0-3, tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2}
+      schedule: {kind: colocated, encoder_group: 1}
+    step_s: 3.0
+    tasks_s:
+      vision.0: [2.0, 2.0]
+      language.0: [2.0, 4.0]
+      language.1: [2.0, 4.0]
+"""
+
+
+def compared_plan(notes=BASELINE_NOTES):
+    """The small plan with its homogeneous one: vision on the first stage of language."""
+    layout = "    layout: TP2 PP2\n"
+    return small_plan(PREDICTED.replace(layout, layout + notes) + TASK_BYTES)
+
+
 def filled_plan():
     """Encoder tasks in the waits of the language model, on each rank where it has them."""
     return Plan.loads(

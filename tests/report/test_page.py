@@ -1,13 +1,21 @@
 """The report's page, in a browser: what a person sees, points at and presses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megatron_mosaic.cli import main
 from megatron_mosaic.report.page import write_page
 from tests.report import browser
-from tests.report.plans import TASK_BYTES, filled_plan, large_plan, small_plan, write_trace
+from tests.report.plans import (
+    TASK_BYTES,
+    compared_plan,
+    filled_plan,
+    large_plan,
+    small_plan,
+    write_trace,
+)
 from tests.report.test_report import PLAN, PREDICTED
 
 pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
@@ -31,6 +39,7 @@ def pages(tmp_path_factory):
     write_page(small_plan(), folder / "small.html", name="plan.yaml")
     write_page(large_plan(), folder / "large.html", name="large.yaml")
     write_page(small_plan(""), folder / "bare.html", name="bare.yaml")
+    write_page(compared_plan(), folder / "compared.html", name="plan.yaml")
     write_trace(small_plan(), folder / "trace", slower=1.25)
     write_page(small_plan(), folder / "traced.html", name="plan.yaml", trace=folder / "trace")
     return folder
@@ -80,7 +89,7 @@ def tip(page):
     return None if lines is None else dict(lines)
 
 
-@pytest.mark.parametrize("name", ["small", "large", "bare", "traced"])
+@pytest.mark.parametrize("name", ["small", "large", "bare", "compared", "traced"])
 def test_page_opens_without_a_message_or_a_request(name, window, pages):
     window.log("browser")
     window.open(pages / f"{name}.html")
@@ -194,6 +203,37 @@ def test_memory_of_a_row_is_what_stays_and_what_its_live_tasks_hold(small):
     assert small.text("#memory-title") == "Memory of a GPU of rank 3"
 
 
+def test_step_of_the_homogeneous_layout_stands_below_the_plans(window, pages):
+    window.open(pages / "compared.html")
+    window.settle()
+
+    # The fourth row is of ranks 0 and 1 in the homogeneous layout, where F0 of vision takes 2 s.
+    window.move(*place(window, row=3, at_s=1.0))
+
+    shown = tip(window)
+    assert (shown[""], shown["on"], shown["takes"]) == ("F0 vision.0", "ranks 0–1", "2.00 s")
+
+
+def test_layouts_are_shown_together_or_one_alone(window, pages):
+    window.open(pages / "compared.html")
+    window.settle()
+    rows = "return JSON.parse(document.getElementById('rows').dataset.places).length"
+
+    counts = []
+    for choice in ("all", "0", "1"):
+        window.click(f"#layouts [data-choice='{choice}']")
+        counts.append(window.script(rows))
+
+    # Three kinds of ranks, and the two stages of the homogeneous layout.
+    assert counts == [5, 3, 2]
+
+
+def test_page_of_one_layout_offers_no_choice_of_layouts(small):
+    assert small.script("return getComputedStyle(document.getElementById('layouts')).display") == (
+        "none"
+    )
+
+
 def test_measured_tasks_stand_below_the_simulated_ones(window, pages):
     window.open(pages / "traced.html")
     window.settle()
@@ -270,12 +310,26 @@ def test_replicas_that_run_apart_have_times_of_their_own(window, tmp_path):
     assert first == {0: "F0 language.0", 1: "F1 vision.0"}
 
 
-def test_text_of_a_plan_is_never_markup(window, tmp_path):
-    write_page(small_plan(), tmp_path / "page.html", name="</script><b id=evil>.yaml")
-    window.open(tmp_path / "page.html")
+EVIL = """</script><script>document.title='evil'</script><b id="evil">"&'</b>"""
 
-    assert window.text("#name") == "</script><b id=evil>.yaml"
+
+def test_text_of_a_plan_is_never_markup(window, tmp_path):
+    plan = compared_plan()
+    vision = replace(plan.modules["vision"], trainable=(EVIL,))
+    baseline = {**plan.predicted["baseline"], "layout": EVIL}
+    predicted = {**plan.predicted, "baseline": baseline}
+    plan = replace(plan, modules={**plan.modules, "vision": vision}, predicted=predicted)
+    write_page(plan, tmp_path / "page.html", name=EVIL)
+    window.log("browser")
+    window.open(tmp_path / "page.html")
+    window.settle()
+
+    assert window.text("#name") == EVIL
+    assert EVIL in window.text("#plan")
+    assert EVIL in window.text("#breakdown")
     assert window.script("return document.getElementById('evil')") is None
+    assert window.script("return document.title") == f"{EVIL}: vision + language on 4 ranks"
+    assert window.log("browser") == []
 
 
 def test_show_writes_the_page(tmp_path, window):

@@ -346,7 +346,8 @@ function drawPath(pen, state, path) {
     if (row < 0) continue;
     const name = mainTrack(state, state.rows[row]);
     const box = taskBox(state, { row, name, at: placeOf(state, row, name, task) });
-    points.push([box.x, middleOf(box)], [box.x + box.width, middleOf(box)]);
+    const y = box.top + 0.82 * box.height; // below the numbers
+    points.push([box.x, y], [box.x + box.width, y]);
   }
   pen.strokeStyle = state.theme.text;
   pen.lineWidth = 1.5;
