@@ -18,8 +18,6 @@ from tests.report.plans import (
 )
 from tests.report.test_report import PLAN, PREDICTED
 
-pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
-
 RIGHT = 64  # pixels beside the rows
 # vF0 1 s, transfer 1 s, F0 on both stages 2 s; then language.1 works without a gap but before F3:
 # vF3 waits for vB0, so F3 is a second late. 4 * 3 - 1 + 1 s, B3 2 s, transfer 1 s, vB3 1 s.
@@ -29,6 +27,8 @@ ONCE_S = 0.06 + 0.04
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
+    if reason := browser.missing():
+        pytest.skip(reason)
     with browser.started(tmp_path_factory.mktemp("profile")) as started:
         yield started
 
