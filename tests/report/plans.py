@@ -4,8 +4,36 @@ import json
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
-from tests.report.test_report import PLAN, PREDICTED
 
+PLAN = """\
+format: 1
+world_size: 4
+global_batch_size: 4
+micro_batch_size: 1
+modules:
+  vision: {ranks: 0-1, data_parallel_size: 2}
+  language: {ranks: 2-3, pipeline_model_parallel_size: 2}
+edges: [[vision, language]]
+schedule: {kind: 1f1b}
+"""
+PREDICTED = """\
+predicted:
+  step_s: 2.0
+  baseline_step_s: 3.0
+  breakdown: {compute_s: 1.0, communication_s: 0.2, bubble_s: 0.7, sync_s: 0.06, optimizer_s: 0.04}
+  baseline:
+    breakdown: {compute_s: 2.0, communication_s: 0.5, bubble_s: 0.5, sync_s: 0.0, optimizer_s: 0.0}
+    layout: TP2 PP2
+  memory_bytes:
+  - {ranks: 0-1, weights: 10737418240, gradients: 21474836480, working: 0}
+  - {ranks: 2-3, weights: 32212254720, optimizer: 10737418240, activations: 10737418240}
+  capacity_bytes: 85899345920
+  tasks_s:
+    vision.0: [1.0, 1.0]
+    language.0: [1.0, 2.0]
+    language.1: [1.0, 2.0]
+  transfers_s: {vision.0 -> language.0: 1.0}
+"""
 TASK_BYTES = """\
   task_bytes: {vision.0: 1073741824, language.0: 5368709120, language.1: 10737418240}
 """

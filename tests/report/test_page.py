@@ -9,6 +9,8 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.report.page import write_page
 from tests.report import browser
 from tests.report.plans import (
+    PLAN,
+    PREDICTED,
     TASK_BYTES,
     compared_plan,
     filled_plan,
@@ -16,7 +18,6 @@ from tests.report.plans import (
     small_plan,
     write_trace,
 )
-from tests.report.test_report import PLAN, PREDICTED
 
 RIGHT = 64  # pixels beside the rows
 # vF0 1 s, transfer 1 s, F0 on both stages 2 s; then language.1 works without a gap but before F3:

@@ -10,8 +10,7 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.report.perfetto import trace_events
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.step import read_step
-from tests.report.plans import large_plan, small_plan, write_trace
-from tests.report.test_report import PLAN, PREDICTED
+from tests.report.plans import PLAN, PREDICTED, large_plan, small_plan, write_trace
 
 
 def events_of(plan, trace=None):

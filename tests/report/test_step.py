@@ -9,8 +9,7 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.step import read_step
 from megatron_mosaic.report.summary import key_numbers, summary, waiting_share
-from tests.report.plans import large_plan, small_plan, write_trace
-from tests.report.test_report import PREDICTED
+from tests.report.plans import PREDICTED, large_plan, small_plan, write_trace
 
 
 def step_of(plan, trace=None):
