@@ -74,7 +74,7 @@ def _timelines(plan: Plan, prediction: Prediction) -> Mapping[str, Timeline]:
     baseline = read_baseline(plan)
     if baseline is not None and prediction.tasks_s:
         name = f"the best homogeneous layout{in_brackets(prediction.baseline_layout)}"
-        timelines[name] = predicted_timeline(baseline, read_prediction(baseline))
+        timelines[name] = predicted_timeline(*baseline)
     return timelines
 
 

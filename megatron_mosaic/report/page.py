@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.page_data import Drawn, page_data
-from megatron_mosaic.report.prediction import read_baseline, read_prediction
+from megatron_mosaic.report.prediction import Prediction, read_baseline, read_prediction
 from megatron_mosaic.report.step import read_step
 from megatron_mosaic.report.summary import in_brackets
 from megatron_mosaic.report.units import seconds
@@ -40,17 +40,17 @@ def write_page(plan: Plan, path: Path, *, name: str, trace: Path | None = None) 
         PlanError: The prediction or the trace cannot be read.
         LayoutError: The homogeneous plan in the prediction contradicts itself.
     """
-    own = _drawn("This plan", plan, trace=trace)
-    homogeneous, baseline = read_baseline(plan), None
-    if homogeneous is not None:
-        sizes = in_brackets(own.prediction.baseline_layout)
-        baseline = _drawn(f"The best homogeneous layout{sizes}", homogeneous)
-    data = page_data(plan, own, name=name, baseline=baseline)
+    prediction, baseline = read_prediction(plan), read_baseline(plan)
+    own = _drawn("This plan", plan, prediction, trace=trace)
+    other = None
+    if baseline is not None:
+        sizes = in_brackets(prediction.baseline_layout)
+        other = _drawn(f"The best homogeneous layout{sizes}", *baseline)
+    data = page_data(plan, own, name=name, baseline=other)
     path.write_text(page(data), encoding="utf-8")
 
 
-def _drawn(title: str, plan: Plan, *, trace: Path | None = None) -> Drawn:
-    prediction = read_prediction(plan)
+def _drawn(title: str, plan: Plan, prediction: Prediction, *, trace: Path | None = None) -> Drawn:
     if prediction.step_s is not None:
         title += f": {seconds(prediction.step_s)} a step"
     return Drawn(title, prediction, read_step(plan, prediction, trace=trace))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import mapping, show
@@ -70,6 +70,18 @@ class Prediction:
     task_bytes: Mapping[Stage, float]
 
 
+class Baseline(NamedTuple):
+    """The best homogeneous layout.
+
+    Args:
+        plan: Its plan.
+        prediction: What is expected of it.
+    """
+
+    plan: Plan
+    prediction: Prediction
+
+
 def read_prediction(plan: Plan) -> Prediction:
     """Reads a plan's prediction.
 
@@ -95,11 +107,11 @@ def read_prediction(plan: Plan) -> Prediction:
     )
 
 
-def read_baseline(plan: Plan) -> Plan | None:
+def read_baseline(plan: Plan) -> Baseline | None:
     """Reads the homogeneous plan that stands in a plan's prediction, with a prediction of its own.
 
     Returns:
-        The plan; ``None`` where the file tells no more of it than numbers.
+        The two; ``None`` where the file tells no more of the baseline than numbers.
 
     Raises:
         PlanError: It is not of the form that the planner writes.
@@ -109,8 +121,13 @@ def read_baseline(plan: Plan) -> Plan | None:
     if "plan" not in notes:
         return None
     where = "predicted.baseline.plan"
-    baseline = plan.with_layout(mapping(where, notes["plan"]), where=where)
-    return replace(baseline, predicted={key: notes[key] for key in notes if key != "plan"})
+    homogeneous = plan.with_layout(mapping(where, notes["plan"]), where=where)
+    own = {key: notes[key] for key in notes if key != "plan"}
+    try:
+        prediction = read_prediction(replace(homogeneous, predicted=own))
+    except PlanError as error:
+        raise PlanError(f"predicted.baseline: {error}") from None
+    return Baseline(homogeneous, prediction)
 
 
 def predicted_timeline(plan: Plan, prediction: Prediction) -> Timeline:

@@ -52,8 +52,8 @@ def test_notes_hold_the_homogeneous_plan_with_the_times_of_its_tasks(answer):
 
     assert baseline is not None
     assert answer.baseline is not None
-    assert baseline.digest() == answer.baseline.plan.digest()
+    assert baseline.plan.digest() == answer.baseline.plan.digest()
     terms = answer.baseline.step.breakdown
-    tasks_s = predicted_timeline(baseline, read_prediction(baseline)).makespan_s
+    tasks_s = predicted_timeline(*baseline).makespan_s
     step_s = tasks_s + terms.sync_s + terms.optimizer_s
     assert step_s == pytest.approx(answer.baseline.step_s, rel=1e-4)

@@ -43,6 +43,7 @@ def small_plan(predicted=PREDICTED + TASK_BYTES):
     return Plan.loads(PLAN + predicted, where="plan.yaml")
 
 
+LAYOUT_NOTE = "    layout: TP2 PP2\n"
 BASELINE_NOTES = """\
     plan:
       micro_batch_size: 1
@@ -58,10 +59,9 @@ BASELINE_NOTES = """\
 """
 
 
-def compared_plan(notes=BASELINE_NOTES):
+def compared_plan():
     """The small plan with its homogeneous one: vision on the first stage of language."""
-    layout = "    layout: TP2 PP2\n"
-    return small_plan(PREDICTED.replace(layout, layout + notes) + TASK_BYTES)
+    return small_plan(PREDICTED.replace(LAYOUT_NOTE, LAYOUT_NOTE + BASELINE_NOTES) + TASK_BYTES)
 
 
 def filled_plan():

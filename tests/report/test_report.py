@@ -15,7 +15,7 @@ from megatron_mosaic.report.timeline import draw_timelines
 from megatron_mosaic.report.units import gib, seconds
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.simulate import PassTimes
-from tests.report.plans import PLAN, PREDICTED, compared_plan
+from tests.report.plans import BASELINE_NOTES, LAYOUT_NOTE, PLAN, PREDICTED, compared_plan
 
 
 def plan_with(predicted=PREDICTED):
@@ -193,6 +193,28 @@ def test_show_refuses_in_one_line(output, predicted, message, tmp_path, capsys):
     assert status == 2
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "message"),
+    [
+        ("vision: {ranks: 0-1, tensor", "audio: {ranks: 0-1, tensor", r"edges: .*vision"),
+        ("kind: colocated", "kind: fast", r"schedule: kind='fast' must be one of"),
+        ("step_s: 3.0", "step_s: soon", r"predicted\.step_s='soon' must be a number >= 0"),
+    ],
+)
+def test_show_names_what_is_wrong_with_the_homogeneous_plan(change, to, message, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        PLAN + PREDICTED.replace(LAYOUT_NOTE, LAYOUT_NOTE + BASELINE_NOTES.replace(change, to))
+    )
+
+    status = main(["show", str(plan)])
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert re.search(rf"plan\.yaml: predicted\.baseline.*{message}", error)
 
 
 @pytest.mark.parametrize("output", [[], ["-o", "plan.png"]])
