@@ -90,14 +90,19 @@ function paintMemory(state) {
   const drawn = [row, state.tracks, state.theme];
   if (!state.memory || drawn.some((part, n) => part !== state.memory.of[n])) {
     state.memory = { ...memoryLayers(state, row), of: drawn };
-    byId("memory-title").textContent = `Memory of a GPU of ${row.label}${
-      state.memory.known ? "" : ", with activations at their peak"
-    }`;
+    byId("memory-title").textContent = memoryTitle(state, row);
     byId("memory-legend").replaceChildren(
       ...state.memory.layers.map((layer) => element("span", {}, swatch(layer.color), layer.name)),
     );
   }
   drawMemory(byId("memory"), state);
+}
+
+function memoryTitle(state, row) {
+  const { layouts } = state.data;
+  const where = layouts.length > 1 ? [", this plan", ", homogeneous layout"][row.layout] : "";
+  const what = state.memory.known ? "" : ", with activations at their peak";
+  return `Memory of a GPU of ${row.label}${where}${what}`;
 }
 
 /** Lets a reader choose layouts, and between simulated and measured tasks. */

@@ -106,7 +106,7 @@ function fillBreakdown(data) {
     const pieces = Object.entries(terms).map(([term, value]) => [
       termName(term),
       value,
-      data.colors.time[term],
+      timeColor(data, term),
       seconds(us(value)),
     ]);
     stack.append(
@@ -124,16 +124,21 @@ function breakdownTable(data) {
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...heads)),
   );
   const body = element("tbody", {});
-  for (const [term, color] of Object.entries(data.colors.time)) {
+  for (const term of Object.keys(data.colors.time)) {
     const cells = data.breakdown.map(({ terms }) =>
       element("td", {}, seconds((terms[term] || 0) * 1e6)),
     );
     body.append(
-      element("tr", {}, element("th", { scope: "row" }, swatch(color), termName(term)), ...cells),
+      element("tr", {}, element("th", { scope: "row" }, swatch(timeColor(data, term)), termName(term)), ...cells),
     );
   }
   table.append(body);
   return table;
+}
+
+/** What is no work stands back on any paper. */
+function timeColor(data, term) {
+  return term === "bubble_s" ? "var(--waiting)" : data.colors.time[term];
 }
 
 function termName(term) {

@@ -203,15 +203,17 @@ function drawTask(pen, state, row, task, box) {
   pen.fillStyle = color;
   pen.fillRect(box.x, box.top, box.width, box.height);
   pen.fillStyle = onColor;
-  for (let turn = row.turns.get(data.tasks.stage[task]); turn > 0 && box.width > 8; turn--) {
-    pen.fillRect(box.x + 2, box.top + box.height - 1 - 2.5 * turn, box.width - 3, 1);
+  const turns = box.width > 8 ? row.turns.get(data.tasks.stage[task]) : 0;
+  for (let turn = turns; turn > 0; turn--) {
+    pen.fillRect(box.x + 2, box.top + box.height - 1 - 2 * turn, box.width - 3, 1);
   }
   pen.globalAlpha = 1;
   if (box.width > 5) {
     pen.fillStyle = theme.paper;
     pen.fillRect(box.x, box.top, 0.75, box.height);
   }
-  if (box.width > 12 && box.height >= 11 && !faint) drawNumber(pen, state, task, box, onColor);
+  const free = { ...box, height: box.height - 2 * turns };
+  if (box.width > 12 && free.height >= 11 && !faint) drawNumber(pen, state, task, free, onColor);
 }
 
 /** Microbatches inside a task, in the part of it that shows. */
