@@ -1,6 +1,8 @@
 """The report as one HTML page that needs nothing but itself."""
 
 import json
+import zlib
+from base64 import b64encode
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def write_page(plan: Plan, path: Path, *, name: str, trace: Path | None = None) 
     prediction, baseline = read_prediction(plan), read_baseline(plan)
     own = _drawn("This plan", plan, prediction, trace=trace)
     other = None
-    if baseline is not None:
+    if baseline is not None and prediction.tasks_s:
         sizes = in_brackets(prediction.baseline_layout)
         other = _drawn(f"The best homogeneous layout{sizes}", *baseline)
     data = page_data(plan, own, name=name, baseline=other)
@@ -77,5 +79,6 @@ def _source(name: str) -> str:
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """JSON that no tag inside a text can end."""
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    """Compressed JSON, as text that no tag in it can end: columns of numbers shrink to a tenth."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    return b64encode(zlib.compress(text.encode())).decode()

@@ -111,7 +111,7 @@ def read_baseline(plan: Plan) -> Baseline | None:
     """Reads the homogeneous plan that stands in a plan's prediction, with a prediction of its own.
 
     Returns:
-        The two; ``None`` where the file tells no more of the baseline than numbers.
+        The two; ``None`` where the file does not tell the times of the baseline's tasks.
 
     Raises:
         PlanError: It is not of the form that the planner writes.
@@ -127,7 +127,7 @@ def read_baseline(plan: Plan) -> Baseline | None:
         prediction = read_prediction(replace(homogeneous, predicted=own))
     except PlanError as error:
         raise PlanError(f"predicted.baseline: {error}") from None
-    return Baseline(homogeneous, prediction)
+    return Baseline(homogeneous, prediction) if prediction.tasks_s else None
 
 
 def predicted_timeline(plan: Plan, prediction: Prediction) -> Timeline:

@@ -46,8 +46,16 @@ class Browser:
         self._session = f"{address}/session/{session}"
 
     def open(self, path: Path) -> None:
-        """Opens a file, and waits until it is loaded."""
+        """Opens a report, and waits until it is drawn."""
         self._post("url", url=path.as_uri())
+        drawn = "document.getElementById('rows').dataset.whole"
+        self._post(
+            "execute/async",
+            script="const [done] = arguments; const look = () =>"
+            f" ({drawn} ? done() : requestAnimationFrame(look));"
+            "look();",
+            args=[],
+        )
 
     def script(self, source: str, *arguments: Any) -> Any:
         """Runs the body of a function in the page."""

@@ -1,6 +1,7 @@
 """Plans that reports are tested with, and traces of them as a run writes them."""
 
 import json
+from dataclasses import replace
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
@@ -102,6 +103,19 @@ schedule: {kind: colocated, encoder_group: 8}
 """,
         where="plan.yaml",
     )
+
+
+def large_compared_plan():
+    """The same with times, and as its homogeneous plan one with twice as many microbatches."""
+    plan = large_plan()
+    stages = ["vision.0", *(f"language.{stage}" for stage in range(32))]
+    tasks_s = {stage: [0.0101, 0.0203] for stage in stages}
+    sizes = {"tensor_model_parallel_size": 8, "data_parallel_size": 16}
+    modules = {**plan.modules, "language": replace(plan.language, **sizes)}
+    other = replace(plan, modules=modules)
+    baseline = {"plan": other.layout_notes(), "step_s": 9.0, "tasks_s": tasks_s}
+    predicted = {"step_s": 8.0, "tasks_s": tasks_s, "baseline": baseline}
+    return replace(plan, predicted=predicted)
 
 
 def write_trace(plan, folder, *, slower=1.25, steps=3):

@@ -14,7 +14,7 @@ from tests.report.plans import (
     TASK_BYTES,
     compared_plan,
     filled_plan,
-    large_plan,
+    large_compared_plan,
     small_plan,
     write_trace,
 )
@@ -38,7 +38,7 @@ def window(tmp_path_factory):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     write_page(small_plan(), folder / "small.html", name="plan.yaml")
-    write_page(large_plan(), folder / "large.html", name="large.yaml")
+    write_page(large_compared_plan(), folder / "large.html", name="large.yaml")
     write_page(small_plan(""), folder / "bare.html", name="bare.yaml")
     write_page(compared_plan(), folder / "compared.html", name="plan.yaml")
     write_trace(small_plan(), folder / "trace", slower=1.25)
@@ -286,6 +286,8 @@ def test_page_of_4096_ranks_is_small_and_folds_equal_ranks(window, pages):
     window.move(*place(window, row=0, at_s=1.0))
 
     assert tip(window)["on"] == "ranks 0–127"
+    # 32 stages of each layout.
+    assert window.script("return JSON.parse(rows.dataset.places).length") == 64
 
 
 def test_page_without_a_prediction_says_that_durations_are_an_example(window, pages):

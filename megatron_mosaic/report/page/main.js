@@ -1,7 +1,17 @@
 // Puts the page together.
 
-function start() {
-  const data = JSON.parse(byId("data").textContent);
+async function start() {
+  draw(await unpacked(byId("data").textContent));
+}
+
+/** The page's data: zlib and base64, undone by the browser itself. */
+function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).json();
+}
+
+function draw(data) {
   const allRows = makeRows(data);
   const endOf = (rows, name) =>
     Math.max(0, ...rows.map((row) => (row[name] ? lastEnd(row[name]) : 0)));
@@ -153,4 +163,7 @@ function chooseTheme(state, redraw) {
   apply();
 }
 
-start();
+start().catch((error) => {
+  byId("summary").textContent = `The report needs a browser of 2023 or later (${error.message}).`;
+  throw error;
+});
