@@ -12,33 +12,7 @@ function unpacked(text) {
 }
 
 function draw(data) {
-  const allRows = makeRows(data);
-  const endOf = (rows, name) =>
-    Math.max(0, ...rows.map((row) => (row[name] ? lastEnd(row[name]) : 0)));
-  const state = {
-    data,
-    allRows,
-    rows: allRows,
-    tracks: "both",
-    row: fullestRow(data, allRows),
-    simulatedEnds: data.layouts.map((_, layout) =>
-      endOf(
-        allRows.filter((row) => row.layout === layout),
-        "simulated",
-      ),
-    ),
-    measuredEnd: endOf(allRows, "measured"),
-    labelWidth: clamp(longestLabel(allRows), 130, 330),
-    hover: null,
-    pointer: null,
-    drag: null,
-    dragSpan: null,
-    showsPath: false,
-    paths: [],
-  };
-  const ends = data.layouts.map((_, layout) => stepEnd(state, layout));
-  state.wholeEnd = Math.max(...ends, state.measuredEnd) || 1;
-  state.view = wholeView(state.wholeEnd);
+  const state = makeState(data);
   fillHeader(data);
   fillBreakdown(data);
   fillDurations(data);
@@ -52,6 +26,37 @@ function draw(data) {
   new ResizeObserver(() => redraw()).observe(byId("scroll"));
   window.addEventListener("resize", () => redraw());
   redraw();
+}
+
+/** What the page shows, and what its reader has chosen. */
+function makeState(data) {
+  const allRows = makeRows(data);
+  const state = {
+    data,
+    allRows,
+    rows: allRows,
+    tracks: "both",
+    row: fullestRow(data, allRows),
+    simulatedEnds: data.layouts.map((_, layout) =>
+      latestEnd(allRows.filter((row) => row.layout === layout).map((row) => row.simulated)),
+    ),
+    measuredEnd: latestEnd(allRows.map((row) => row.measured).filter(Boolean)),
+    labelWidth: clamp(longestLabel(allRows), 130, 330),
+    hover: null,
+    pointer: null,
+    drag: null,
+    dragSpan: null,
+    showsPath: false,
+    paths: [],
+  };
+  const ends = data.layouts.map((_, layout) => stepEnd(state, layout));
+  state.wholeEnd = Math.max(...ends, state.measuredEnd) || 1;
+  state.view = wholeView(state.wholeEnd);
+  return state;
+}
+
+function latestEnd(tracks) {
+  return Math.max(0, ...tracks.map(lastEnd));
 }
 
 function fullestRow(data, rows) {

@@ -220,9 +220,12 @@ function drawTask(pen, state, row, task, box) {
 function drawNumber(pen, state, task, box, color) {
   const from = Math.max(box.x, state.place.left);
   const until = Math.min(box.x + box.width, state.place.width - RIGHT);
-  pen.font = `${box.height < 15 ? 10 : 11}px ${FONT}`;
   const text = microbatches(state.data, task);
-  if (pen.measureText(text).width > until - from - 4) return;
+  const fits = [box.height < 15 ? 10 : 11, 9].some((size) => {
+    pen.font = `${size}px ${FONT}`;
+    return pen.measureText(text).width <= until - from - 2;
+  });
+  if (!fits) return;
   pen.textAlign = "center";
   pen.textBaseline = "middle";
   pen.fillStyle = color;
