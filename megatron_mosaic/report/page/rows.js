@@ -223,7 +223,7 @@ function drawNumber(pen, state, task, box, color) {
   const text = microbatches(state.data, task);
   const fits = [box.height < 15 ? 10 : 11, 9].some((size) => {
     pen.font = `${size}px ${FONT}`;
-    return pen.measureText(text).width <= until - from - 2;
+    return pen.measureText(text).width <= until - from - 1;
   });
   if (!fits) return;
   pen.textAlign = "center";
