@@ -31,14 +31,17 @@ class Number(NamedTuple):
     note: str = ""
 
 
-def summary(prediction: Prediction) -> str:
+def summary(prediction: Prediction, step: ReportedStep) -> str:
     """Says in words what a plan gains over the homogeneous baseline, and by what."""
     step_s, other_s = prediction.step_s, prediction.baseline_step_s
+    if step_s is None and step.measured is not None:
+        measured = seconds(step.measured.makespan_s)
+        return f"The tasks of a measured step take {measured}; the plan file predicts no time."
     if step_s is None:
         return "The plan file predicts no time of a step, so there is nothing to compare it with."
     if other_s is None or not step_s:
         return f"A step takes {seconds(step_s)}; the plan file names no baseline."
-    name = f"the best homogeneous layout{_in_brackets(prediction.baseline_layout)}"
+    name = f"the best homogeneous layout{in_brackets(prediction.baseline_layout)}"
     if abs(other_s - step_s) < _LEAST_SHARE * step_s:
         return f"A step takes {seconds(step_s)}, as long as under {name}."
     text = f"A step takes {seconds(step_s)}, {other_s / step_s:.2f} times as fast as under {name}"
@@ -102,5 +105,6 @@ def _listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _in_brackets(text: str) -> str:
+def in_brackets(text: str) -> str:
+    """Text in brackets, with a space before them; nothing if it is empty."""
     return f" ({text})" if text else ""
