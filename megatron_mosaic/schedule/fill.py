@@ -29,9 +29,9 @@ from megatron_mosaic.schedule.steps import Edge, edges_of
 from megatron_mosaic.schedule.task import Task
 
 _LISTED_TASKS = 50_000
-"""Tasks that are put into order in all rounds together, about, but one round at least is run."""
+"""Tasks in all lists of a search together, about: one to two seconds. One list is always made."""
 
-_MAX_ROUNDS = 8
+_MAX_LISTS = 10
 
 Key = tuple[int, Task]  # a part, and a task of its stage
 
@@ -181,8 +181,8 @@ def _filled(
         [tasks_s[parts[p].stage]["FB".index(task.kind)] for p, task in keys],
         after,
     )
-    max_rounds = max(1, min(_MAX_ROUNDS, _LISTED_TASKS // (2 * len(keys))))
-    return _Filled(keys, best_sequence(work, max_rounds=max_rounds))
+    max_lists = max(1, min(_MAX_LISTS, _LISTED_TASKS // len(keys)))
+    return _Filled(keys, best_sequence(work, max_lists=max_lists))
 
 
 def _inputs(
