@@ -104,7 +104,7 @@ def tails_s(work: Work) -> list[float]:
 
 
 def run_list(work: Work, urgency: list[float]) -> Sequence:
-    """Runs at any time the most urgent tasks that are ready, on machines that are free."""
+    """Runs, on each machine that gets free, the most urgent task that can start there."""
     machines, length_s, after = work
     num_before, ready_s = _num_before(work), [0.0] * len(after)
     state = _Machines(work, urgency)
