@@ -70,18 +70,24 @@ def fill(
     """
     kinds = rank_kinds(plan)
     parts = parts_of(plan, kinds, apart=True)
-    bound = _encoder_bound(plan)
+    orders = _language_orders(plan)
+    bound = _encoder_bound(plan, orders)
     found = [
-        _filled(plan, kinds, parts, order, tasks_s, transfers_s or {})
-        for order in _language_orders(plan)
+        _filled(plan, kinds, parts, order, bound, tasks_s, transfers_s or {})
+        for order in orders
         if bound >= _live_groups(plan, order)
     ]
     keys, sequence = min(found, key=lambda filled: filled.sequence.makespan_s)
+    own: list[list[Task]] = [[] for _ in kinds]
+    for number in sequence.tasks:
+        p, task = keys[number]
+        for kind in parts[p].kinds:
+            own[kind].append(task)
     tasks: list[tuple[Task, ...]] = [()] * plan.world_size
     for k, kind in enumerate(kinds):
-        own = tuple(keys[u][1] for u in sequence.tasks if k in parts[keys[u][0]].kinds)
+        in_order = tuple(own[k])
         for rank in kind.ranks:
-            tasks[rank] = own
+            tasks[rank] = in_order
     return Schedule(
         num_microbatches=plan.num_microbatches,
         forward_only=False,
@@ -93,7 +99,7 @@ def fill(
 
 def least_live(plan: Plan) -> int:
     """Fewest live tasks of an encoder with which the language model's pipeline can run."""
-    return min(_live_groups(plan, order) for order in _language_orders(plan))
+    return _fewest_live_groups(plan, _language_orders(plan))
 
 
 def live_bound(plan: Plan, stage: Stage) -> int:
@@ -103,7 +109,7 @@ def live_bound(plan: Plan, stage: Stage) -> int:
         PlanError: The plan's bound is below what the language model needs.
     """
     if stage in encoder_stages(plan):
-        return _encoder_bound(plan)
+        return _encoder_bound(plan, _language_orders(plan))
     if not needs_backward(plan, stage.module):
         return 1
     if plan.language.virtual_pipeline_model_parallel_size == 1:
@@ -114,9 +120,10 @@ def live_bound(plan: Plan, stage: Stage) -> int:
     )
 
 
-def _encoder_bound(plan: Plan) -> int:
+def _encoder_bound(plan: Plan, orders: list[list[Task]]) -> int:
     """Live tasks that the plan allows every stage of an encoder."""
-    least, groups = least_live(plan), encoder_groups(plan, num_microbatches=plan.num_microbatches)
+    least = _fewest_live_groups(plan, orders)
+    groups = encoder_groups(plan, num_microbatches=plan.num_microbatches)
     bound = plan.schedule.max_live or len(groups)
     if bound < least:
         raise PlanError(
@@ -140,6 +147,10 @@ def _language_orders(plan: Plan) -> list[list[Task]]:
         orders = [[task for _, task in sorted(due, key=lambda item: item[0])]]
     backward = {name: needs_backward(plan, name) for name in plan.modules}
     return [[task for task in own if task.kind == "F" or backward[task.module]] for own in orders]
+
+
+def _fewest_live_groups(plan: Plan, orders: list[list[Task]]) -> int:
+    return min(_live_groups(plan, order) for order in orders)
 
 
 def _live_groups(plan: Plan, order: list[Task]) -> int:
@@ -166,19 +177,21 @@ def _filled(
     kinds: tuple[RankKind, ...],
     parts: tuple[Part, ...],
     order: list[Task],
+    bound: int,
     tasks_s: Mapping[Stage, PassTimes],
     transfers_s: Mapping[Edge, float],
 ) -> _Filled:
     """Fills the waits of one order of the language model."""
     keys = _keys(plan, parts, order)
     after: After = [[] for _ in keys]
-    for before, later in _orders(plan, parts, keys):
+    for before, later in _orders(parts, keys, bound, frozenset(encoder_stages(plan))):
         after[before].append((later, 0.0))
     for before, later, lag_s in _inputs(plan, kinds, parts, keys, transfers_s):
         after[before].append((later, lag_s))
+    lengths_s = [tasks_s[part.stage] for part in parts]
     work = Work(
         [parts[p].kinds for p, _ in keys],
-        [tasks_s[parts[p].stage]["FB".index(task.kind)] for p, task in keys],
+        [lengths_s[p][task.kind == "B"] for p, task in keys],
         after,
     )
     max_lists = max(1, min(_MAX_LISTS, _LISTED_TASKS // len(keys)))
@@ -221,28 +234,32 @@ def _keys(plan: Plan, parts: tuple[Part, ...], order: list[Task]) -> list[Key]:
     return keys
 
 
-def _orders(plan: Plan, parts: tuple[Part, ...], keys: list[Key]) -> list[tuple[int, int]]:
-    """Pairs of tasks of which the second comes later whatever their inputs.
+def _orders(
+    parts: tuple[Part, ...], keys: list[Key], bound: int, encoders: frozenset[Stage]
+) -> Iterator[tuple[int, int]]:
+    """Yields pairs of tasks of which the second comes later whatever their inputs.
 
     Those are tasks of the language model's pipeline on one rank, of one stage and pass, the two
     passes of one task, and those of an encoder of which the first frees the second's memory.
     """
-    lists: dict[object, list[int]] = {}
-    number = {key: position for position, key in enumerate(keys)}
-    encoders = encoder_stages(plan)
-    pairs: list[tuple[int, int]] = []
+    # Of an encoder's parts the positions of their tasks by pass, of the others those by rank.
+    passes: dict[tuple[int, str], list[int]] = {}
+    on_rank: dict[int, list[int]] = {}
+    forward: dict[tuple[int, int], int] = {}
+    is_encoder = [part.stage in encoders for part in parts]
     for position, (p, task) in enumerate(keys):
-        if parts[p].stage in encoders:
-            lists.setdefault((task.kind, p), []).append(position)
+        if is_encoder[p]:
+            passes.setdefault((p, task.kind), []).append(position)
         else:
             for kind in parts[p].kinds:
-                lists.setdefault(kind, []).append(position)
-        if task.kind == "B":
-            pairs.append((number[p, task._replace(kind="F")], position))
-    bound = _encoder_bound(plan)
-    for p, part in enumerate(parts):
-        if part.stage in encoders:
-            # A frozen encoder has no backward tasks, and nothing to free.
-            pairs += zip(lists.get(("B", p), ()), lists["F", p][bound:], strict=False)
-    pairs += [pair for positions in lists.values() for pair in pairwise(positions)]
-    return pairs
+                on_rank.setdefault(kind, []).append(position)
+        if task.kind == "F":
+            forward[p, task.microbatches[0]] = position
+        else:
+            yield forward[p, task.microbatches[0]], position
+    for (p, kind), positions in passes.items():
+        if kind == "B":
+            yield from zip(positions, passes[p, "F"][bound:], strict=False)
+        yield from pairwise(positions)
+    for positions in on_rank.values():
+        yield from pairwise(positions)
