@@ -1,7 +1,7 @@
 """Places encoder tasks around a language model's pipeline."""
 
 from collections.abc import Iterator, Mapping
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from megatron_mosaic.schedule.graph import (
     stage_distances,
 )
 from megatron_mosaic.schedule.interleaved import MEGATRON_LEAD, language_order
-from megatron_mosaic.schedule.list_scheduling import After, Sequence, Work, best_sequence
+from megatron_mosaic.schedule.list_scheduling import Sequence, Work, best_sequence
 from megatron_mosaic.schedule.parts import Part, parts_of
 from megatron_mosaic.schedule.program import START, TaskArrays, data_inputs, links_in_a_step
 from megatron_mosaic.schedule.schedule import Schedule
@@ -183,16 +183,14 @@ def _filled(
 ) -> _Filled:
     """Fills the waits of one order of the language model."""
     keys = _keys(plan, parts, order)
-    after: After = [[] for _ in keys]
-    for before, later in _orders(parts, keys, bound, frozenset(encoder_stages(plan))):
-        after[before].append((later, 0.0))
-    for before, later, lag_s in _inputs(plan, kinds, parts, keys, transfers_s):
-        after[before].append((later, lag_s))
-    lengths_s = [tasks_s[part.stage] for part in parts]
-    work = Work(
+    passes_s = [tasks_s[part.stage] for part in parts]
+    work = Work.of(
         [parts[p].kinds for p, _ in keys],
-        [lengths_s[p][task.kind == "B"] for p, task in keys],
-        after,
+        [passes_s[p][task.kind == "B"] for p, task in keys],
+        chain(
+            _orders(parts, keys, bound, frozenset(encoder_stages(plan))),
+            _inputs(plan, kinds, parts, keys, transfers_s),
+        ),
     )
     max_lists = max(1, min(_MAX_LISTS, _LISTED_TASKS // len(keys)))
     return _Filled(keys, best_sequence(work, max_lists=max_lists))
@@ -236,12 +234,13 @@ def _keys(plan: Plan, parts: tuple[Part, ...], order: list[Task]) -> list[Key]:
 
 def _orders(
     parts: tuple[Part, ...], keys: list[Key], bound: int, encoders: frozenset[Stage]
-) -> Iterator[tuple[int, int]]:
-    """Yields pairs of tasks of which the second comes later whatever their inputs.
+) -> Iterator[tuple[int, int, float]]:
+    """Pairs of tasks of which the second comes later whatever their inputs; without time between.
 
     Those are tasks of the language model's pipeline on one rank, of one stage and pass, the two
     passes of one task, and those of an encoder of which the first frees the second's memory.
     """
+    pairs: list[tuple[int, int]] = []
     # Of an encoder's parts the positions of their tasks by pass, of the others those by rank.
     passes: dict[tuple[int, str], list[int]] = {}
     on_rank: dict[int, list[int]] = {}
@@ -256,10 +255,11 @@ def _orders(
         if task.kind == "F":
             forward[p, task.microbatches[0]] = position
         else:
-            yield forward[p, task.microbatches[0]], position
+            pairs.append((forward[p, task.microbatches[0]], position))
     for (p, kind), positions in passes.items():
         if kind == "B":
-            yield from zip(positions, passes[p, "F"][bound:], strict=False)
-        yield from pairwise(positions)
+            pairs += zip(positions, passes[p, "F"][bound:], strict=False)
+        pairs += pairwise(positions)
     for positions in on_rank.values():
-        yield from pairwise(positions)
+        pairs += pairwise(positions)
+    return ((first, second, 0.0) for first, second in pairs)

@@ -1,7 +1,7 @@
 """Orders tasks that share machines: list scheduling, improved backwards and forwards."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ _SAME_S = 1e-12
 
 _SEQUENCES_A_LIST = 2
 
-After = list[list[tuple[int, float]]]
+Waits = list[list[tuple[int, float]]]
 
 
 class Work(NamedTuple):
@@ -20,11 +20,37 @@ class Work(NamedTuple):
         machines: Machines that each task occupies, all at the same time.
         length_s: How long.
         after: Tasks that wait for each, with the time from its end to their start at least.
+        before: The same the other way round: tasks that each waits for.
     """
 
     machines: list[tuple[int, ...]]
     length_s: list[float]
-    after: After
+    after: Waits
+    before: Waits
+
+    @classmethod
+    def of(
+        cls,
+        machines: list[tuple[int, ...]],
+        length_s: list[float],
+        waits: Iterable[tuple[int, int, float]],
+    ) -> "Work":
+        """Work of which the second of a pair waits for the first, and some time."""
+        after: Waits = [[] for _ in machines]
+        before: Waits = [[] for _ in machines]
+        for first, second, lag_s in waits:
+            after[first].append((second, lag_s))
+            before[second].append((first, lag_s))
+        return cls(machines, length_s, after, before)
+
+    @property
+    def num_machines(self) -> int:
+        """Machines, counted from 0 to the last that is used."""
+        return 1 + max((machine for own in self.machines for machine in own), default=-1)
+
+    def turned(self) -> "Work":
+        """The same with time turned round."""
+        return self._replace(after=self.before, before=self.after)
 
 
 class Sequence(NamedTuple):
@@ -72,7 +98,7 @@ def best_sequence(work: Work, *, max_lists: int) -> Sequence:
 
 def _sequences(work: Work, max_lists: int) -> Iterator[Sequence]:
     """Yields what every list leads to, before and after it is pulled together."""
-    here, there = work, Work(work.machines, work.length_s, _turned(work.after))
+    here, there = work, work.turned()
     urgency = tails_s(work)
     for number in range(max_lists):
         listed = run_list(here, urgency)
@@ -89,7 +115,7 @@ def tails_s(work: Work) -> list[float]:
     Raises:
         AssertionError: Tasks wait for each other in a circle.
     """
-    num_before = _num_before(work)
+    num_before = list(map(len, work.before))
     order = [task for task, count in enumerate(num_before) if not count]
     for task in order:
         for other, _ in work.after[task]:
@@ -105,8 +131,8 @@ def tails_s(work: Work) -> list[float]:
 
 def run_list(work: Work, urgency: list[float]) -> Sequence:
     """Runs, on each machine that gets free, the most urgent task that can start there."""
-    machines, length_s, after = work
-    num_before, ready_s = _num_before(work), [0.0] * len(after)
+    machines, length_s, after, before = work
+    num_before, ready_s = list(map(len, before)), [0.0] * len(after)
     state = _Machines(work, urgency)
     # What happens when: a task becomes ready, or, as ~task, ends.
     events = [(0.0, task) for task, count in enumerate(num_before) if not count]
@@ -123,7 +149,8 @@ def run_list(work: Work, urgency: list[float]) -> Sequence:
             state.free(~task)
             touched.update(machines[~task])
             for other, lag_s in after[~task]:
-                ready_s[other] = max(ready_s[other], now_s + lag_s)
+                if now_s + lag_s > ready_s[other]:
+                    ready_s[other] = now_s + lag_s
                 num_before[other] -= 1
                 if not num_before[other]:
                     heappush(events, (ready_s[other], other))
@@ -142,14 +169,14 @@ def pull(work: Work, turned: Sequence) -> Sequence:
         work: Tasks.
         turned: A sequence of the same work with time turned round.
     """
-    before, length_s = _turned(work.after), work.length_s
+    machines, length_s, _, before = work
     # Of tasks that end together, one without length may wait for another.
     place = {task: position for position, task in enumerate(turned.tasks)}
     order = sorted(place, key=lambda task: (-turned.ends_s[task], -place[task]))
-    used = [_Used([], []) for _ in range(_num_machines(work))]
+    used = [_Used([], []) for _ in range(work.num_machines)]
     starts_s, ends_s = [0.0] * len(order), [0.0] * len(order)
     for task in order:
-        own = [used[machine] for machine in work.machines[task]]
+        own = [used[machine] for machine in machines[task]]
         ready_s = max((ends_s[other] + lag_s for other, lag_s in before[task]), default=0.0)
         starts_s[task] = start_s = _first_gap_s(own, ready_s, length_s[task])
         ends_s[task] = start_s + length_s[task]
@@ -189,11 +216,10 @@ class _Machines:
     """Which machines are busy, and which tasks wait for them."""
 
     def __init__(self, work: Work, urgency: list[float]) -> None:
-        num_machines = _num_machines(work)
         self._of = work.machines
         self._urgency = urgency
-        self._busy = [False] * num_machines
-        self._waiting = [list[tuple[float, int]]() for _ in range(num_machines)]
+        self._busy = [False] * work.num_machines
+        self._waiting = [list[tuple[float, int]]() for _ in range(work.num_machines)]
         self._is_started = [False] * len(work.machines)
         self.started: list[int] = []
 
@@ -228,30 +254,8 @@ class _Machines:
         return found
 
 
-def _num_machines(work: Work) -> int:
-    return 1 + max((machine for own in work.machines for machine in own), default=-1)
-
-
 def _mirrored(sequence: Sequence, length_s: list[float]) -> Sequence:
     """A sequence in turned time, read from its end."""
     tasks, makespan_s, ends_s = sequence
     starts_s = [end - length for end, length in zip(ends_s, length_s, strict=True)]
     return Sequence(tasks[::-1], makespan_s, [makespan_s - start for start in starts_s])
-
-
-def _num_before(work: Work) -> list[int]:
-    """Tasks that each one waits for."""
-    counts = [0] * len(work.after)
-    for others in work.after:
-        for other, _ in others:
-            counts[other] += 1
-    return counts
-
-
-def _turned(after: After) -> After:
-    """The same waits with time turned round."""
-    before: After = [[] for _ in after]
-    for task, others in enumerate(after):
-        for other, lag_s in others:
-            before[other].append((task, lag_s))
-    return before

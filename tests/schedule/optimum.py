@@ -15,11 +15,7 @@ def shortest_s(work: Work) -> float:
     """
     best_s = best_sequence(work, max_lists=1).makespan_s
     tails = tails_s(work)
-    before: list[list[tuple[int, float]]] = [[] for _ in work.after]
-    for task, others in enumerate(work.after):
-        for other, lag_s in others:
-            before[other].append((task, lag_s))
-    num_machines = 1 + max(machine for own in work.machines for machine in own)
+    before = work.before
 
     def least_s(ends_s: dict[int, float], free_s: list[float], heads: dict[int, float]) -> float:
         left = [task for task in range(len(before)) if task not in ends_s]
@@ -28,7 +24,7 @@ def shortest_s(work: Work) -> float:
             max(free_s[m], min(heads.get(task, 0.0) for task in own))
             + sum(work.length_s[task] for task in own)
             + min(tails[task] - work.length_s[task] for task in own)
-            for m in range(num_machines)
+            for m in range(work.num_machines)
             if (own := [task for task in left if m in work.machines[task]])
         ]
         return max([*ends_s.values(), *ways, *loads], default=0.0)
@@ -62,5 +58,5 @@ def shortest_s(work: Work) -> float:
             free = [end_s if m in work.machines[task] else t for m, t in enumerate(free_s)]
             search({**ends_s, task: end_s}, free)
 
-    search({}, [0.0] * num_machines)
+    search({}, [0.0] * work.num_machines)
     return best_s

@@ -41,44 +41,42 @@ def works(draw):
     lag = st.sampled_from([0.0, 0.5])
     pairs = [(a, b) for b in range(num_tasks) for a in range(b)]
     joined = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=8)) if pairs else []
-    return Work(
+    return Work.of(
         [draw(machines) for _ in range(num_tasks)],
         [float(draw(st.integers(0, 4))) for _ in range(num_tasks)],
-        [[(b, draw(lag)) for a, b in joined if a == task] for task in range(num_tasks)],
+        [(a, b, draw(lag)) for a, b in joined],
     )
 
 
 def test_tails_are_the_longest_ways_to_the_end():
     # 0 (2 s) -> 1 (3 s), a second later; 0 -> 2 (5 s) at once.
-    work = Work([(0,), (0,), (1,)], [2.0, 3.0, 5.0], [[(1, 1.0), (2, 0.0)], [], []])
+    work = Work.of([(0,), (0,), (1,)], [2.0, 3.0, 5.0], [(0, 1, 1.0), (0, 2, 0.0)])
 
     assert tails_s(work) == [7.0, 3.0, 5.0]
 
 
 def test_tails_of_a_circle_are_refused():
     with pytest.raises(AssertionError, match="must not wait for each other in a circle"):
-        tails_s(Work([(0,), (0,)], [1.0, 1.0], [[(1, 0.0)], [(0, 0.0)]]))
+        tails_s(Work.of([(0,), (0,)], [1.0, 1.0], [(0, 1, 0.0), (1, 0, 0.0)]))
 
 
 def test_list_starts_the_most_urgent_ready_task():
-    work = Work([(0,), (0,), (0,)], [1.0, 2.0, 3.0], [[], [], []])
+    work = Work.of([(0,), (0,), (0,)], [1.0, 2.0, 3.0], [])
 
     assert run_list(work, [0.0, 2.0, 1.0]).tasks == [1, 2, 0]
 
 
 def test_list_starts_a_task_of_two_machines_when_both_are_free():
     # The second task needs machine 0 too, which is busy until 2 s.
-    work = Work([(0,), (0, 1), (1,)], [2.0, 1.0, 1.0], [[], [], []])
+    work = Work.of([(0,), (0, 1), (1,)], [2.0, 1.0, 1.0], [])
 
     assert run_list(work, [9.0, 5.0, 1.0]).ends_s == [2.0, 3.0, 1.0]
 
 
 def test_pulled_tasks_go_into_gaps():
     # Machine 0 waits from 1 to 3 s for machine 1; task 3 fits in there, but came last.
-    work = Work([(0,), (1,), (0,), (0,)], [1.0, 2.0, 1.0, 2.0], [[(1, 0.0)], [(2, 0.0)], [], []])
-    turned = Work(work.machines, work.length_s, [[], [(0, 0.0)], [(1, 0.0)], []])
-
-    late = run_list(turned, [0.0, 0.0, 0.0, 1.0])
+    work = Work.of([(0,), (1,), (0,), (0,)], [1.0, 2.0, 1.0, 2.0], [(0, 1, 0.0), (1, 2, 0.0)])
+    late = run_list(work.turned(), [0.0, 0.0, 0.0, 1.0])
 
     assert late.makespan_s == 6.0
     assert pull(work, late).ends_s == [1.0, 3.0, 4.0, 3.0]
