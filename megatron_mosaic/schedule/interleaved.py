@@ -91,14 +91,30 @@ def _language_lists(
         )
         for place in range(pp)
     ]
+    starts = range(0, num_microbatches, pp)
+    rounds = [range(first, min(first + pp, num_microbatches)) for first in starts]
     encoders = encoder_stages(plan)
     for stage in stage_order(plan):
         if stage.module != LANGUAGE and stage not in encoders:
-            forward = [Task("F", *stage, (m,)) for m in range(num_microbatches)]
-            backward = [Task("B", *stage, (m,)) for m in range(num_microbatches)]
-            tasks = _alternate(forward, backward, warm_up=distances[stage])
-            lists.append(forward if forward_only else tasks)
+            own = _behind_tasks(stage, distances[stage], rounds=rounds, forward_only=forward_only)
+            lists.append(own)
     return lists
+
+
+def _behind_tasks(
+    stage: Stage, distance: int, *, rounds: list[range], forward_only: bool
+) -> list[Task]:
+    """Tasks of a stage behind the language model: 1F1B within each round of the pipeline.
+
+    The last language stage takes a round's backward tasks before the next round comes to it, so
+    those here must not wait for forward tasks of the next round.
+    """
+    tasks: list[Task] = []
+    for microbatches in rounds:
+        forward = [Task("F", *stage, (m,)) for m in microbatches]
+        backward = [Task("B", *stage, (m,)) for m in microbatches]
+        tasks += forward if forward_only else _alternate(forward, backward, warm_up=distance)
+    return tasks
 
 
 def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
