@@ -81,7 +81,7 @@ SETTINGS = (
     Setting(4, 1, 4, 1, 8, 4, 3),
     Setting(8, 2, 8, 1, 8, 8, 2),
     # Live at most a quarter of what three phases hold. With PP 8 that is the 8 microbatches which
-    # the language model alone has in flight: hardly anything can be filled, and the pipeline drains.
+    # the language model alone has in flight: little can be filled, and the pipeline drains.
     Setting(8, 1, 1, 8, 1, 1, 8),
     Setting(4, 1, 4, 1, 1, 4, 2),
     Setting(4, 1, 4, 1, 8, 4, 2),
