@@ -2,6 +2,7 @@ import pytest
 
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.drawing import draw
+from megatron_mosaic.schedule.interleaved import language_order
 from megatron_mosaic.schedule.verify import verify
 from tests.schedule.plans import place, plan_of
 
@@ -121,3 +122,22 @@ def test_drawing_names_the_stage_where_a_rank_has_several():
     assert draw(build_schedule(language(2, 2, 2)), ranks=[1]) == (
         "2 microbatches\nrank 1  language.1 language.3  F0.1 F1.1 F0.3 B0.3 F1.3 B1.3 B0.1 B1.1"
     )
+
+
+@pytest.mark.parametrize("lead", [1, 2])
+@pytest.mark.parametrize("vpp", [2, 3])
+def test_two_stages_behind_interleaved_stages_wait_for_no_later_round(vpp, lead):
+    plan = plan_of(
+        "interleaved",
+        place("language", 0, 1, pp=2, vpp=vpp),
+        place("talker", 2),
+        place("vocoder", 3),
+        edges=(("language", "talker"), ("talker", "vocoder")),
+        num_microbatches=4,
+    )
+
+    # With three stages each F2 of talker, of the second round, used to come before its B1, which
+    # the last language stage needs before it runs F2.
+    times = language_order(plan, num_microbatches=4, lead=lead)
+    talker = sorted((task for task in times if task.module == "talker"), key=lambda t: times[t])
+    assert " ".join(f"{t.kind}{t.microbatches[0]}" for t in talker) == "F0 F1 B0 B1 F2 F3 B2 B3"
