@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megatron_mosaic.cluster.spec import Cluster
     from megatron_mosaic.planner.explanation import Explanation
     from megatron_mosaic.planner.problem import Problem
-    from megatron_mosaic.planner.rerank import Simulated
+    from megatron_mosaic.planner.simulated import Simulated
 
 EXAMPLE = "megatron-mosaic plan qwen2.5-vl-72b h100 --gpus 128 --global-batch-size 256 -o plan.yaml"
 

@@ -10,8 +10,8 @@ from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.planner import Answer, as_estimates, inputs_of
 from megatron_mosaic.planner.prediction import prediction
-from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
+from megatron_mosaic.planner.simulated import Simulated
 from megatron_mosaic.schedule.graph import Stage
 
 _TERMS = {

@@ -14,14 +14,9 @@ from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import (
-    NUM_COMPARED,
-    Simulated,
-    rerank,
-    simulated,
-    with_other_schedules,
-)
+from megatron_mosaic.planner.rerank import NUM_COMPARED, rerank, with_other_schedules
 from megatron_mosaic.planner.search import Found, search
+from megatron_mosaic.planner.simulated import Simulated, simulated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
