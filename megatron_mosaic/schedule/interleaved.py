@@ -9,6 +9,13 @@ from megatron_mosaic.schedule.play import needs_of, play
 from megatron_mosaic.schedule.schedule import Schedule, peak_live, restrict
 from megatron_mosaic.schedule.task import Task
 
+MEGATRON_LEAD = 2
+"""Forward tasks by which the warm-up of a place is longer than the next one's.
+
+With two a rank hardly waits for transfers; with one it holds fewer microbatches.
+Source: Megatron-LM 0.19, ``get_pp_rank_microbatches``.
+"""
+
 _TICKS = {"F": 1, "B": 2}
 
 
@@ -47,21 +54,40 @@ def interleaved(plan: Plan, *, num_microbatches: int, forward_only: bool = False
 
 
 def language_order(
-    plan: Plan, *, num_microbatches: int, forward_only: bool = False
+    plan: Plan,
+    *,
+    num_microbatches: int,
+    forward_only: bool = False,
+    lead: int = MEGATRON_LEAD,
 ) -> dict[Task, tuple[float, float]]:
-    """Starts and ends, in ticks, of the tasks of the language model and of what it feeds."""
-    lists = _language_lists(plan, num_microbatches=num_microbatches, forward_only=forward_only)
+    """Starts and ends, in ticks, of the tasks of the language model and of what it feeds.
+
+    Args:
+        plan: The plan.
+        num_microbatches: Of the step.
+        forward_only: Leaves the backward tasks out.
+        lead: Forward tasks that each place's warm-up has more than the next one's, at least 1.
+    """
+    lists = _language_lists(
+        plan, num_microbatches=num_microbatches, forward_only=forward_only, lead=lead
+    )
     return play(lists, needs_of(plan), lengths=lambda task: _TICKS[task.kind])
 
 
-def _language_lists(plan: Plan, *, num_microbatches: int, forward_only: bool) -> list[list[Task]]:
+def _language_lists(
+    plan: Plan, *, num_microbatches: int, forward_only: bool, lead: int
+) -> list[list[Task]]:
     """Tasks of each pipeline place of the language model, and of each stage behind it."""
     pp = plan.language.pipeline_model_parallel_size
     distances = stage_distances(plan)
     last = distances[Stage(LANGUAGE, plan.language.num_stages - 1)]
     lists = [
         _place_tasks(
-            plan, place, num_microbatches=num_microbatches, behind=last, forward_only=forward_only
+            plan,
+            place,
+            num_microbatches=num_microbatches,
+            num_ahead=lead * (pp - 1 - place + last),
+            forward_only=forward_only,
         )
         for place in range(pp)
     ]
@@ -83,13 +109,14 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
 
 
 def _place_tasks(
-    plan: Plan, place: int, *, num_microbatches: int, behind: int, forward_only: bool
+    plan: Plan, place: int, *, num_microbatches: int, num_ahead: int, forward_only: bool
 ) -> list[Task]:
-    """Tasks of one place of the language model's pipeline, with ``behind`` stages after the last.
+    """Tasks of one place of the language model's pipeline.
+
+    The warm-up takes all but the last of its stages through one round, and ``num_ahead`` tasks.
 
     Source:
-        Narayanan et al., 2021, arXiv:2104.04473, section 2.2.2; the number of warm-up tasks is
-        that of Megatron-LM 0.19, ``get_pp_rank_microbatches``, and two for each stage behind.
+        Narayanan et al., 2021, arXiv:2104.04473, section 2.2.2.
     """
     pp = plan.language.pipeline_model_parallel_size
     virtual = plan.language.virtual_pipeline_model_parallel_size
@@ -101,7 +128,7 @@ def _place_tasks(
     ]
     forward = [Task("F", LANGUAGE, turn * pp + place, m) for turn, m in turns]
     backward = [Task("B", LANGUAGE, (virtual - 1 - turn) * pp + place, m) for turn, m in turns]
-    warm_up = 2 * (pp - 1 - place + behind) + (virtual - 1) * pp
+    warm_up = num_ahead + (virtual - 1) * pp
     return forward if forward_only else _alternate(forward, backward, warm_up=warm_up)
 
 
