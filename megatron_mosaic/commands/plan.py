@@ -180,6 +180,7 @@ def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
         if candidate.kind in ("colocated", "bubble_fill"):
             schedule += f" group {candidate.encoder_group}"
+        schedule += " ahead" if candidate.ahead else ""
         start = (label, candidate.placement, schedule)
         for name, text in modules_text(entry).items():
             rows.append((*start, name, text))

@@ -101,7 +101,7 @@ def _baseline(
     if estimate is None:
         return None
     first = simulated(estimate, problem, cost_model)
-    schedules = with_other_schedules(first, problem, cost_model)
+    schedules = with_other_schedules(first, problem, cost_model, stock=True)
     homogeneous = [entry for entry in schedules if entry.candidate.is_homogeneous]
     return min(homogeneous, key=lambda entry: entry.step_s, default=None)
 

@@ -23,7 +23,12 @@ NUM_REFINED = 3
 
 
 def with_other_schedules(
-    first: Simulated, problem: Problem, cost_model: CostModel, *, below_s: float = inf
+    first: Simulated,
+    problem: Problem,
+    cost_model: CostModel,
+    *,
+    below_s: float = inf,
+    stock: bool = False,
 ) -> Iterator[Simulated]:
     """Yields a layout under every schedule that may be faster, fits, and is not ruled out.
 
@@ -32,16 +37,16 @@ def with_other_schedules(
         problem: What is asked.
         cost_model: What things cost.
         below_s: Step time that another schedule must be below to be of use.
+        stock: Only schedules that stock Megatron has.
     """
     kind = problem.pins.kind
     if kind in (None, first.candidate.kind):
         yield first
-        bubble_s = first.step.breakdown.bubble_s
-        if bubble_s < LEAST_GAIN * first.step_s or first.step_s - bubble_s > below_s:
+        if first.least_s > min(first.step_s * (1 - LEAST_GAIN), below_s):
             return
     if kind in (None, "interleaved"):
         yield from _interleaved(first, problem, cost_model)
-    if kind in (None, "bubble_fill"):
+    if kind in (None, "bubble_fill") and not stock:
         yield from filled(first, problem, cost_model)
 
 
