@@ -6,7 +6,7 @@ from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.rerank import Simulated
+from megatron_mosaic.planner.simulated import Simulated
 from megatron_mosaic.schedule.graph import rank_kinds
 
 
