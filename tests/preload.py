@@ -55,7 +55,7 @@ def _preload() -> None:
 def _read_help_once() -> None:
     """Keeps the help texts of options: Megatron parses the source of its classes for them.
 
-    A rank would do that twice, which is a quarter of what a short training costs.
+    A rank would do that twice, for a tenth of a second each time.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
