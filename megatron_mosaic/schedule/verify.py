@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from functools import cache, partial
 from typing import Literal, get_args
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.drawing import draw
@@ -23,19 +23,6 @@ from megatron_mosaic.schedule.steps import (
     steps_of,
 )
 from megatron_mosaic.schedule.task import Task
-
-
-class ScheduleError(PlanError):
-    """A schedule cannot run, or does not do what its plan asks for.
-
-    Args:
-        message: One line.
-        table: The offending rows, drawn.
-    """
-
-    def __init__(self, message: str, *, table: str) -> None:
-        super().__init__(message)
-        self.table = table
 
 
 def verify(plan: Plan, schedule: Schedule) -> None:
