@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds
@@ -14,27 +13,10 @@ from megatron_mosaic.schedule.parts import Link, Part, links_of, parts_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Edge, crosses_steps, edges_of
 from megatron_mosaic.schedule.task import Task
-
-Integers = NDArray[np.int64]
+from megatron_mosaic.schedule.task_arrays import Integers, TaskArrays
 
 START = -1
 """Stands for a task before, where there is none."""
-
-
-class TaskArrays(NamedTuple):
-    """Tasks of a step, once each, in an order that can run.
-
-    Args:
-        stage: Stage of every task, as a position in a list.
-        backward: 1 for a backward pass, 0 for a forward pass.
-        first: First microbatch of every task.
-        count: Its microbatches.
-    """
-
-    stage: Integers
-    backward: Integers
-    first: Integers
-    count: Integers
 
 
 class Inputs(NamedTuple):

@@ -1,13 +1,15 @@
 """What one rank does in one step, task by task: post transfers, wait for them, compute."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import needs_backward
+from megatron_mosaic.schedule.graph import Stage, needs_backward, stage_order
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.task import Task
 
 TransferKind = Literal["activation", "gradient"]
+Needs = Mapping[tuple[str, Stage], Sequence[tuple[str, Stage]]]
 
 
 class Edge(NamedTuple):
@@ -134,6 +136,23 @@ def steps_of(plan: Plan, schedule: Schedule, rank: int) -> tuple[Step, ...]:
 def crosses_steps(schedule: Schedule, edge: Edge) -> bool:
     """Whether an edge leads from a module that runs a step ahead to one that does not."""
     return edge.source in schedule.ahead and edge.destination not in schedule.ahead
+
+
+def needs_of(plan: Plan, schedule: Schedule) -> Needs:
+    """For each pass and stage the passes and stages that it takes its input from.
+
+    What a module that runs ahead gives to the step is no input: it was made before.
+    """
+    needs: dict[tuple[str, Stage], list[tuple[str, Stage]]] = {}
+    for stage in stage_order(plan):
+        needs["F", stage] = []
+        needs["B", stage] = [("F", stage)]
+    for edge in edges_of(plan):
+        here, there = Stage(*edge[:2]), Stage(*edge[2:])
+        if not crosses_steps(schedule, edge):
+            needs["F", there].append(("F", here))
+        needs["B", here].append(("B", there))
+    return needs
 
 
 class _Ends(NamedTuple):

@@ -10,7 +10,6 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.drawing import draw
 from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward
-from megatron_mosaic.schedule.play import needs_of
 from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks
 from megatron_mosaic.schedule.schedule import Schedule, peak_live
 from megatron_mosaic.schedule.steps import (
@@ -20,6 +19,7 @@ from megatron_mosaic.schedule.steps import (
     TransferKind,
     communicators,
     edges_of,
+    needs_of,
     steps_of,
 )
 from megatron_mosaic.schedule.task import Task
