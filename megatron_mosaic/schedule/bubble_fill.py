@@ -1,7 +1,7 @@
 """Encoder tasks in the waits of the language model's pipeline."""
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule import colocated
+from megatron_mosaic.schedule import colocated, interleaved
 from megatron_mosaic.schedule.fill import fill, live_bound
 from megatron_mosaic.schedule.graph import Stage, stage_order
 from megatron_mosaic.schedule.order import read_order
@@ -31,4 +31,8 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
     """Tasks of which a rank of the stage holds activations at most."""
     if num_microbatches != plan.num_microbatches:
         return colocated.max_live(plan, stage, num_microbatches=num_microbatches)
-    return live_bound(plan, stage)
+    if stage in colocated.encoder_stages(plan):
+        return live_bound(plan, stage)
+    virtual = plan.language.virtual_pipeline_model_parallel_size
+    pipeline = colocated if virtual == 1 else interleaved
+    return pipeline.max_live(plan, stage, num_microbatches=num_microbatches)

@@ -30,13 +30,17 @@ class TaskArrays(NamedTuple):
 
     def at(self, index: Integers) -> "TaskArrays":
         """Some of the tasks, in the order of ``index``."""
-        return TaskArrays._make(column[index] for column in self)
+        return TaskArrays(
+            self.stage[index], self.backward[index], self.first[index], self.count[index]
+        )
 
     def tasks(self, stages: Sequence[Stage]) -> Iterator[Task]:
         """Yields the tasks; ``stage`` counts ``stages``."""
-        for stage, backward, first, count in zip(*map(np.ndarray.tolist, self), strict=True):
+        columns: list[list[int]] = [column.tolist() for column in self]
+        for stage, backward, first, count in zip(*columns, strict=True):
             microbatches = (first,) if count == 1 else tuple(range(first, first + count))
-            yield Task("B" if backward else "F", *stages[stage], microbatches)
+            module, number = stages[stage]
+            yield Task("B" if backward else "F", module, number, microbatches)
 
 
 class DueTasks(NamedTuple):
