@@ -58,7 +58,10 @@ def key_numbers(prediction: Prediction, step: ReportedStep) -> Iterator[Number]:
         yield Number("against homogeneous", f"{other_s / step_s:.2f}×", note)
     if step.measured is not None:
         yield _measured_number(step, step.measured)
-    yield Number("ranks wait", f"{waiting_share(step):.1%}", "of the time of all tasks, on average")
+    timeline = step.timeline
+    least_s = min(map(timeline.bubble_s, timeline.program.kinds), default=0.0)
+    note = f"of the tasks' time; the busiest, which the breakdown is of, {seconds(least_s)}"
+    yield Number("ranks wait, on average", f"{waiting_share(step):.1%}", note)
     if prediction.memory:
         fullest = max(prediction.memory, key=lambda bar: bar.total_bytes)
         of = f" of {gib(prediction.capacity_bytes)}" if prediction.capacity_bytes else ""
@@ -66,7 +69,10 @@ def key_numbers(prediction: Prediction, step: ReportedStep) -> Iterator[Number]:
 
 
 def waiting_share(step: ReportedStep) -> float:
-    """Share of a simulated step in which ranks that host something wait."""
+    """Share of a simulated step in which ranks that host something wait, on average.
+
+    The bubble of a breakdown is less: it is what the busiest rank waits.
+    """
     timeline = step.timeline
     kinds = timeline.program.kinds
     total_s = timeline.makespan_s * sum(len(kind.ranks) for kind in kinds)

@@ -143,3 +143,14 @@ def test_waiting_share_is_of_all_ranks():
     # Two ranks work 4 * 2 s and two 4 * 3 s.
     whole_s = step.timeline.makespan_s
     assert waiting_share(step) == pytest.approx(1 - (2 * 8 + 2 * 12) / (4 * whole_s))
+
+
+def test_waits_of_the_busiest_rank_stand_beside_the_average():
+    step = step_of(small_plan())
+    (number,) = (
+        n for n in key_numbers(read_prediction(small_plan()), step) if n.label.startswith("ranks")
+    )
+
+    # Of 20 s two ranks work 8 s and two 12 s: 10 of 20 s on average, 20 - 12 s at least.
+    assert number.value == "50.0%"
+    assert number.note == "of the tasks' time; the busiest, which the breakdown is of, 8.00 s"
