@@ -6,7 +6,9 @@ tasks has no time to make them.
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule, common_order
-from megatron_mosaic.schedule.program import Program, program_of, wire
+from megatron_mosaic.schedule.graph import ahead_modules
+from megatron_mosaic.schedule.order import read_lists
+from megatron_mosaic.schedule.program import Program, program_of, program_of_lists, wire
 
 
 def program_of_plan(
@@ -24,6 +26,8 @@ def program_of_plan(
     """
     total = plan.num_microbatches if num_microbatches is None else num_microbatches
     order = common_order(plan, num_microbatches=total, forward_only=forward_only)
-    if order is None:
+    if order is not None:
+        return wire(plan, order)
+    if plan.schedule.order is None:
         return program_of(plan, build_schedule(plan))
-    return wire(plan, order)
+    return program_of_lists(plan, read_lists(plan), ahead=ahead_modules(plan), apart=True)
