@@ -197,17 +197,19 @@ def data_inputs(
         waits[num_parts + link.source].append(n)
     edges, *ends = np.array([*links, (no_edge, 0, 0)]).T
     maker = _task_of_microbatch(tasks, num_parts)
-    slots = _padded(waits)[:, tasks.stage + num_parts * tasks.backward]
+    row = tasks.stage + num_parts * tasks.backward
+    num_waits = np.array([len(own) for own in waits], dtype=np.int64)[row]
+    ends_of_links = np.array(ends)
     last = tasks.first + tasks.count - 1
-    for s, link in enumerate(slots):
-        own = np.flatnonzero(link >= 0)
-        backward, there = tasks.backward[own], link[own]
-        before = maker[backward, np.array(ends)[backward, there], last[own]]
+    for s, link_of_row in enumerate(_padded(waits)):
+        own = np.flatnonzero(num_waits > s)
+        backward, there = tasks.backward[own], link_of_row[row[own]]
+        before = maker[backward, ends_of_links[backward, there], last[own]]
         passed = last[own] - tasks.first[before] + 1
         if s:
             yield Inputs(own, before, edges[there], passed)
             continue
-        first = Inputs(np.arange(len(link)), *(np.full_like(link, n) for n in (START, no_edge, 0)))
+        first = Inputs(np.arange(len(row)), *(np.full_like(row, n) for n in (START, no_edge, 0)))
         first.before[own], first.edge[own], first.passed[own] = before, edges[there], passed
         yield first
 
