@@ -208,8 +208,7 @@ def _inputs(
     lags_s = [*(transfers_s.get(edge, 0.0) for edge in edges), 0.0]
     rows = [(p, t.kind == "B", t.microbatches[0], len(t.microbatches)) for p, t in keys]
     arrays = TaskArrays(*np.array(rows, dtype=np.int64).T)
-    ahead = Schedule(num_microbatches=0, forward_only=False, tasks=(), ahead=ahead_modules(plan))
-    links = links_in_a_step(plan, kinds, parts, ahead)
+    links = links_in_a_step(plan, kinds, parts, ahead_modules(plan))
     for inputs in data_inputs(arrays, links, len(parts), no_edge=len(edges)):
         for after, before, edge, passed in zip(*map(np.ndarray.tolist, inputs), strict=True):
             if before != START:
