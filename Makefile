@@ -1,9 +1,12 @@
 # `make demo` runs the main job, `make test` passes the tests; each sets up what it needs.
-# PYTHON=/path/to/python chooses the interpreter, TESTS=tests/layout the tests.
+# PYTHON=/path/to/python chooses the interpreter, TESTS=tests/layout the tests, WORKERS=0 runs them
+# in one process.
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTS ?= tests
+# Processes that run tests: what one leaves of two cores while its ranks wait, the other takes.
+WORKERS ?= 2
 
 # One thread for each rank process: with more, the ranks of one machine fight over its cores.
 export OMP_NUM_THREADS ?= 1
@@ -36,7 +39,7 @@ types: setup
 	$(BIN)/pyright
 
 unit: setup
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --max-worker-restart 0 $(TESTS)
 
 format: setup
 	$(BIN)/ruff format

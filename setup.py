@@ -50,6 +50,7 @@ setup(
             # With the extra, node comes as a wheel: nothing is downloaded when it first runs.
             "pyright[nodejs]",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scikit-learn",
             # `pip install --no-build-isolation` builds with what is installed.

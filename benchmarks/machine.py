@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,8 +14,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describes processor, memory and the packages that matter."""
+    """Describes what was measured, the processor, memory and the packages that matter."""
     return {
+        "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -25,6 +27,25 @@ def describe_machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _commit() -> str | None:
+    """The commit that was measured, with ``-dirty`` if files differ from it; None without git.
+
+    Results are no part of what is measured: a benchmark that writes them changes nothing.
+    """
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*"]
+    changed = ["git", "status", "--porcelain", "--", ".", f":(exclude){RESULTS}"]
+    try:
+        commit, changes = (
+            subprocess.run(
+                each, cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for each in (command, changed)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if changes else commit
 
 
 def _processor() -> str:

@@ -51,7 +51,7 @@ def measure(name: str, num_gpus: int, batch: int) -> dict[str, Any]:
     from megatron_mosaic.planner.estimate import Estimator
     from megatron_mosaic.planner.planner import make_plan
     from megatron_mosaic.planner.problem import Problem
-    from megatron_mosaic.planner.rerank import simulated
+    from megatron_mosaic.planner.simulated import simulated
 
     model, cluster = load_model(name), load_cluster("h100", num_gpus=num_gpus)
     problem = Problem(model=model, cluster=cluster, num_gpus=num_gpus, global_batch_size=batch)

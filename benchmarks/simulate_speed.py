@@ -1,4 +1,4 @@
-"""Time to simulate a step, from the plan to the end of every task."""
+"""Time to build, to prepare, to verify and to simulate a step, each apart."""
 
 import statistics
 import time
@@ -14,8 +14,11 @@ from megatron_mosaic.schedule.graph import stage_order
 from megatron_mosaic.schedule.order import write_order
 from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.simulate import PassTimes, simulate
+from megatron_mosaic.schedule.verify import verify
 
 REPEATS = 15
+BUILD_REPEATS = 3  # what takes seconds
+PARTS = ("build", "program", "verify", "simulation")
 
 
 class Case(NamedTuple):
@@ -28,7 +31,7 @@ class Case(NamedTuple):
         replicas: Ranks of each stage.
         encoder_group: Microbatches of a task of an encoder on all ranks; None is no encoder.
         virtual: Stages on a rank; more than one is interleaved.
-        fills: Whether the encoder's tasks fill bubbles, in the order that the plan holds.
+        fills: Whether the encoder's tasks fill bubbles.
     """
 
     name: str
@@ -41,47 +44,60 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("8 stages, 64 microbatches", 8, 64),
-    Case("64 stages, 256 microbatches", 64, 256),
-    Case("64 stages, 512 microbatches", 64, 512),
-    Case("16 stages of 1,024 ranks, 256 microbatches", 16, 256, replicas=1024),
-    Case("64 stages, 256 microbatches, encoder in groups of 8", 64, 256, encoder_group=8),
-    Case("16 ranks of 4 stages, 512 microbatches", 16, 512, virtual=4),
-    Case("64 stages, 512 microbatches, encoder fills", 64, 512, encoder_group=8, fills=True),
-    Case("16 stages of 256 ranks, encoder fills", 16, 64, 256, encoder_group=8, fills=True),
+    Case("1f1b: 8 stages, 64 microbatches", 8, 64),
+    Case("1f1b: 64 stages, 512 microbatches", 64, 512),
+    Case("1f1b: 4,096 ranks in 16 stages, 256 microbatches", 16, 256, replicas=256),
+    Case("colocated: 64 stages, 512 microbatches, groups of 8", 64, 512, encoder_group=8),
+    Case("interleaved: 32 ranks of 2 stages, 512 microbatches", 32, 512, virtual=2),
+    Case("interleaved: 16 ranks of 4 stages, 512 microbatches", 16, 512, virtual=4),
+    Case("interleaved: 4,096 ranks in 16 places, 2 stages each", 16, 256, 256, virtual=2),
+    Case("bubble_fill: 64 stages, 512 microbatches, groups of 8", 64, 512, 1, 8, fills=True),
+    Case("bubble_fill: 4,096 ranks in 16 stages, groups of 8", 16, 64, 256, 8, fills=True),
 )
 
 
 def main() -> None:
     """Measures all cases, prints them and writes them."""
     rows = [{"case": case.name, **_measure(case)} for case in CASES]
+    print(f"{'best of several, ms':56}  {'tasks':>6}" + "".join(f"  {part:>10}" for part in PARTS))
     for row in rows:
-        print(
-            f"{row['case']:52}  {row['num_tasks']:6} tasks  program {row['program_ms']:6.2f} ms"
-            f"  simulation {row['simulation_ms']:6.2f} ms"
-            f"  medians {row['program_median_ms']:6.2f} + {row['simulation_median_ms']:6.2f} ms"
+        times = "".join(f"  {row[f'{part}_ms']:10.2f}" for part in PARTS)
+        print(f"{row['case']:56}  {row['num_tasks']:6}{times}")
+    print(
+        write_results(
+            "simulate_speed", {"repeats": REPEATS, "build_repeats": BUILD_REPEATS, "cases": rows}
         )
-    print(write_results("simulate_speed", {"repeats": REPEATS, "cases": rows}))
+    )
 
 
 def _measure(case: Case) -> dict[str, float]:
     plan = _plan(case)
+    building = _times_ms("build", lambda: build_schedule(plan), repeats=BUILD_REPEATS)
+    schedule = build_schedule(plan)
+    if case.fills:
+        # What is simulated is a plan that holds its order, as the planner writes it.
+        choice = replace(plan.schedule, order=write_order(plan, schedule))
+        plan = replace(plan, schedule=choice)
     program = program_of_plan(plan)
     tasks_s = {stage: PassTimes(1.0, 2.0) for stage in stage_order(plan)}
     transfers_s = dict.fromkeys(program.edges, 0.1)
     return {
         "num_tasks": len(program.tasks.stage),
-        **_times_ms("program", lambda: program_of_plan(plan)),
+        **building,
+        **_times_ms("program", lambda: program_of_plan(plan), repeats=REPEATS),
+        **_times_ms("verify", lambda: verify(plan, schedule), repeats=BUILD_REPEATS),
         **_times_ms(
-            "simulation", lambda: simulate(program, tasks_s=tasks_s, transfers_s=transfers_s)
+            "simulation",
+            lambda: simulate(program, tasks_s=tasks_s, transfers_s=transfers_s),
+            repeats=REPEATS,
         ),
     }
 
 
-def _times_ms(name: str, run: Callable[[], object]) -> dict[str, float]:
+def _times_ms(name: str, run: Callable[[], object], *, repeats: int) -> dict[str, float]:
     """Best of several times, as other processes share the machine, and their median."""
     times_s = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start_s = time.perf_counter()
         run()
         times_s.append(time.perf_counter() - start_s)
@@ -109,7 +125,7 @@ def _plan(case: Case) -> Plan:
         edges = (("vision", "language"),)
         kind = "bubble_fill" if case.fills else "colocated"
         schedule = ScheduleChoice(kind=kind, encoder_group=case.encoder_group)
-    plan = Plan(
+    return Plan(
         world_size=len(ranks),
         global_batch_size=case.num_microbatches * case.replicas,
         micro_batch_size=1,
@@ -117,10 +133,6 @@ def _plan(case: Case) -> Plan:
         edges=edges,
         schedule=schedule,
     )
-    if case.fills:
-        order = write_order(plan, build_schedule(plan))
-        plan = replace(plan, schedule=replace(schedule, order=order))
-    return plan
 
 
 if __name__ == "__main__":

@@ -160,14 +160,22 @@ class TimedEngine:
         timed: The plan and its times.
         rank: This rank.
         trace: Writes down the tasks, if any.
+        schedule: Runs in place of the one that is built for the plan.
 
     Note:
         Collective over the world.
     """
 
-    def __init__(self, timed: TimedPlan, *, rank: int, trace: TaskTrace | None = None) -> None:
+    def __init__(
+        self,
+        timed: TimedPlan,
+        *,
+        rank: int,
+        trace: TaskTrace | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
         plan = timed.plan
-        self._schedule = build_schedule(plan)
+        self._schedule = schedule or build_schedule(plan)
         self._steps = steps_of(plan, self._schedule, rank)
         self._factory = GroupFactory(rank)
         self._channels = _channels(plan, self._factory, rank)
@@ -177,7 +185,9 @@ class TimedEngine:
             for stage in hosted_stages(plan, rank)
         }
         item = (Interval(0, ITEM_ROWS),)
-        self._samples = dict.fromkeys(plan.modules, (item,) * plan.global_batch_size)
+        samples_per_microbatch = plan.global_batch_size // plan.num_microbatches
+        num_samples = samples_per_microbatch * self._schedule.num_microbatches
+        self._samples = dict.fromkeys(plan.modules, (item,) * num_samples)
         self._progress = Progress(trace=trace)
         self._kept: Rows | None = None
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from megatron_mosaic.commands import args as args_command
 from megatron_mosaic.commands import check, plan, profile, show
-from megatron_mosaic.errors import HostError, LayoutError, PlanError
+from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "plan": (plan, "find the best plan for a model on a cluster"),
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except (PlanError, LayoutError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, ScheduleError):
+            print(error.table, file=sys.stderr)
         return 2
     return 0
 

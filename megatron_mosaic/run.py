@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_mosaic.errors import HostError, LayoutError, PlanError
+from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 PLAN, DEVICE = "--mosaic-plan", "--mosaic-device"
 USAGE = f"python -m megatron_mosaic.run [{DEVICE} cpu|cuda] SCRIPT [ARGS] [{PLAN} plan.yaml]"
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(script, arguments, device=device, planned=plan is not None)
     except (PlanError, LayoutError, HostError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, ScheduleError):
+            print(error.table, file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -267,6 +267,9 @@ def _end(ranks: list[_Rank]) -> None:
         _signal(rank, signal.SIGKILL)
     for rank in ranks:
         rank.process.join()
+        if not rank.returned:
+            # One that died by itself may have left processes that it started.
+            _signal(rank, signal.SIGKILL)
         rank.process.close()
         rank.results.close()
 

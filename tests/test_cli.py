@@ -60,17 +60,23 @@ def test_broken_plans_are_more_than_thirty():
 
 @pytest.mark.parametrize("path", BROKEN_PLANS, ids=lambda path: path.stem)
 def test_check_explains_broken_plan_in_one_line(path, capsys):
-    expected = path.read_text().splitlines()[0].removeprefix("# expect: ")
+    expected, *more = (
+        line.split(": ", maxsplit=1)[1]
+        for line in path.read_text().splitlines()
+        if line.startswith(("# expect: ", "# draws: "))
+    )
 
     status = main(["check", str(path)])
 
     captured = capsys.readouterr()
+    message, *drawn = captured.err.splitlines()
     assert status == 2
     assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith(f"error: {path}: ")
-    assert re.search(expected, captured.err)
-    assert re.search(r" must .*; \S", captured.err), "names no remedy"
+    assert message.startswith(f"error: {path}: ")
+    assert re.search(expected, message)
+    assert re.search(r" must .*; \S", message), "names no remedy"
+    # An order that cannot run has its rows below the line; no other fault has.
+    assert drawn[-1:] == more
 
 
 def test_check_prints_the_layout(good_plan, capsys):

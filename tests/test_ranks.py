@@ -29,6 +29,7 @@ def test_ranks_can_initialise_torch_distributed_themselves():
 def _initialise(rank):
     before = dist.is_initialized()
     dist.init_process_group("gloo")
+    dist.barrier()  # a rank that leaves breaks the connections that another is still making
     return before, os.environ["RANK"], dist.get_world_size()
 
 
@@ -88,13 +89,16 @@ def _hang_each_in_its_way(rank):
         threading.Event().wait()
 
 
-def test_ranks_are_ended_with_the_processes_that_they_started(tmp_path):
+@pytest.mark.parametrize(
+    ("then", "outcome"), [("hang", "did not return"), ("die", r"died .*exit code 7")]
+)
+def test_ranks_are_ended_with_the_processes_that_they_started(then, outcome, tmp_path):
     path = tmp_path / "fifo"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
-    with pytest.raises(RanksError, match="did not return"):
-        run_ranks(_start_process_and_hang, 1, str(path), timeout_s=1.0)
+    with pytest.raises(RanksError, match=outcome):
+        run_ranks(_start_process, 1, str(path), then, timeout_s=1.0)
 
     assert os.read(reader, 100) == b"started"
     # Nothing more can come: whoever could have written has ended.
@@ -103,8 +107,10 @@ def test_ranks_are_ended_with_the_processes_that_they_started(tmp_path):
     os.close(reader)
 
 
-def _start_process_and_hang(rank, path):
-    script = "import os, time; os.write(1, b'started'); time.sleep(60)"
+def _start_process(rank, path, then):
     with open(path, "wb") as fifo:
-        child = subprocess.Popen([sys.executable, "-c", script], stdout=fifo)
+        os.write(fifo.fileno(), b"started")
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=fifo)
+    if then == "die":
+        os._exit(7)
     child.wait()

@@ -1,8 +1,9 @@
-"""Checks a plan and prints its layout."""
+"""Checks a plan and its schedule, and prints its layout."""
 
 import argparse
 from pathlib import Path
 
+from megatron_mosaic.errors import PlanError, ScheduleError
 from megatron_mosaic.layout.ownership import encoder_samples
 from megatron_mosaic.layout.plan import Plan, check_world_size
 from megatron_mosaic.layout.ranks import show_ranks
@@ -19,9 +20,28 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan.load(args.plan)
     if args.world_size is not None:
         check_world_size(plan, args.world_size, where=str(args.plan))
+    _check_schedule(plan, where=str(args.plan))
     print(_summary(plan))
     print()
     print(_table(plan))
+
+
+def _check_schedule(plan: Plan, *, where: str) -> None:
+    """Verifies what every rank would run: also an order that was written by hand.
+
+    Raises:
+        PlanError: The order is not of the form, or allows fewer live tasks than it needs.
+        ScheduleError: The schedule cannot run.
+    """
+    from megatron_mosaic.schedule.build import build_schedule
+    from megatron_mosaic.schedule.verify import verify
+
+    try:
+        verify(plan, build_schedule(plan))
+    except ScheduleError as error:
+        raise ScheduleError(f"{where}: {error}", table=error.table) from None
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
 
 
 def _summary(plan: Plan) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megatron_mosaic.cluster.spec import Cluster
     from megatron_mosaic.planner.explanation import Explanation
     from megatron_mosaic.planner.problem import Problem
-    from megatron_mosaic.planner.rerank import Simulated
+    from megatron_mosaic.planner.simulated import Simulated
 
 EXAMPLE = "megatron-mosaic plan qwen2.5-vl-72b h100 --gpus 128 --global-batch-size 256 -o plan.yaml"
 
@@ -180,6 +180,7 @@ def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
         if candidate.kind in ("colocated", "bubble_fill"):
             schedule += f" group {candidate.encoder_group}"
+        schedule += " ahead" if candidate.ahead else ""
         start = (label, candidate.placement, schedule)
         for name, text in modules_text(entry).items():
             rows.append((*start, name, text))

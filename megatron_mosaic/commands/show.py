@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.plan import Plan
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the plan's schedule and prediction, and writes a file if one is asked for."""
-    from megatron_mosaic.report.prediction import read_prediction
+    from megatron_mosaic.report.prediction import read_baseline, read_prediction
     from megatron_mosaic.report.terminal import describe
     from megatron_mosaic.schedule.build import build_schedule
     from megatron_mosaic.schedule.drawing import draw
@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan.load(args.plan)
     try:
         described = describe(read_prediction(plan))
-    except PlanError as error:
-        raise PlanError(f"{args.plan}: {error}") from None
+        read_baseline(plan)
+    except (PlanError, LayoutError) as error:
+        raise type(error)(f"{args.plan}: {error}") from None
     print(draw(build_schedule(plan)))
     if described:
         print()

@@ -167,7 +167,10 @@ class ModuleInStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBreakdown:
-    """Where the time of a step goes on the rank that decides it, in seconds."""
+    """Where the time of a step goes on its busiest rank, in seconds.
+
+    ``bubble_s`` is what that rank waits; others compute less and wait longer.
+    """
 
     compute_s: float
     communication_s: float

@@ -51,7 +51,7 @@ def grouped_s(
         # All its stages warm up with as many groups, so after that one works at a time: the last
         # begins a group that the first has begun after the group before came back.
         serial_s = before_s + before_back_s - 2 * hops_s[-1]
-        until_s = forward_s + one_s + backward_s + (steady - 1) * serial_s
         last_s = serial_s + (num_tasks - 1 - steady) * (encoder[0].backward_s or 0.0)
-        longest_s = max(longest_s, until_s + max(last_s, forward_s + one_s + backward_s))
+        round_s = forward_s + one_s + backward_s
+        return max(longest_s, round_s + (steady - 1) * serial_s + max(last_s, round_s))
     return longest_s

@@ -101,16 +101,8 @@ def module_parts(
     )  # fmt: skip
     input_trains, layers_train = module.trains("input"), module.trains("layers")
     passes = gradient_arrives or (input_trains and module.input is not None)
-    closing = 0.0
-    if input_trains:
-        closing = input_closing_bytes(module, task, multiple=vocab_multiple)
-    first = PartCosts(
-        parameters=input_parameters(module, tp=sizes.tp, multiple=vocab_multiple),
-        trainable=float(input_trains),
-        activation_bytes=total_bytes(
-            input_keeps(module, task), trains=input_trains, gradient_passes=gradient_arrives
-        ),
-        closing_bytes=closing,
+    first = _input_part(
+        module, task, gradient_passes=gradient_arrives, vocab_multiple=vocab_multiple
     )
     different = dict.fromkeys(layer for _, layer in module.layers)
     known = {layer: _layer_part(layer, module, task, gradient_passes=passes) for layer in different}
@@ -120,6 +112,22 @@ def module_parts(
         module, task, settings, gradient_passes=passes, vocab_multiple=vocab_multiple
     )
     return ModuleParts(first, layers, last)
+
+
+def _input_part(
+    module: ModuleSpec, task: TaskOnRank, *, gradient_passes: bool, vocab_multiple: int
+) -> PartCosts:
+    trains, closing = module.trains("input"), 0.0
+    if trains:
+        closing = input_closing_bytes(module, task, multiple=vocab_multiple)
+    return PartCosts(
+        parameters=input_parameters(module, tp=task.sizes.tp, multiple=vocab_multiple),
+        trainable=float(trains),
+        activation_bytes=total_bytes(
+            input_keeps(module, task), trains=trains, gradient_passes=gradient_passes
+        ),
+        closing_bytes=closing,
+    )
 
 
 def _layer_part(

@@ -1,13 +1,14 @@
 """Memory of the ranks of a plan, term by term."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from math import ceil
 
 from megatron_mosaic.cost.costs import StageMemory
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule, max_live
-from megatron_mosaic.schedule.colocated import encoder_groups
+from megatron_mosaic.schedule.colocated import encoder_groups, encoder_stages
 from megatron_mosaic.schedule.graph import Stage, rank_kinds, upstream
 from megatron_mosaic.schedule.task import Task
 
@@ -66,30 +67,57 @@ def _memory_of_lists(
     plan: Plan, stages: Mapping[str, Sequence[StageMemory]]
 ) -> dict[tuple[Stage, ...], dict[str, float]]:
     """The same where stages of a rank have their peaks at different times: as the lists have it."""
-    schedule = build_schedule(plan)
+    schedule, encoders = build_schedule(plan), encoder_stages(plan)
     found = {}
     for kind in sorted(rank_kinds(plan)):
         held = {stage: stages[stage.module][stage.stage] for stage in kind.stages}
         together = _together([memory_terms(memory, live_tasks=0) for memory in held.values()])
         tasks = schedule.tasks[kind.ranks[0]]
         each = {stage: memory.activations_per_task for stage, memory in held.items()}
-        together |= {"activations": _peak_bytes(tasks, each), "buffers": _shared_buffers(held)}
+        peak_bytes = _peak_bytes(tasks, each, encoders=encoders, ahead=schedule.ahead)
+        together |= {"activations": peak_bytes, "buffers": _shared_buffers(held)}
         found[kind.stages] = together
     return found
 
 
-def _peak_bytes(tasks: Sequence[Task], task_bytes: Mapping[Stage, float]) -> float:
-    """Most that tasks hold at a time; a stage without backward passes keeps nothing."""
-    passed_back = {Stage(task.module, task.stage) for task in tasks if task.kind == "B"}
-    live_bytes = peak_bytes = 0.0
+def _peak_bytes(
+    tasks: Sequence[Task],
+    task_bytes: Mapping[Stage, float],
+    *,
+    encoders: Container[Stage],
+    ahead: frozenset[str],
+) -> float:
+    """Most that tasks of a rank hold at a time.
+
+    A task holds activations until its backward pass. An encoder's task without one holds the rows
+    that it hands over, until the language model on the rank takes the last of their microbatches;
+    where there is none, until the step ends. Those of modules that run ahead are there when the
+    step begins, and those of the next step when it ends.
+
+    Args:
+        tasks: Of the rank, in order.
+        task_bytes: What a task of a stage holds.
+        encoders: Stages that hand rows to the language model, or to others that do.
+        ahead: Modules that run ahead.
+    """
+    passed_back = {Stage(*task[1:3]) for task in tasks if task.kind == "B"}
+    rows_bytes: dict[int, float] = defaultdict(float)  # by the last microbatch that they are for
     for task in tasks:
-        stage = Stage(task.module, task.stage)
+        if task.module in ahead:
+            rows_bytes[task.microbatches[-1]] += task_bytes[Stage(*task[1:3])]
+    live_bytes = peak_bytes = sum(rows_bytes.values())
+    for task in tasks:
+        stage, last = Stage(*task[1:3]), task.microbatches[-1]
         if task.kind == "B":
             live_bytes -= task_bytes[stage]
             continue
         peak_bytes = max(peak_bytes, live_bytes + task_bytes[stage])
-        if stage in passed_back:
+        if stage in passed_back or stage in encoders:
             live_bytes += task_bytes[stage]
+        if task.module == LANGUAGE:
+            live_bytes -= rows_bytes.pop(last, 0.0)
+        elif stage not in passed_back and task.module not in ahead:
+            rows_bytes[last] += task_bytes[stage]
     return peak_bytes
 
 

@@ -43,15 +43,11 @@ def step_breakdown(
         for module in modules.values()
         if module.shared
     ]
-    total_s = None
     if kind == "no_pipelining":
         total_s = _one_by_one_s(modules, edges, num_microbatches)
-    elif _can_pause(modules, edges, group):
-        total_s = paused_pipeline_s(modules, group=group, num_microbatches=num_microbatches)
-    if total_s is None:
-        apart = {name: module for name, module in modules.items() if not module.shared}
-        total_s = _pipelined_s(apart, edges, num_microbatches, grouped=kind == "colocated")
-        total_s += sum(_paused_s(pause, modules[LANGUAGE], num_microbatches) for pause in pauses)
+    else:
+        grouped = kind == "colocated"
+        total_s = _pausing_s(modules, edges, pauses, num_microbatches, grouped=grouped, group=group)
     busy_s, communication_s = _busiest_rank_s(modules, pauses, num_microbatches)
     return StepBreakdown(
         compute_s=busy_s - communication_s,
@@ -93,6 +89,25 @@ def _busiest_rank_s(
         communication_s = sum(count * stage.communication_s for stage, count in own)
         busiest = max(busiest, (work_s, communication_s))
     return busiest
+
+
+def _pausing_s(
+    modules: Mapping[str, ModuleInStep],
+    edges: Edges,
+    pauses: Sequence[_Pause],
+    num_microbatches: int,
+    *,
+    grouped: bool,
+    group: int,
+) -> float:
+    """Time of a pipeline that pauses for modules on its ranks, if there are any."""
+    if _can_pause(modules, edges, group):
+        paused_s = paused_pipeline_s(modules, group=group, num_microbatches=num_microbatches)
+        if paused_s is not None:
+            return paused_s
+    apart = {name: module for name, module in modules.items() if not module.shared}
+    total_s = _pipelined_s(apart, edges, num_microbatches, grouped=grouped)
+    return total_s + sum(_paused_s(pause, modules[LANGUAGE], num_microbatches) for pause in pauses)
 
 
 def _can_pause(modules: Mapping[str, ModuleInStep], edges: Edges, group: int) -> bool:

@@ -156,17 +156,8 @@ def find_lost(
         and report.silent_s > limits.silence_s(report.place.phase, hurry=hurry)
     ]
     gone = [rank for rank in silent if live[rank].state != "left"]
-    gone.sort(key=lambda rank: -live[rank].silent_s)  # others may have died of the first
     if gone:
-        rank = gone[0]
-        return Lost(
-            rank=rank,
-            why="silent",
-            place=live[rank].place,
-            limit_s=limits.silence_s(live[rank].place.phase, hurry=hurry),
-            others=tuple(gone[1:]),
-            record=live[rank].record,
-        )
+        return _silent(gone, live, limits, hurry=hurry)
     if silent:
         return _failed(silent[0], live[silent[0]])
     cut_off = _first(live, "cut_off")
@@ -181,6 +172,22 @@ def find_lost(
 def _first(reports: Mapping[int, Report], state: State) -> int | None:
     ranks = [rank for rank, report in reports.items() if report.state == state]
     return min(ranks, key=lambda rank: reports[rank].order, default=None)
+
+
+def _silent(
+    gone: Sequence[int], live: Mapping[int, Report], limits: Limits, *, hurry: bool
+) -> Lost:
+    """Blames the rank that fell silent first: others may have died of it."""
+    rank, *others = sorted(gone, key=lambda rank: -live[rank].silent_s)
+    place = live[rank].place
+    return Lost(
+        rank=rank,
+        why="silent",
+        place=place,
+        limit_s=limits.silence_s(place.phase, hurry=hurry),
+        others=tuple(others),
+        record=live[rank].record,
+    )
 
 
 def _failed(rank: int, report: Report, *, why: Literal["failed", "cut_off"] = "failed") -> Lost:

@@ -4,6 +4,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -143,6 +144,14 @@ def _passes_at_once(event: Any) -> bool:
     return passed
 
 
+def remove_former_ranks(folder: Path, *, world_size: int) -> None:
+    """Removes what a run on more ranks left in a folder: it would be read as of the same steps."""
+    for path in folder.glob("rank*.jsonl"):
+        number = path.stem.removeprefix("rank")
+        if number.isdecimal() and int(number) >= world_size:
+            path.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
     number: int
@@ -159,6 +168,9 @@ class TaskTrace:
         folder: Where ``rank<r>.jsonl`` goes; it is made if need be.
         rank: Global rank.
         clock: Of what computes.
+
+    Raises:
+        OSError: The file cannot be written.
     """
 
     def __init__(self, folder: Path, *, rank: int, clock: Clock) -> None:
@@ -180,10 +192,14 @@ class TaskTrace:
         traceback: TracebackType | None,
     ) -> None:
         """Writes what is left; after an error only what needs no waiting."""
-        if kind is None:
-            self._clock.finish()
-        self._write()
-        self._file.close()
+        with self._file:
+            if kind is None:
+                self._clock.finish()
+                self._write()
+                return
+            # A device that has failed answers with its error once more: the first one counts.
+            with suppress(RuntimeError):
+                self._write()
 
     def begin_step(self, *, forward_only: bool) -> None:
         """Starts the next step."""

@@ -198,6 +198,6 @@ class Walker:
         self, kind: TransferKind, edge: Edge, task: Task, leaving: torch.Tensor | None
     ) -> None:
         parts = self._channels[kind, edge].split(leaving, task.microbatches)
-        keeper = self._ahead if crosses_steps(self._schedule, edge) else self._leaving
+        keeper = self._ahead if crosses_steps(self._schedule.ahead, edge) else self._leaving
         for microbatch, part in zip(task.microbatches, parts, strict=True):
             keeper[Transfer(kind, edge, microbatch)] = part

@@ -33,7 +33,6 @@ from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
-from megatron_mosaic.schedule.task import Task
 
 Works = Mapping[Stage, StepWork]
 
@@ -235,54 +234,36 @@ class PlanForwardBackward:
         first_val_step: bool | None,
     ) -> StepWork:
         tasks = [t for t in schedule.tasks[self._runtime.rank] if t[1:3] == runner.stage]
+        forward = [task.microbatches for task in tasks if task.kind == "F"]
         backward = [task for task in tasks if task.kind == "B"]
+        channels, name, groups = self._runtime.channels, runner.name, runner.groups
+        makes_rows = not runner.boundary.makes_loss
         return StepWork(
             forward_step_func=forward_step_func,
             num_microbatches=schedule.num_microbatches,
             forward_only=schedule.forward_only,
-            batches=batches.batches[runner.name],
-            rows=self._rows(runner, tasks),
-            items=self._items(runner, tasks),
-            samples=self._samples(runner, tasks),
-            gradient_to=frozenset(
-                edge.source
-                for kind, edge in self._runtime.channels.open
-                if kind == "gradient" and edge[2:] == runner.stage
-            )
-            if backward
-            else frozenset(),
+            batches=batches.batches[name],
+            rows={
+                each: channels.rows_made(name, each)
+                for each in forward
+                if makes_rows and groups.is_last_stage
+            },
+            items={each: channels.items_made(name, each) for each in forward if makes_rows},
+            samples={
+                each: channels.samples_kept(name, each) for each in forward if groups.is_first_stage
+            },
+            gradient_to=self._awaiting_gradient(runner.stage) if backward else frozenset(),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )
 
-    def _rows(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
-        if runner.boundary.makes_loss or not runner.groups.is_last_stage:
-            return {}
-        return {
-            task.microbatches: self._runtime.channels.rows_made(runner.name, task.microbatches)
-            for task in tasks
-            if task.kind == "F"
-        }
-
-    def _items(self, runner: ModuleRunner, tasks: Sequence[Task]) -> dict[tuple[int, ...], int]:
-        if runner.boundary.makes_loss:
-            return {}
-        return {
-            task.microbatches: self._runtime.channels.items_made(runner.name, task.microbatches)
-            for task in tasks
-            if task.kind == "F"
-        }
-
-    def _samples(
-        self, runner: ModuleRunner, tasks: Sequence[Task]
-    ) -> dict[tuple[int, ...], dict[str, Samples]]:
-        if not runner.groups.is_first_stage:
-            return {}
-        return {
-            task.microbatches: self._runtime.channels.samples_kept(runner.name, task.microbatches)
-            for task in tasks
-            if task.kind == "F"
-        }
+    def _awaiting_gradient(self, stage: Stage) -> frozenset[str]:
+        """Modules that wait for the gradient of what they sent a stage."""
+        return frozenset(
+            edge.source
+            for kind, edge in self._runtime.channels.open
+            if kind == "gradient" and edge[2:] == stage
+        )
 
     def _close(
         self, works: Works, forward_only: bool, *, force_all_reduce: bool | None
@@ -313,6 +294,7 @@ class PlanForwardBackward:
             if get_args().num_experts is not None:
                 self._moe_metrics.reduce(runtime.hosted.get(LANGUAGE))
         runtime.randomness.park()
+        self._report.check()
         return losses
 
 

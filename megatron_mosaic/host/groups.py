@@ -100,6 +100,11 @@ class ModuleGroups:
         return self.stage == self.placement.num_stages - 1
 
     @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this is the first rank of a data-parallel replica: one of many alike."""
+        return (self.position.tp, self.position.cp, self.position.pp) == (0, 0, 0)
+
+    @property
     def pipeline(self) -> StageGroup:
         """The stage among those that its data runs through."""
         tp, cp, dp, _ = self.position

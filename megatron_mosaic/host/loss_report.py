@@ -31,6 +31,8 @@ class LossReport:
         self._host_group = group
         # By whether it is a step of evaluation: scripts report more there.
         self._losses: dict[bool, list[_Loss]] = {}
+        self._changed: HostError | None = None
+        self._num_changed: torch.Tensor | None = None
 
     def reduce(
         self, losses: Reports, *, num_tokens: Any, replicas: int, forward_only: bool
@@ -49,13 +51,12 @@ class LossReport:
 
         Raises:
             HostError: Two modules report a loss of the same name.
-            RankError: A loss function changed what it reports.
 
         Note:
-            Collective over the world.
+            Collective over the world. Whether the losses are sound, ``check`` says.
         """
         every = self._agreed(losses, forward_only=forward_only)
-        changed = _changed(losses, every)
+        self._changed = changed = _changed(losses, every)
         parts = [
             torch.as_tensor(num_tokens, device=_device()).reshape(1).double(),
             torch.tensor([changed is not None], dtype=torch.float64, device=_device()),
@@ -65,11 +66,24 @@ class LossReport:
             parts.append(_total(entries, size=loss.size, replicas=replicas))
         total = torch.cat(parts)
         dist.all_reduce(total)
-        if total[1] > 0:
-            raise_together(changed, group=self._host_group)
+        self._num_changed = total[1]
         values = total[2:].float().split([loss.size for loss in every])
         report = {loss.key: value for loss, value in zip(every, values, strict=True)}
         return ([report] if report else []), total[0].float()
+
+    def check(self) -> None:
+        """Makes sure that the loss functions of all ranks reported what they used to report.
+
+        It waits for the device, so it is for the end of a step, when all its work is issued.
+
+        Raises:
+            RankError: A loss function changed what it reports.
+
+        Note:
+            Collective over the world, once after each ``reduce``.
+        """
+        if self._num_changed is not None and self._num_changed > 0:
+            raise_together(self._changed, group=self._host_group)
 
     def _agreed(self, losses: Reports, *, forward_only: bool) -> list[_Loss]:
         """Agrees on the losses, once: ranks without one do not know them."""

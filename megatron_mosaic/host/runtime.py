@@ -11,7 +11,6 @@ from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.host.agreement import Agreement
 from megatron_mosaic.host.channels import ChannelSet, RowFacts
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.randomness import ModuleRandomness
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import Stage
@@ -52,10 +51,6 @@ class Runtime:
     runners: "dict[Stage, ModuleRunner]" = field(default_factory=dict)
     row_facts: dict[str, RowFacts] = field(default_factory=dict)
     trained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def scope_of(self, module: str) -> ParallelStateScope:
-        """Parallel state of one module on this rank."""
-        return ParallelStateScope(self.hosted[module].collection)
 
     @property
     def modules(self) -> "dict[str, ModuleRunner]":

@@ -15,7 +15,12 @@ from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
 from megatron_mosaic.engine.progress import Progress
-from megatron_mosaic.engine.trace import DeviceClock, HostClock, TaskTrace
+from megatron_mosaic.engine.trace import (
+    DeviceClock,
+    HostClock,
+    TaskTrace,
+    remove_former_ranks,
+)
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import limits_of, log_choices
@@ -132,7 +137,7 @@ def _pretrain_plan(
 @contextmanager
 def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
     """Follows this rank; the loss of any other ends it."""
-    with _trace(args) as trace:
+    with _open_trace(meeting, args) as trace:
         if meeting.plan.world_size == 1:
             yield Progress(trace=trace)
             return
@@ -150,11 +155,25 @@ def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
             yield progress
 
 
-def _trace(args: argparse.Namespace) -> AbstractContextManager[TaskTrace | None]:
+def _open_trace(
+    meeting: Meeting, args: argparse.Namespace
+) -> AbstractContextManager[TaskTrace | None]:
+    """Opens this rank's file, or stops all ranks if one cannot."""
     if args.mosaic_trace is None:
         return nullcontext()
+    folder, trace, error = Path(args.mosaic_trace), None, None
     clock = DeviceClock() if torch.cuda.is_available() else HostClock()
-    return TaskTrace(Path(args.mosaic_trace), rank=args.rank, clock=clock)
+    try:
+        trace = TaskTrace(folder, rank=args.rank, clock=clock)
+        if args.rank == 0:
+            remove_former_ranks(folder, world_size=meeting.plan.world_size)
+    except OSError as failure:
+        error = (
+            f"arguments: mosaic_trace={folder} must be a folder in which rank {args.rank} can "
+            f"write, not give '{failure.strerror}'; name another one"
+        )
+    meeting.agreement.settle("trace", error)
+    return trace or nullcontext()
 
 
 def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:

@@ -15,6 +15,8 @@ from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
 from megatron_mosaic.layout.sharding import SequenceSharding
 
+_Owners = tuple[tuple[int, ...], Rows]  # a set of true replicas, and what each of them has
+
 Runs = tuple[Interval, ...]
 """Where the rows of one sample belong: consecutive positions of its sequence, in row order."""
 
@@ -123,16 +125,7 @@ def produced(
     Raises:
         LayoutError: The microbatch is not inside the group, or has not as many samples.
     """
-    if not 0 <= microbatch.start <= microbatch.stop <= group_size:
-        raise LayoutError(
-            f"modules.{source.name}: microbatch={list(microbatch)} must be samples of a group of "
-            f"{group_size}; pass its place in the group"
-        )
-    if len(offsets) != microbatch.size + 1:
-        raise LayoutError(
-            f"modules.{source.name}: offsets={len(offsets)} must number one more than the samples "
-            f"of microbatch={list(microbatch)}; pass the row offsets of these samples"
-        )
+    _check_group(source, offsets, microbatch=microbatch, group_size=group_size)
     dp_size, stage = source.data_parallel_size, source.pipeline_model_parallel_size - 1
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
@@ -152,6 +145,21 @@ def produced(
             replicas.append(_tensor_parallel_ranks(source, cp=cp, dp=dp, stage=stage))
             rows |= dict.fromkeys(replicas[-1], Rows.of(made))
     return Ownership(rows=rows, replicas=tuple(replicas))
+
+
+def _check_group(
+    source: ModulePlacement, offsets: Sequence[int], *, microbatch: Interval, group_size: int
+) -> None:
+    if not 0 <= microbatch.start <= microbatch.stop <= group_size:
+        raise LayoutError(
+            f"modules.{source.name}: microbatch={list(microbatch)} must be samples of a group of "
+            f"{group_size}; pass its place in the group"
+        )
+    if len(offsets) != microbatch.size + 1:
+        raise LayoutError(
+            f"modules.{source.name}: offsets={len(offsets)} must number one more than the samples "
+            f"of microbatch={list(microbatch)}; pass the row offsets of these samples"
+        )
 
 
 def kept(
@@ -182,40 +190,70 @@ def kept(
     Raises:
         LayoutError: The samples are not those of one microbatch.
     """
-    num_samples = samples_per_replica * destination.data_parallel_size
-    if len(samples) != num_samples:
-        raise LayoutError(
-            f"modules.{destination.name}: samples={len(samples)} must number "
-            f"micro_batch_size*DP={samples_per_replica}*{destination.data_parallel_size}="
-            f"{num_samples}; pass the rows of each sample of the microbatch"
-        )
+    _check_microbatch(destination, len(samples), samples_per_replica=samples_per_replica)
     if offsets is None:
         offsets = row_offsets([count_rows(runs) for runs in samples])
     if sharding is not None and shards is None:
         shards = ShardTable(sharding)
-    rows: dict[int, Rows] = {}
-    replicas: list[tuple[int, ...]] = []
 
     def running(samples: Interval) -> range:
         start, stop = samples
         return range(start // samples_per_replica, -(-stop // samples_per_replica))
 
+    owners: list[_Owners] = []
     for dp in _replicas(selection, destination.data_parallel_size, running=running):
         share = Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         inside = [share] if selection is None else list(selection.samples.inside(share))
-        own = shards and shards.rows(samples, inside, offsets=offsets, selection=selection)
-        whole = Rows.of(Interval(offsets[start], offsets[stop]) for start, stop in inside)
-        for cp in _chosen(selection, "cp", destination.context_parallel_size):
-            ranks = _tensor_parallel_ranks(destination, cp=cp, dp=dp, stage=0)
-            if sharding is None or own is None:
-                replicas.append(ranks)
-                rows |= dict.fromkeys(ranks, whole)
-                continue
-            for part in _chosen(selection, "tp", sharding.tp):
-                alike = (ranks[part],) if sharding.tp > 1 else ranks
-                replicas.append(alike)
-                rows |= dict.fromkeys(alike, own[cp, part])
-    return Ownership(rows=rows, replicas=tuple(replicas))
+        if sharding is None or shards is None:
+            whole = Rows.of(Interval(offsets[start], offsets[stop]) for start, stop in inside)
+            owners += _kept_whole(destination, whole, dp=dp, selection=selection)
+        else:
+            parts = shards.rows(samples, inside, offsets=offsets, selection=selection)
+            owners += _kept_parts(destination, parts, dp=dp, splits_tp=sharding.tp > 1)
+    return Ownership(
+        rows={rank: rows for ranks, rows in owners for rank in ranks},
+        replicas=tuple(ranks for ranks, _ in owners),
+    )
+
+
+def _check_microbatch(
+    destination: ModulePlacement, num_samples: int, *, samples_per_replica: int
+) -> None:
+    expected = samples_per_replica * destination.data_parallel_size
+    if num_samples != expected:
+        raise LayoutError(
+            f"modules.{destination.name}: samples={num_samples} must number "
+            f"micro_batch_size*DP={samples_per_replica}*{destination.data_parallel_size}="
+            f"{expected}; pass the rows of each sample of the microbatch"
+        )
+
+
+def _kept_whole(
+    destination: ModulePlacement, rows: Rows, *, dp: int, selection: Selection | None
+) -> Iterator[_Owners]:
+    """Ranks of a replica that each keep all its rows, by their context-parallel place."""
+    for cp in _chosen(selection, "cp", destination.context_parallel_size):
+        yield _tensor_parallel_ranks(destination, cp=cp, dp=dp, stage=0), rows
+
+
+def _kept_parts(
+    destination: ModulePlacement,
+    parts: Mapping[tuple[int, int], Rows],
+    *,
+    dp: int,
+    splits_tp: bool,
+) -> Iterator[_Owners]:
+    """Ranks of a replica that keep the rows of their part of each sequence.
+
+    Args:
+        destination: The module.
+        parts: Rows by context- and tensor-parallel place.
+        dp: The replica.
+        splits_tp: Whether tensor parallelism splits sequences; else its place 0 stands for all.
+    """
+    for (cp, tp), rows in parts.items():
+        ranks = _tensor_parallel_ranks(destination, cp=cp, dp=dp, stage=0)
+        yield (ranks[tp],) if splits_tp else ranks, rows
 
 
 class ShardTable:

@@ -10,7 +10,13 @@ from typing import Any, Literal, Self, get_args
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.fields import nearest, show
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
-from megatron_mosaic.layout.plan_file import FORMAT, read_plan_fields, write_plan_fields
+from megatron_mosaic.layout.plan_file import (
+    FORMAT,
+    plan_fields,
+    read_plan_fields,
+    write_plan_fields,
+    written_modules,
+)
 from megatron_mosaic.layout.rules import check_plan
 from megatron_mosaic.layout.unsupported import refuse_unsupported
 
@@ -193,25 +199,63 @@ class Plan:
             LayoutError: Its parts contradict each other.
         """
         try:
-            read = read_plan_fields(source)
-            return cls(**{**read, "schedule": ScheduleChoice(**read["schedule"])})
+            return cls._of_fields(read_plan_fields(source))
         except (PlanError, LayoutError) as error:
             raise type(error)(f"{where}: {error}") from None
 
-    def to_yaml(self) -> str:
-        """Text of the plan file: ranks as spans, keys with default values left out."""
-        schedule = {
+    def with_layout(self, written: Mapping[Any, Any], *, where: str) -> Self:
+        """Another layout of the same modules for the same batch, as ``layout_notes`` wrote it.
+
+        Args:
+            written: Keys of a plan file.
+            where: Name of the keys in messages.
+
+        Raises:
+            PlanError: A key is unknown, missing or mistyped.
+            LayoutError: The parts contradict each other.
+        """
+        same = {
+            "format": FORMAT,
+            "world_size": self.world_size,
+            "global_batch_size": self.global_batch_size,
+            "edges": [list(edge) for edge in self.edges],
+        }
+        try:
+            return self._of_fields(plan_fields({**same, **written}))
+        except (PlanError, LayoutError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    @classmethod
+    def _of_fields(cls, read: Mapping[str, Any]) -> Self:
+        return cls(**{**read, "schedule": ScheduleChoice(**read["schedule"])})
+
+    def layout_notes(self) -> dict[str, Any]:
+        """The keys of a plan file in which layouts of the same modules and batch differ."""
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "modules": written_modules(self.modules),
+            "schedule": self._written_schedule(),
+        }
+
+    def _written_schedule(self) -> dict[str, Any]:
+        written = {
             field.name: value
             for field in fields(self.schedule)
             if (value := getattr(self.schedule, field.name)) not in (None, False)
         }
+        if self.schedule.order is not None:
+            written["order"] = dict(self.schedule.order)
+        return written
+
+    def to_yaml(self) -> str:
+        """Text of the plan file: ranks as spans, keys with default values left out."""
         written = {
             "world_size": self.world_size,
             "global_batch_size": self.global_batch_size,
             "micro_batch_size": self.micro_batch_size,
             "modules": self.modules,
             "edges": [list(edge) for edge in self.edges] or None,
-            "schedule": schedule,
+            "schedule": self._written_schedule(),
             "predicted": self.predicted,
             "inputs": self.inputs,
         }

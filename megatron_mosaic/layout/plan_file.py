@@ -98,7 +98,16 @@ def read_plan_fields(source: str) -> dict[str, Any]:
         PlanError: The text is no YAML, or has an unknown, missing or mistyped key.
         LayoutError: A module contradicts itself.
     """
-    document = mapping("plan", parse_yaml(source))
+    return plan_fields(mapping("plan", parse_yaml(source)))
+
+
+def plan_fields(document: Mapping[Any, Any]) -> dict[str, Any]:
+    """Reads the same from a mapping, as YAML gives it.
+
+    Raises:
+        PlanError: A key is unknown, missing or mistyped.
+        LayoutError: A module contradicts itself.
+    """
     check_format("", document, known=FORMAT)
     plan = read_keys("", document, known=_PLAN_KEYS, required=_REQUIRED_PLAN_KEYS)
     del plan["format"]
@@ -111,10 +120,7 @@ def read_plan_fields(source: str) -> dict[str, Any]:
 
 def write_plan_fields(plan: Mapping[str, Any]) -> str:
     """Writes the arguments of a ``Plan`` as YAML that ``read_plan_fields`` gives back."""
-    document = {"format": FORMAT, **plan}
-    document["modules"] = {
-        name: _written_module(placement) for name, placement in plan["modules"].items()
-    }
+    document = {"format": FORMAT, **plan, "modules": written_modules(plan["modules"])}
     if "order" in document["schedule"]:
         lists = _OnePerLine(plan["schedule"]["order"])
         document["schedule"] = {**document["schedule"], "order": lists}
@@ -132,6 +138,11 @@ def _read_module(name: Any, module: Any) -> ModulePlacement:
     return ModulePlacement(
         name=name, **read_keys(f"{where}: ", written, known=_MODULE_KEYS, required=("ranks",))
     )
+
+
+def written_modules(modules: Mapping[str, ModulePlacement]) -> dict[str, Any]:
+    """Placements as the file has them: ranks as spans, keys with default values left out."""
+    return {name: _written_module(placement) for name, placement in modules.items()}
 
 
 def _written_module(placement: ModulePlacement) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Candidate:
         kind: Schedule.
         encoder_group: Microbatches of one encoder task with ``colocated`` and ``bubble_fill``;
             1 otherwise.
+        ahead: Frozen encoders run a step ahead, with ``bubble_fill``.
     """
 
     micro_batch_size: int
@@ -53,6 +54,7 @@ class Candidate:
     encoders: tuple[EncoderChoice, ...] = ()
     kind: ScheduleKind
     encoder_group: int = 1
+    ahead: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -124,7 +126,7 @@ def plan_of(
         micro_batch_size=candidate.micro_batch_size,
         modules=modules,
         edges=model.edges,
-        schedule=ScheduleChoice(kind=candidate.kind, encoder_group=group),
+        schedule=ScheduleChoice(kind=candidate.kind, encoder_group=group, ahead=candidate.ahead),
         predicted=predicted,
         inputs=inputs,
     )

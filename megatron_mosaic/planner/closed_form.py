@@ -14,7 +14,7 @@ from megatron_mosaic.cost.plan_memory import TERMS, memory_terms
 from megatron_mosaic.cost.step import step_breakdown
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import ScheduleKind
-from megatron_mosaic.planner.candidate import EncoderChoice
+from megatron_mosaic.planner.candidate import EncoderChoice, Host
 from megatron_mosaic.schedule.graph import Stage
 
 
@@ -65,29 +65,17 @@ def closed_form(
         num_microbatches: Of a step.
         encoder_group: Microbatches of an encoder's task with ``colocated``.
     """
-    language = modules[LANGUAGE]
-    stages = list(language.stages)
+    stages = list(modules[LANGUAGE].stages)
     in_step: dict[str, ModuleInStep] = {}
     together: list[StageCosts] = []
     for name, hosted in modules.items():
-        if hosted.choice is None:
-            continue
-        match hosted.choice.host:
-            case "language":
-                in_step[name] = ModuleInStep(name=name, stages=_task(hosted), shared=True)
-            case "first_stage" | "replicated" if hosted.group == 1:
-                stages[0] = _merged([stages[0], *_task(hosted)])
-            case "first_stage" | "replicated":
-                # While its first stage takes a group, the pipeline behind runs empty.
-                stages[0] = _with_once(stages[0], hosted.stages)
-                tasks = tuple(replace(s, sync_s=0.0, optimizer_s=0.0) for s in _task(hosted))
-                in_step[name] = ModuleInStep(name=name, stages=tasks, shared=True)
-            case "apart":
-                in_step[name] = ModuleInStep(
-                    name=name, stages=apart_stages(hosted), task_microbatches=hosted.group
-                )
-            case "together":
-                together += apart_stages(hosted)
+        host = hosted.choice.host if hosted.choice is not None else None
+        if host == "together":
+            together += apart_stages(hosted)
+        elif host in ("first_stage", "replicated"):
+            stages[0] = _on_first_stage(stages[0], hosted)
+        if host is not None and (module := _in_step(name, hosted, host)) is not None:
+            in_step[name] = module
     if together:
         in_step["together"] = ModuleInStep(name="together", stages=(_merged(together),))
     in_step[LANGUAGE] = ModuleInStep(name=LANGUAGE, stages=tuple(stages))
@@ -98,6 +86,30 @@ def closed_form(
         num_microbatches=num_microbatches,
         encoder_group=encoder_group,
     )
+
+
+def _on_first_stage(stage: StageCosts, hosted: Hosted) -> StageCosts:
+    """The language model's first stage with what an encoder on its ranks adds to it."""
+    if hosted.group == 1:
+        return _merged([stage, *_task(hosted)])
+    return _with_once(stage, hosted.stages)
+
+
+def _in_step(name: str, hosted: Hosted, host: Host) -> ModuleInStep | None:
+    """An encoder for whose tasks the pipeline pauses, or one apart; None if it is neither."""
+    match host:
+        case "language":
+            return ModuleInStep(name=name, stages=_task(hosted), shared=True)
+        case "first_stage" | "replicated" if hosted.group > 1:
+            # While its first stage takes a group, the pipeline behind runs empty.
+            tasks = tuple(replace(s, sync_s=0.0, optimizer_s=0.0) for s in _task(hosted))
+            return ModuleInStep(name=name, stages=tasks, shared=True)
+        case "apart":
+            return ModuleInStep(
+                name=name, stages=apart_stages(hosted), task_microbatches=hosted.group
+            )
+        case _:
+            return None
 
 
 def apart_stages(hosted: Hosted) -> tuple[StageCosts, ...]:
@@ -145,6 +157,7 @@ def _with_once(stage: StageCosts, others: Sequence[StageCosts]) -> StageCosts:
 def memory_by_rank(
     modules: Mapping[str, Hosted],
 ) -> dict[tuple[Stage, ...], dict[str, float]]:
+    """Bytes by term of every kind of rank, keyed by the stages that it hosts."""
     kinds: dict[tuple[Stage, ...], dict[str, float]] = {}
     language = modules[LANGUAGE]
     shared = [(n, h) for n, h in modules.items() if h.choice and h.choice.shares]

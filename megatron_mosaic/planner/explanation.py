@@ -7,11 +7,12 @@ from typing import Any
 from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.planner.candidate import Candidate
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.planner import Answer, as_estimates, inputs_of
 from megatron_mosaic.planner.prediction import prediction
-from megatron_mosaic.planner.rerank import Simulated
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
+from megatron_mosaic.planner.simulated import Simulated
 from megatron_mosaic.schedule.graph import Stage
 
 _TERMS = {
@@ -20,10 +21,6 @@ _TERMS = {
     "bubble_s": "bubble",
     "sync_s": "synchronisation of gradients and weights",
     "optimizer_s": "optimizer",
-}
-_SCHEDULES = {
-    "interleaved": " with interleaved stages",
-    "bubble_fill": " with encoder tasks in the waits of its pipeline",
 }
 _HOSTS = {
     "language": "all ranks of language",
@@ -96,6 +93,18 @@ def modules_text(entry: Simulated) -> dict[str, str]:
     return texts | {LANGUAGE: sizes_text(candidate.language, split[LANGUAGE])}
 
 
+def schedule_text(candidate: Candidate) -> str:
+    """What is special about the order of a candidate's tasks; empty if nothing is."""
+    texts = ["interleaved stages"] if candidate.language.chunks > 1 else []
+    shared = [encoder for encoder in candidate.encoders if encoder.shares]
+    if candidate.kind == "bubble_fill" and shared:
+        is_cut = any(encoder.sizes.chunks > 1 for encoder in shared)
+        cut = ", cut into layer chunks," if is_cut else ""
+        texts.append(f"encoder tasks{cut} in the waits of its pipeline")
+    texts += ["frozen encoders a step ahead"] if candidate.ahead else []
+    return f" with {' and '.join(texts)}" if texts else ""
+
+
 def _grid(sizes: ParallelSizes) -> tuple[int, ...]:
     return sizes.tp, sizes.cp, sizes.dp, sizes.pp
 
@@ -106,7 +115,9 @@ def _sentences(answer: Answer) -> list[str]:
     if not answer.problem.encoders:
         sentences.append("There is one module, so every layout is homogeneous.")
     elif baseline is None:
-        sentences.append("No homogeneous layout fits, or has what is pinned.")
+        sentences.append(
+            f"{_step(choice)} a step; no homogeneous layout fits, or has what is pinned."
+        )
     elif baseline.candidate == choice.candidate:
         sentences.append(_homogeneous_wins(answer))
     else:
@@ -136,12 +147,17 @@ def _difference(choice: Simulated, baseline: Simulated) -> str:
     paid = [f"{_ms(-s)} of {term}" for term, s in changes if s < 0]
     gain = baseline.step_s / choice.step_s - 1
     text = (
-        f"The {choice.candidate.placement} layout{_SCHEDULES.get(choice.candidate.kind, '')} takes "
-        f"{_ms(choice.step_s)} a step, the "
-        f"best homogeneous one {_ms(baseline.step_s)} ({gain:.1%} longer): it saves "
+        f"{_step(choice)} a step, the best homogeneous one {_ms(baseline.step_s)} "
+        f"({gain:.1%} longer): it saves "
         f"{' and '.join(saved) or 'nothing in a single term'}"
     )
     return f"{text}, and pays {' and '.join(paid)}." if paid else f"{text}."
+
+
+def _step(entry: Simulated) -> str:
+    candidate = entry.candidate
+    text = f"The {candidate.placement} layout{schedule_text(candidate)}"
+    return f"{text} takes {_ms(entry.step_s)}"
 
 
 def _largest_changes(before: Simulated, after: Simulated) -> list[tuple[str, float]]:
@@ -282,7 +298,12 @@ def _entry(entry: Simulated) -> dict[str, Any]:
         "is_simulated": entry.is_simulated,
         "micro_batch_size": candidate.micro_batch_size,
         "num_microbatches": estimate.num_microbatches,
-        "schedule": {"kind": candidate.kind, "encoder_group": candidate.encoder_group},
+        "schedule": {
+            "kind": candidate.kind,
+            "encoder_group": candidate.encoder_group,
+            "ahead": candidate.ahead,
+            "max_live": entry.plan.schedule.max_live,
+        },
         "num_ranks": candidate.num_ranks,
         "model_flops": entry.step.flops,
         "modules": {

@@ -14,14 +14,9 @@ from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
-from megatron_mosaic.planner.rerank import (
-    NUM_COMPARED,
-    Simulated,
-    rerank,
-    simulated,
-    with_other_schedules,
-)
+from megatron_mosaic.planner.rerank import NUM_COMPARED, rerank, with_other_schedules
 from megatron_mosaic.planner.search import Found, search
+from megatron_mosaic.planner.simulated import Simulated, simulated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +101,7 @@ def _baseline(
     if estimate is None:
         return None
     first = simulated(estimate, problem, cost_model)
-    schedules = with_other_schedules(first, problem, cost_model)
+    schedules = with_other_schedules(first, problem, cost_model, stock=True)
     homogeneous = [entry for entry in schedules if entry.candidate.is_homogeneous]
     return min(homogeneous, key=lambda entry: entry.step_s, default=None)
 

@@ -6,7 +6,7 @@ from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.rerank import Simulated
+from megatron_mosaic.planner.simulated import Simulated
 from megatron_mosaic.schedule.graph import rank_kinds
 
 
@@ -37,9 +37,24 @@ def figure_notes(
         cost_model: What things cost.
         baseline: The best layout that is the same for all modules.
     """
-    tasks_s, transfers_s = cost_model.plan_durations(plan)
     notes: dict[str, Any] = {
         "capacity_bytes": round(cost_model.cluster.gpu.memory_bytes),
+        **_drawn(plan, cost_model),
+    }
+    if baseline is not None:
+        notes["baseline_step_s"] = _short(baseline.step_s)
+        notes["baseline"] = {
+            "layout": _layout(baseline.estimate),
+            "plan": baseline.plan.layout_notes(),
+            **_drawn(baseline.plan, cost_model),
+        }
+    return notes
+
+
+def _drawn(plan: Plan, cost_model: CostModel) -> dict[str, Any]:
+    """Times and memory of which a figure of a step is made."""
+    tasks_s, transfers_s = cost_model.plan_durations(plan)
+    return {
         "memory_bytes": _memory(plan, cost_model),
         "tasks_s": {
             f"{stage.module}.{stage.stage}": [_short(time_s) for time_s in times]
@@ -52,10 +67,6 @@ def figure_notes(
             for stage, costs in enumerate(stages)
         },
     }
-    if baseline is not None:
-        notes["baseline_step_s"] = _short(baseline.step_s)
-        notes["baseline"] = {"layout": _layout(baseline.estimate)}
-    return notes
 
 
 def _memory(plan: Plan, cost_model: CostModel) -> list[dict[str, Any]]:

@@ -17,10 +17,13 @@ from megatron_mosaic.report.prediction import (
     Memory,
     Prediction,
     predicted_timeline,
+    read_baseline,
     read_prediction,
 )
-from megatron_mosaic.report.timeline import draw_timeline, timeline_height
+from megatron_mosaic.report.summary import in_brackets
+from megatron_mosaic.report.timeline import draw_timelines, timeline_height
 from megatron_mosaic.report.units import gib, seconds
+from megatron_mosaic.schedule.simulate import Timeline
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -30,6 +33,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar in a plan is a dollar
 }
 _WIDTH = 11.0  # inches
 _MOST_BARS = 16
@@ -37,32 +41,41 @@ _AROUND = 1.0  # inches of a panel above and below its axes
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Draws a plan; without a prediction only the schedule.
+    """Draws a plan, and a step of its baseline; without a prediction only the schedule.
 
     Args:
         plan: The plan.
         path: Picture to write, of the kind that the name ends with.
     """
     prediction = read_prediction(plan)
-    timeline = predicted_timeline(plan, prediction)
+    timelines = _timelines(plan, prediction)
     bars = _fullest(prediction)
-    tops = [bool(bars), bool(prediction.breakdown)]
-    top_height = _AROUND + max(1.1, 0.26 * len(bars)) if any(tops) else 0.0
-    bottom_height = timeline_height(timeline)
+    tops = bool(bars) + bool(prediction.breakdown)
+    top_height = _AROUND + max(1.1, 0.26 * len(bars)) if tops else 0.0
+    heights = [top_height, sum(map(timeline_height, timelines.values()))]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, top_height + bottom_height), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
         bottom: Figure | SubFigure = figure
-        if top_height:
-            heights = [top_height, bottom_height]
+        if tops:
             grid = figure.add_gridspec(2, 1, height_ratios=heights, hspace=0.04)
             bottom = figure.add_subfigure(grid[1])
-            axes = figure.add_subfigure(grid[0]).subplots(1, sum(tops), squeeze=False)[0]
+            axes = figure.add_subfigure(grid[0]).subplots(1, tops, squeeze=False)[0]
             if bars:
                 _draw_memory(axes[0], prediction, bars, height=top_height - _AROUND)
             if prediction.breakdown:
                 _draw_breakdown(axes[-1], prediction, height=top_height - _AROUND)
-        draw_timeline(bottom, timeline, predicted=bool(prediction.tasks_s))
+        draw_timelines(bottom, timelines, predicted=bool(prediction.tasks_s))
         figure.savefig(path, dpi=150)
+
+
+def _timelines(plan: Plan, prediction: Prediction) -> Mapping[str, Timeline]:
+    """The steps to draw by the names of their layouts: the plan's, and the baseline's if known."""
+    timelines = {"": predicted_timeline(plan, prediction)}
+    baseline = read_baseline(plan)
+    if baseline is not None and prediction.tasks_s:
+        name = f"the best homogeneous layout{in_brackets(prediction.baseline_layout)}"
+        timelines[name] = predicted_timeline(*baseline)
+    return timelines
 
 
 def _fullest(prediction: Prediction) -> list[Memory]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS, module_co
 from megatron_mosaic.report.prediction import Memory, Prediction
 from megatron_mosaic.report.step import Measured, MeasuredRow, ReportedStep
 from megatron_mosaic.report.summary import key_numbers, summary
-from megatron_mosaic.schedule.graph import RankKind
-from megatron_mosaic.schedule.program import Integers, Program
-from megatron_mosaic.schedule.simulate import Seconds, Timeline
+from megatron_mosaic.schedule.graph import RankKind, show_stages
+from megatron_mosaic.schedule.program import Integers, Program, TaskArrays
+from megatron_mosaic.schedule.simulate import Seconds
 
 _SIZES = {
     "tensor_model_parallel_size": "TP",
@@ -26,37 +26,52 @@ _SIZES = {
 }
 
 
+class Drawn(NamedTuple):
+    """A layout whose step the page draws.
+
+    Args:
+        title: What it is, and how long it takes.
+        prediction: What is predicted of it.
+        step: Its step.
+    """
+
+    title: str
+    prediction: Prediction
+    step: ReportedStep
+
+
 def page_data(
-    plan: Plan, prediction: Prediction, step: ReportedStep, *, name: str
+    plan: Plan, own: Drawn, *, name: str, baseline: Drawn | None = None
 ) -> dict[str, Any]:
     """Gathers what the page shows.
 
     Tasks are columns of numbers, once each, whatever number of ranks runs them; times are whole
-    microseconds.
+    microseconds. The columns of the baseline stand behind those of the plan.
 
     Args:
         plan: The plan.
-        prediction: What it predicts.
-        step: A step of it.
+        own: Its step.
         name: Of the plan file.
+        baseline: The homogeneous layout's step.
     """
-    program = step.timeline.program
+    layouts = [own, baseline] if baseline else [own]
+    program, measured = own.step.timeline.program, own.step.measured
+    modules = module_colors(
+        stage.module for each in layouts for stage in each.step.timeline.program.stages
+    )
     return {
         "name": name,
         "title": _title(plan),
-        "summary": summary(prediction),
-        "numbers": [number._asdict() for number in key_numbers(prediction, step)],
-        "source": step.source,
-        "modules": _modules(program),
-        "stages": _stages(program, prediction),
-        "kinds": [_kind(program, kind, prediction.memory) for kind in program.kinds],
-        "tasks": _tasks(program),
-        "simulated": _simulated(step.timeline, step.after),
-        "once_us": _once_us(prediction, step),
-        "measured": _measured(step.measured, step.timeline) if step.measured else None,
-        "durations": _durations(prediction, step.measured) if step.measured else [],
-        "breakdown": _breakdown(prediction),
-        "capacity_bytes": prediction.capacity_bytes,
+        "summary": summary(own.prediction, own.step),
+        "numbers": [number._asdict() for number in key_numbers(own.prediction, own.step)],
+        "source": own.step.source,
+        "modules": [{"name": module, "colors": list(pair)} for module, pair in modules.items()],
+        "layouts": [{"title": each.title, "once_us": _once_us(each)} for each in layouts],
+        **_columns(layouts, list(modules)),
+        "measured": _measured(measured, program) if measured else None,
+        "durations": _durations(own.prediction, measured) if measured else [],
+        "breakdown": _breakdown(own.prediction),
+        "capacity_bytes": own.prediction.capacity_bytes,
         "colors": {"memory": dict(MEMORY_COLORS), "time": dict(TIME_COLORS)},
         "plan": {"rows": list(_plan_rows(plan)), "facts": _facts(plan), "yaml": plan.to_yaml()},
     }
@@ -67,48 +82,67 @@ def _title(plan: Plan) -> str:
     return f"{modules} on {plan.world_size:,} rank{'s' * (plan.world_size > 1)}"
 
 
-def _modules(program: Program) -> list[dict[str, Any]]:
-    colors = module_colors(stage.module for stage in program.stages)
-    return [{"name": name, "colors": list(pair)} for name, pair in colors.items()]
+def _columns(layouts: Sequence[Drawn], modules: Sequence[str]) -> dict[str, Any]:
+    """Stages, kinds of ranks and tasks of all layouts, one behind the other."""
+    stages: list[dict[str, Any]] = []
+    kinds: list[dict[str, Any]] = []
+    tasks: dict[str, list[int]] = {name: [] for name in TaskArrays._fields}
+    simulated: dict[str, list[int]] = {name: [] for name in ("start_us", "duration_us", "behind")}
+    for layout, (_, prediction, step) in enumerate(layouts):
+        program, first_stage = step.timeline.program, len(stages)
+        stages += [
+            {
+                "module": modules.index(stage.module),
+                "stage": stage.stage,
+                "task_bytes": prediction.task_bytes.get(stage),
+            }
+            for stage in program.stages
+        ]
+        for kind in program.kinds:
+            written = _kind(program, kind, prediction.memory, first_stage=first_stage)
+            kinds.append({"layout": layout, **written})
+        columns = program.tasks._replace(stage=program.tasks.stage + first_stage)
+        for name, column in columns._asdict().items():
+            tasks[name] += column.tolist()
+        for name, column in _simulated(step).items():
+            simulated[name] += column
+    return {"stages": stages, "kinds": kinds, "tasks": tasks, "simulated": simulated}
 
 
-def _stages(program: Program, prediction: Prediction) -> list[dict[str, Any]]:
-    names = list(dict.fromkeys(stage.module for stage in program.stages))
-    return [
-        {
-            "module": names.index(stage.module),
-            "stage": stage.stage,
-            "task_bytes": prediction.task_bytes.get(stage),
-        }
-        for stage in program.stages
-    ]
-
-
-def _kind(program: Program, kind: RankKind, memory: Iterable[Memory]) -> dict[str, Any]:
+def _kind(
+    program: Program, kind: RankKind, memory: Iterable[Memory], *, first_stage: int
+) -> dict[str, Any]:
     terms = next((bar.terms for bar in memory if bar.holds(kind.ranks[0])), None)
+    stages = np.unique(program.tasks.stage[program.tasks_of(kind)]).tolist()
     return {
         "ranks": show_ranks(kind.ranks).strip("[]"),
         "num_ranks": len(kind.ranks),
-        "stages": np.unique(program.tasks.stage[program.tasks_of(kind)]).tolist(),
+        "stages": [first_stage + stage for stage in stages],
+        "label": " + ".join(show_stages(program.stages[stage] for stage in stages)),
         "memory": dict(terms) if terms else None,
     }
 
 
-def _tasks(program: Program) -> dict[str, list[int]]:
-    return {name: column.tolist() for name, column in program.tasks._asdict().items()}
+def _simulated(step: ReportedStep) -> dict[str, list[int]]:
+    times_us = _times_us(step.timeline.start_s, step.timeline.end_s)
+    return {**times_us, "behind": _behind(step.after)}
 
 
-def _simulated(timeline: Timeline, after: Integers) -> dict[str, Any]:
-    return {**_times_us(timeline.start_s, timeline.end_s), "behind": _behind(after)}
+def _once_us(drawn: Drawn) -> dict[str, int]:
+    """Microseconds of what a step does once after its tasks, by term, where that is known."""
+    if drawn.step.source != "predicted":
+        return {}
+    terms = drawn.prediction.breakdown
+    return {term: _us(terms[term]) for term in ("sync_s", "optimizer_s") if term in terms}
 
 
-def _measured(measured: Measured, timeline: Timeline) -> dict[str, Any]:
+def _measured(measured: Measured, program: Program) -> dict[str, Any]:
     return {
         "step": measured.step,
         "steps_us": [_us(each) for each in measured.steps_s],
         "num_ranks": measured.num_ranks,
         "behind": _behind(measured.after),
-        "rows": [_measured_row(row, timeline.program) for row in measured.rows],
+        "rows": [_measured_row(row, program) for row in measured.rows],
     }
 
 
@@ -142,13 +176,6 @@ def _times_us(start_s: Seconds, end_s: Seconds) -> dict[str, list[int]]:
 def _behind(after: Integers) -> list[int]:
     """How many tasks back the one is that a task waited for last; 0 if there is none."""
     return np.where(after < 0, 0, np.arange(len(after)) - after).tolist()
-
-
-def _once_us(prediction: Prediction, step: ReportedStep) -> int:
-    """What a step does once after its tasks, where that is known."""
-    if step.source != "predicted":
-        return 0
-    return _us(sum(prediction.breakdown.get(term, 0.0) for term in ("sync_s", "optimizer_s")))
 
 
 def _breakdown(prediction: Prediction) -> list[dict[str, Any]]:

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.report.prediction import MEMORY_TERMS, TIME_TERMS
 
-# Forward and backward pass of the language model, then of the other modules in turn.
+# Forward and backward pass of the language model, then of the other modules in turn. A test keeps
+# them apart for the colour-blind too.
 _LANGUAGE_COLORS = ("#d9752b", "#f6cfa6")
 _COLORS = (
     ("#1f7a8c", "#a9d6de"),
-    ("#5b4a8a", "#c6bde0"),
-    ("#4c8a4a", "#c1dfbf"),
-    ("#a33b5e", "#e8bccb"),
-    ("#6b6b6b", "#d0d0d0"),
+    ("#7f2ad1", "#ceadf1"),
+    ("#143d14", "#a0b5a0"),
+    ("#b08f6d", "#e1d4c8"),
+    ("#290c45", "#aea3b8"),
 )
 # None of a module's: a colour means one thing.
 MEMORY_COLORS: Mapping[str, str] = dict(
@@ -23,7 +24,7 @@ MEMORY_COLORS: Mapping[str, str] = dict(
     )
 )
 TIME_COLORS: Mapping[str, str] = dict(
-    zip(TIME_TERMS, ("#17406d", "#7ba0c4", "#cfd6dc", "#c9a227", "#ead9a0"), strict=True)
+    zip(TIME_TERMS, ("#17406d", "#7ba0c4", "#e1e6ea", "#5d6873", "#98a3ad"), strict=True)
 )
 
 

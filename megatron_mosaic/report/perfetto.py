@@ -13,10 +13,11 @@ import numpy as np
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
-from megatron_mosaic.report.prediction import read_prediction
+from megatron_mosaic.report.memory import memory_over_time
+from megatron_mosaic.report.prediction import Prediction, read_prediction
 from megatron_mosaic.report.step import MeasuredRow, ReportedStep, read_step
 from megatron_mosaic.report.units import ranks_text
-from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.program import START, Integers, Program
 from megatron_mosaic.schedule.simulate import Seconds
 
@@ -35,28 +36,31 @@ def write_perfetto(plan: Plan, path: Path, *, trace: Path | None = None) -> None
     Raises:
         PlanError: The prediction or the trace cannot be read.
     """
-    step = read_step(plan, read_prediction(plan), trace=trace)
-    document = {"displayTimeUnit": "ms", "traceEvents": trace_events(step)}
+    prediction = read_prediction(plan)
+    step = read_step(plan, prediction, trace=trace)
+    document = {"displayTimeUnit": "ms", "traceEvents": trace_events(step, prediction)}
     path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
 
 
-def trace_events(step: ReportedStep) -> list[_Event]:
+def trace_events(step: ReportedStep, prediction: Prediction) -> list[_Event]:
     """Events of a step, times in microseconds.
 
     A kind of ranks is a process. Its first thread is the simulated step, and each measured rank
-    is one more. An arrow leads to a task from the one that it waited for on other ranks.
+    is one more. An arrow leads to a task from the one that it waited for on other ranks. Counters
+    of the process are the memory of one of its ranks, and in it the activations of each module.
 
     Returns:
         Names first, then what happens, in the order of time.
     """
     names = list(_names(step))
-    events = [*_simulated_events(step), *_measured_events(step)]
+    counters = [*_simulated_memory(step, prediction), *_measured_memory(step, prediction)]
+    events = [*counters, *_simulated_events(step), *_measured_events(step)]
     return names + sorted(events, key=lambda event: event["ts"])
 
 
 def _names(step: ReportedStep) -> Iterator[_Event]:
     for pid, kind in enumerate(step.timeline.program.kinds):
-        stages = " ".join(f"{stage.module}.{stage.stage}" for stage in kind.stages)
+        stages = " ".join(show_stages(kind.stages))
         yield _name("process_name", pid, name=f"{ranks_text(show_ranks(kind.ranks))}: {stages}")
         yield _name("process_sort_index", pid, sort_index=pid)
         yield _name("thread_name", pid, name="simulated")
@@ -109,6 +113,49 @@ def _measured_events(step: ReportedStep) -> Iterator[_Event]:
                 end_s,
                 step.measured.after,
             )
+
+
+def _simulated_memory(step: ReportedStep, prediction: Prediction) -> Iterator[_Event]:
+    timeline = step.timeline
+    for pid, kind in enumerate(timeline.program.kinds):
+        own = timeline.program.tasks_of(kind)
+        memory = memory_over_time(
+            timeline.program,
+            prediction,
+            rank=kind.ranks[0],
+            index=own,
+            start_s=timeline.start_s[own],
+            end_s=timeline.end_s[own],
+        )
+        if memory is None:
+            continue
+        yield from _counter("memory of a rank", pid, memory.time_s, memory.total_bytes)
+        for module, size in memory.activations.items():
+            yield from _counter(f"activations of {module}", pid, memory.time_s, size)
+
+
+def _measured_memory(step: ReportedStep, prediction: Prediction) -> Iterator[_Event]:
+    """Predicted sizes at measured times: a trace has no sizes."""
+    for row in _measured_rows(step):
+        memory = memory_over_time(
+            step.timeline.program,
+            prediction,
+            rank=row.rank,
+            index=row.index,
+            start_s=row.start_s,
+            end_s=row.end_s,
+        )
+        if memory is not None:
+            name = f"memory of rank {row.rank} at measured times"
+            yield from _counter(name, row.kind, memory.time_s, memory.total_bytes)
+
+
+def _counter(name: str, pid: int, time_s: Seconds, size: Seconds) -> Iterator[_Event]:
+    """A value from each time on; of changes at the same time the last one."""
+    last = np.append(np.diff(time_s) > 0, True)
+    for at_s, value in zip(time_s[last].tolist(), size[last].tolist(), strict=True):
+        gib = round(value / 2**30, 3)
+        yield {"name": name, "ph": "C", "pid": pid, "ts": _us(at_s), "args": {"GiB": gib}}
 
 
 def _slice(

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import mapping, show
@@ -70,6 +70,18 @@ class Prediction:
     task_bytes: Mapping[Stage, float]
 
 
+class Baseline(NamedTuple):
+    """The best homogeneous layout.
+
+    Args:
+        plan: Its plan.
+        prediction: What is expected of it.
+    """
+
+    plan: Plan
+    prediction: Prediction
+
+
 def read_prediction(plan: Plan) -> Prediction:
     """Reads a plan's prediction.
 
@@ -93,6 +105,29 @@ def read_prediction(plan: Plan) -> Prediction:
         transfers_s=_numbers("transfers_s", written.get("transfers_s", {})),
         task_bytes=_of_stages(plan, _numbers("task_bytes", written.get("task_bytes", {}))),
     )
+
+
+def read_baseline(plan: Plan) -> Baseline | None:
+    """Reads the homogeneous plan that stands in a plan's prediction, with a prediction of its own.
+
+    Returns:
+        The two; ``None`` where the file does not tell the times of the baseline's tasks.
+
+    Raises:
+        PlanError: It is not of the form that the planner writes.
+        LayoutError: Its parts contradict each other.
+    """
+    notes = mapping("predicted.baseline", (plan.predicted or {}).get("baseline", {}))
+    if "plan" not in notes:
+        return None
+    where = "predicted.baseline.plan"
+    homogeneous = plan.with_layout(mapping(where, notes["plan"]), where=where)
+    own = {key: notes[key] for key in notes if key != "plan"}
+    try:
+        prediction = read_prediction(replace(homogeneous, predicted=own))
+    except PlanError as error:
+        raise PlanError(f"predicted.baseline: {error}") from None
+    return Baseline(homogeneous, prediction) if prediction.tasks_s else None
 
 
 def predicted_timeline(plan: Plan, prediction: Prediction) -> Timeline:

@@ -31,14 +31,17 @@ class Number(NamedTuple):
     note: str = ""
 
 
-def summary(prediction: Prediction) -> str:
+def summary(prediction: Prediction, step: ReportedStep) -> str:
     """Says in words what a plan gains over the homogeneous baseline, and by what."""
     step_s, other_s = prediction.step_s, prediction.baseline_step_s
+    if step_s is None and step.measured is not None:
+        measured = seconds(step.measured.makespan_s)
+        return f"The tasks of a measured step take {measured}; the plan file predicts no time."
     if step_s is None:
         return "The plan file predicts no time of a step, so there is nothing to compare it with."
     if other_s is None or not step_s:
         return f"A step takes {seconds(step_s)}; the plan file names no baseline."
-    name = f"the best homogeneous layout{_in_brackets(prediction.baseline_layout)}"
+    name = f"the best homogeneous layout{in_brackets(prediction.baseline_layout)}"
     if abs(other_s - step_s) < _LEAST_SHARE * step_s:
         return f"A step takes {seconds(step_s)}, as long as under {name}."
     text = f"A step takes {seconds(step_s)}, {other_s / step_s:.2f} times as fast as under {name}"
@@ -58,7 +61,10 @@ def key_numbers(prediction: Prediction, step: ReportedStep) -> Iterator[Number]:
         yield Number("against homogeneous", f"{other_s / step_s:.2f}×", note)
     if step.measured is not None:
         yield _measured_number(step, step.measured)
-    yield Number("ranks wait", f"{waiting_share(step):.1%}", "of the time of all tasks, on average")
+    timeline = step.timeline
+    least_s = min(map(timeline.bubble_s, timeline.program.kinds), default=0.0)
+    note = f"of the tasks' time; the busiest, which the breakdown is of, {seconds(least_s)}"
+    yield Number("ranks wait, on average", f"{waiting_share(step):.1%}", note)
     if prediction.memory:
         fullest = max(prediction.memory, key=lambda bar: bar.total_bytes)
         of = f" of {gib(prediction.capacity_bytes)}" if prediction.capacity_bytes else ""
@@ -66,7 +72,10 @@ def key_numbers(prediction: Prediction, step: ReportedStep) -> Iterator[Number]:
 
 
 def waiting_share(step: ReportedStep) -> float:
-    """Share of a simulated step in which ranks that host something wait."""
+    """Share of a simulated step in which ranks that host something wait, on average.
+
+    The bubble of a breakdown is less: it is what the busiest rank waits.
+    """
     timeline = step.timeline
     kinds = timeline.program.kinds
     total_s = timeline.makespan_s * sum(len(kind.ranks) for kind in kinds)
@@ -102,5 +111,6 @@ def _listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _in_brackets(text: str) -> str:
+def in_brackets(text: str) -> str:
+    """Text in brackets, with a space before them; nothing if it is empty."""
     return f" ({text})" if text else ""

@@ -1,6 +1,7 @@
 """A prediction as text for the terminal: memory bars, and where the time goes."""
 
 from collections.abc import Iterator, Mapping
+from textwrap import shorten
 
 from megatron_mosaic.report.prediction import MEMORY_TERMS, TIME_TERMS, Memory, Prediction
 from megatron_mosaic.report.units import gib, seconds
@@ -57,12 +58,13 @@ def _memory(prediction: Prediction, *, width: int) -> Iterator[str]:
     of = f" of {gib(capacity_bytes)}" if capacity_bytes else ""
     terms = " ".join(f"{fill} {term}" for term, fill in _FILLS.items())
     yield f"memory{of}: {terms}"
-    label_width = max(len(bar.ranks) for bar in prediction.memory)
-    for bar in prediction.memory:
+    labels = [shorten(bar.ranks, width // 3, placeholder=" ...]") for bar in prediction.memory]
+    label_width = max(map(len, labels))
+    for bar, label in zip(prediction.memory, labels, strict=True):
         total = f"{gib(bar.total_bytes):>10}"
         if capacity_bytes:
             total += f" {bar.total_bytes / capacity_bytes:4.0%}"
-        lead = f"ranks {bar.ranks:{label_width}}  "
+        lead = f"ranks {label:{label_width}}  "
         room = max(10, width - len(lead) - len(total) - 2)
         yield f"{lead}{_bar(bar, full_bytes=full_bytes, width=room)} {total}"
 

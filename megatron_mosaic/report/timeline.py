@@ -1,4 +1,4 @@
-"""A simulated step as rows of tasks."""
+"""Simulated steps as rows of tasks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.report.palette import module_colors
 from megatron_mosaic.report.units import seconds
-from megatron_mosaic.schedule.graph import RankKind
+from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.simulate import Timeline
 
 _MOST_ROWS = 20
@@ -22,36 +22,45 @@ def timeline_height(timeline: Timeline) -> float:
     return 1.3 + 0.3 * len(_rows(timeline))
 
 
-def draw_timeline(figure: Figure | SubFigure, timeline: Timeline, *, predicted: bool) -> None:
-    """Draws a row for each kind of rank; numbers are the first microbatches of tasks.
+def draw_timelines(
+    figure: Figure | SubFigure, timelines: Mapping[str, Timeline], *, predicted: bool
+) -> None:
+    """Draws steps below each other on one scale of time, and a legend of their tasks.
 
     Args:
         figure: Where to draw.
-        timeline: The step.
-        predicted: Whether its durations are predictions; else they are those of an example.
+        timelines: The steps by the names of their layouts.
+        predicted: Whether durations are predictions; else they are those of an example.
     """
-    axes = figure.subplots()
-    program, rows = timeline.program, _rows(timeline)
-    colors = module_colors([stage.module for stage in program.stages])
-    axes.set_xlim(0, timeline.makespan_s or 1.0)
-    for row, kind in enumerate(rows):
-        _draw_row(axes, timeline, kind, row=row, colors=colors)
-    labels = [
-        f"{_where(kind)}  {' '.join(f'{s.module}.{s.stage}' for s in kind.stages)}" for kind in rows
-    ]
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("seconds; a number is the first microbatch of its task")
-    axes.set_title(_title(timeline, rows, predicted=predicted))
+    heights = [timeline_height(timeline) for timeline in timelines.values()]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+    stages = [stage for each in timelines.values() for stage in each.program.stages]
+    colors = module_colors(stage.module for stage in stages)
+    span_s = max(timeline.makespan_s for timeline in timelines.values())
+    panels[-1, 0].set_xlim(0, span_s or 1.0)
+    panels[-1, 0].set_xlabel("seconds; a number is the first microbatch of its task")
+    for axes, (name, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
+        _draw_step(axes, timeline, colors=colors)
+        axes.set_title(_title(timeline, name=name, predicted=predicted))
     handles = [
         Patch(color=colors[module][backward], label=f"{module} {name}")
         for module in colors
         for backward, name in enumerate(("forward", "backward"))
-        if _runs(timeline, module, backward=backward)
+        if any(_runs(timeline, module, backward=backward) for timeline in timelines.values())
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 7), fontsize=8
     )
+
+
+def _draw_step(axes: Axes, timeline: Timeline, *, colors: Mapping[str, tuple[str, str]]) -> None:
+    """Draws a row for each kind of rank; numbers are the first microbatches of tasks."""
+    rows = _rows(timeline)
+    for row, kind in enumerate(rows):
+        _draw_row(axes, timeline, kind, row=row, colors=colors)
+    labels = [f"{_where(kind)}  {' '.join(show_stages(kind.stages))}" for kind in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def _rows(timeline: Timeline) -> Sequence[RankKind]:
@@ -119,9 +128,11 @@ def _where(kind: RankKind) -> str:
     return f"rank{'s' if len(kind.ranks) > 1 else ''} {shown}"
 
 
-def _title(timeline: Timeline, rows: Sequence[RankKind], *, predicted: bool) -> str:
+def _title(timeline: Timeline, *, name: str, predicted: bool) -> str:
+    rows = _rows(timeline)
     waits = [timeline.bubble_s(kind) / (timeline.makespan_s or 1.0) for kind in rows]
-    parts = [f"Tasks of one step, {seconds(timeline.makespan_s)}"]
+    of = f" of {name}" if name else ""
+    parts = [f"Tasks of one step{of}, {seconds(timeline.makespan_s)}"]
     if not predicted:
         parts = [
             "Tasks of one step if a microbatch took 1 s forward and 2 s backward on every stage"

@@ -4,7 +4,8 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule import bubble_fill, colocated, interleaved, no_pipelining, one_f_one_b
 from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.schedule import Schedule
+from megatron_mosaic.schedule.schedule import Schedule, restrict
+from megatron_mosaic.schedule.task_arrays import TaskArrays
 
 
 def build_schedule(
@@ -19,10 +20,31 @@ def build_schedule(
         forward_only: Leaves the backward tasks out.
 
     Raises:
-        PlanError: There is no microbatch.
+        PlanError: There is no microbatch, or the plan holds an order that is not of the form.
     """
     if num_microbatches is None:
         num_microbatches = plan.num_microbatches
+    order = common_order(plan, num_microbatches=num_microbatches, forward_only=forward_only)
+    if order is None:
+        return bubble_fill.bubble_fill(plan)
+    return restrict(order, plan=plan, num_microbatches=num_microbatches, forward_only=forward_only)
+
+
+def common_order(
+    plan: Plan, *, num_microbatches: int, forward_only: bool = False
+) -> TaskArrays | None:
+    """Tasks of all stages in the one order that all ranks keep, each with its own.
+
+    Evaluation, and steps with other microbatches than the plan's, keep to ``colocated`` where the
+    plan asks for ``bubble_fill``.
+
+    Returns:
+        Tasks whose ``stage`` counts the plan's ``stage_order``; None under ``bubble_fill``, where
+        every kind of ranks has an order of its own.
+
+    Raises:
+        PlanError: There is no microbatch.
+    """
     if num_microbatches < 1:
         raise PlanError(
             f"schedule: num_microbatches={num_microbatches} must be >= 1; "
@@ -38,7 +60,9 @@ def build_schedule(
         case "colocated":
             build = colocated.colocated
         case "bubble_fill":
-            build = bubble_fill.bubble_fill
+            if not forward_only and num_microbatches == plan.num_microbatches:
+                return None
+            build = colocated.colocated
     return build(plan, num_microbatches=num_microbatches, forward_only=forward_only)
 
 

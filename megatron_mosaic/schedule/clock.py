@@ -1,9 +1,14 @@
 """When the tasks of a one-forward-one-backward pipeline are due."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.task import Task
+from megatron_mosaic.schedule.task_arrays import DueTasks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,27 @@ class Clock:
     def backward_end(self, microbatch: int, *, distance: int) -> int:
         """Tick at which a stage is due to have ended a backward pass."""
         return self.backward_start(microbatch, distance=distance) + 2
+
+
+def pipeline_due(
+    clock: Clock, distances: Mapping[Stage, int], *, num_microbatches: int
+) -> Iterator[DueTasks]:
+    """Tasks of a pipeline, one microbatch each, due at the middles of their times, in half ticks.
+
+    Args:
+        clock: The pipeline's clock.
+        distances: The stages of the pipeline with their distances from its end, in stages.
+        num_microbatches: Microbatches of the step.
+    """
+    # The clock only adds and multiplies, so it takes all microbatches at once.
+    microbatch: Any = np.arange(num_microbatches)
+    one = np.ones_like(microbatch)
+    for stage, distance in distances.items():
+        start: Any = clock.forward_start(microbatch, distance=distance)
+        yield DueTasks(stage, False, microbatch, one, 2 * start + 1)
+        if clock.backward:
+            start = clock.backward_start(microbatch, distance=distance)
+            yield DueTasks(stage, True, microbatch, one, 2 * start + 2)
 
 
 def due_tasks(

@@ -1,9 +1,13 @@
 """Encoders that may share ranks with a pipelined language model."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.clock import Clock, due_tasks
+from megatron_mosaic.schedule.clock import Clock, pipeline_due
 from megatron_mosaic.schedule.graph import (
     Stage,
     needs_backward,
@@ -11,26 +15,15 @@ from megatron_mosaic.schedule.graph import (
     stage_order,
     upstream,
 )
-from megatron_mosaic.schedule.schedule import Schedule, restrict
-from megatron_mosaic.schedule.task import Task
-
-
-class Due(NamedTuple):
-    """Where a task stands in the common order; compared field by field."""
-
-    half_tick: int
-    phase: int
-    group: int = 0
-    stage: int = 0
-
+from megatron_mosaic.schedule.task_arrays import DueTasks, TaskArrays, in_order
 
 # Phases of one half tick. A language backward pass in the middle of its two ticks lets the
 # encoder's forward pass go first, because the first language stage waits for it; and goes before
 # the encoder's backward pass, whose gradient is only just coming.
-_FORWARD_EARLY, LANGUAGE_PHASE, _BACKWARD, _FORWARD_LATE = range(4)
+_FORWARD_EARLY, _LANGUAGE, _BACKWARD, _FORWARD_LATE = range(4)
 
 
-def colocated(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> Schedule:
+def colocated(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> TaskArrays:
     """Puts encoder tasks over groups of microbatches into the language model's 1F1B.
 
     The forward task of a group runs when the first language stage is due to start the group's
@@ -50,15 +43,16 @@ def colocated(plan: Plan, *, num_microbatches: int, forward_only: bool = False) 
     #
     # rank 2  vF0-1 vF2-3 vB0-1 vB2-3
     clock, pipeline = language_pipeline(plan, forward_only=forward_only)
-    tasks = due_tasks(clock, pipeline, num_microbatches=num_microbatches)
-    due = [(Due(middle, LANGUAGE_PHASE), task) for middle, task in tasks]
-    due += encoder_due(plan, clock, num_microbatches=num_microbatches)
-    return restrict(
-        (task for _, task in sorted(due, key=lambda item: item[0])),
-        plan=plan,
-        num_microbatches=num_microbatches,
-        forward_only=forward_only,
-    )
+    groups = encoder_groups(plan, num_microbatches=num_microbatches)
+    num_groups = len(groups)
+    due = [
+        *(
+            tasks._replace(due=_due(tasks.due, _LANGUAGE, num_groups=num_groups))
+            for tasks in pipeline_due(clock, pipeline, num_microbatches=num_microbatches)
+        ),
+        *_encoders_due(plan, clock, groups),
+    ]
+    return in_order(plan, due, forward_only=forward_only)
 
 
 def language_pipeline(plan: Plan, *, forward_only: bool) -> tuple[Clock, dict[Stage, int]]:
@@ -72,17 +66,7 @@ def language_pipeline(plan: Plan, *, forward_only: bool) -> tuple[Clock, dict[St
     # A frozen language model may feed a trainable module.
     trains = any(needs_backward(plan, stage.module) for stage in pipeline)
     backward = not forward_only and trains
-    return Clock(depth=distances[Stage("language", 0)], backward=backward), pipeline
-
-
-def encoder_due(plan: Plan, clock: Clock, *, num_microbatches: int) -> list[tuple[Due, Task]]:
-    """Tasks of all encoder stages."""
-    groups = encoder_groups(plan, num_microbatches=num_microbatches)
-    due = []
-    for position, stage in enumerate(encoder_stages(plan)):
-        ahead = _groups_ahead(plan, stage.module)
-        due += _encoder_due(clock, stage, groups, position=position, ahead=ahead)
-    return due
+    return Clock(depth=distances[Stage(LANGUAGE, 0)], backward=backward), pipeline
 
 
 def encoder_stages(plan: Plan) -> tuple[Stage, ...]:
@@ -90,7 +74,7 @@ def encoder_stages(plan: Plan) -> tuple[Stage, ...]:
     return tuple(
         stage
         for stage in stage_order(plan)
-        if "language" not in upstream(plan, stage.module) | {stage.module}
+        if LANGUAGE not in upstream(plan, stage.module) | {stage.module}
     )
 
 
@@ -111,25 +95,38 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
     if stage not in encoder_stages(plan):
         return min(num_microbatches, distances[stage] + 1)
     groups = encoder_groups(plan, num_microbatches=num_microbatches)
-    in_pipeline = -(-distances[Stage("language", 0)] // len(groups[0]))
+    in_pipeline = -(-distances[Stage(LANGUAGE, 0)] // len(groups[0]))
     return min(len(groups), 1 + in_pipeline + _groups_ahead(plan, stage.module))
 
 
-def _encoder_due(
-    clock: Clock, stage: Stage, groups: list[tuple[int, ...]], *, position: int, ahead: int
-) -> list[tuple[Due, Task]]:
-    """Tasks of one encoder stage, ``position`` among all, started ``ahead`` groups early."""
+def _due(half_tick: Any, phase: int, group: Any = 0, *, num_groups: int) -> Any:
+    """One number to sort by half tick, then phase, then group."""
+    return (4 * half_tick + phase) * num_groups + group
+
+
+def _encoders_due(plan: Plan, clock: Clock, groups: list[tuple[int, ...]]) -> Iterator[DueTasks]:
+    """Tasks of all encoder stages; backward passes from the last stage to the first."""
+    first = np.array([group[0] for group in groups])
+    count = np.array([len(group) for group in groups])
     # Where a group starts just when another ends, the one that ends frees its memory first.
     meets_end = clock.depth % len(groups[0]) == 0
     phase = _FORWARD_LATE if meets_end else _FORWARD_EARLY
-    due = []
-    for g, group in enumerate(groups):
-        start = clock.forward_start(groups[max(g - ahead, 0)][0], distance=clock.depth)
-        due.append((Due(2 * start, phase, g, position), Task("F", *stage, group)))
-        if clock.backward:
-            end = clock.backward_end(group[-1], distance=clock.depth)
-            due.append((Due(2 * end, _BACKWARD, g, -position), Task("B", *stage, group)))
-    return due
+    stages, number = encoder_stages(plan), np.arange(len(groups))
+    for stage in stages:
+        ahead = _groups_ahead(plan, stage.module)
+        # The clock takes all groups at once.
+        wanted: Any = first[np.maximum(number - ahead, 0)]
+        start: Any = clock.forward_start(wanted, distance=clock.depth)
+        yield DueTasks(
+            stage, False, first, count, _due(2 * start, phase, number, num_groups=len(groups))
+        )
+    if clock.backward:
+        last: Any = first + count - 1
+        end: Any = clock.backward_end(last, distance=clock.depth)
+        for stage in reversed(stages):
+            yield DueTasks(
+                stage, True, first, count, _due(2 * end, _BACKWARD, number, num_groups=len(groups))
+            )
 
 
 def _groups_ahead(plan: Plan, module: str) -> int:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.schedule.graph import show_stages
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.task import Task
 
@@ -83,8 +84,10 @@ def _where(ranks: list[int], *, width: int) -> str:
 
 
 def _stages(tasks: tuple[Task, ...]) -> str:
-    names = dict.fromkeys(f"{task.module}.{task.stage}" for task in tasks)
-    return " ".join(names) or "idle"
+    modules = list(dict.fromkeys(task.module for task in tasks))
+    hosted = {(modules.index(task.module), task.stage) for task in tasks}
+    stages = ((modules[module], stage) for module, stage in sorted(hosted))
+    return " ".join(show_stages(stages)) or "idle"
 
 
 def _cells(tasks: tuple[Task, ...], prefixes: Mapping[str, str]) -> list[str]:

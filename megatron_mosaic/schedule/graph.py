@@ -1,5 +1,6 @@
 """The module graph as a schedule sees it: order, distances, and who needs a backward pass."""
 
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
@@ -24,6 +25,21 @@ class RankKind(NamedTuple):
 
     stages: tuple[Stage, ...]
     ranks: tuple[int, ...]
+
+
+def show_stages(stages: Iterable[tuple[str, int]]) -> list[str]:
+    """Shortest text of the stages of each module: ``vision.0``, ``language.0,4,...,20``."""
+    of_module: dict[str, list[int]] = {}
+    for module, stage in stages:
+        of_module.setdefault(module, []).append(stage)
+    return [f"{module}.{_show_numbers(numbers)}" for module, numbers in of_module.items()]
+
+
+def _show_numbers(numbers: list[int]) -> str:
+    first, second, last = numbers[0], numbers[min(1, len(numbers) - 1)], numbers[-1]
+    if len(numbers) > 3 and numbers == [*range(first, last + 1, max(second - first, 1))]:
+        return f"{first},{second},...,{last}"
+    return ",".join(map(str, numbers))
 
 
 def module_order(plan: Plan) -> tuple[str, ...]:

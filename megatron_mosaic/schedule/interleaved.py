@@ -1,119 +1,120 @@
 """Megatron's interleaved 1F1B of the language model, with modules on ranks of their own beside."""
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.colocated import encoder_stages
-from megatron_mosaic.schedule.graph import Stage, stage_distances, stage_order
-from megatron_mosaic.schedule.one_f_one_b import one_f_one_b
-from megatron_mosaic.schedule.play import needs_of, play
-from megatron_mosaic.schedule.schedule import Schedule, peak_live, restrict
+from megatron_mosaic.schedule.graph import Stage, needs_backward, stage_distances, stage_order
 from megatron_mosaic.schedule.task import Task
+from megatron_mosaic.schedule.task_arrays import DueTasks, TaskArrays, in_order
 
-_TICKS = {"F": 1, "B": 2}
+MEGATRON_LEAD = 2
+"""Forward tasks by which the warm-up of a place is longer than the next one's.
+
+With two a rank hardly waits for transfers; with one it holds fewer microbatches.
+Source: Megatron-LM 0.19, ``get_pp_rank_microbatches``.
+"""
 
 
-def interleaved(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> Schedule:
+def interleaved(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> TaskArrays:
     """Interleaves the stages that each rank of the language model has.
 
-    Encoders run a microbatch when the first language stage is about to need it, each stage one
-    tick earlier than what it feeds, and its backward pass when the gradient comes.
+    Time is cut into slots: in each, every place of the pipeline runs a forward pass and then a
+    backward pass, of one microbatch and one of its stages. Forward passes reach the next place in
+    the next slot, gradients the place before. Stages of other modules are places too: those of
+    encoders before the first, and those that the language model feeds after the last.
 
-    Microbatches that do not fill the pipeline's last round, in evaluation, go through all stages
-    as through a plain pipeline.
+    Microbatches that do not fill the pipeline's last round leave slots empty.
+
+    Source:
+        Narayanan et al., 2021, arXiv:2104.04473, section 2.2.2. Warm-up tasks are as many as in
+        Megatron-LM 0.19, ``get_pp_rank_microbatches``, and two more for each stage behind.
     """
     # Language in four stages on two ranks, .2 and .3 the second ones; vision on rank 2; four
-    # microbatches. A cell names the language stage after the microbatch.
+    # microbatches, the first slots. A cell names the language stage after the microbatch.
     #
-    # rank 0  F0.0 F1.0 F0.2 F1.2 F2.0 B0.2 F3.0 B1.2 F2.2 B0.0 F3.2 B1.0 B2.2 B3.2 B2.0 B3.0
-    # rank 1  F0.1 F1.1 F0.3 B0.3 F1.3 B1.3 F2.1 B0.1 F3.1 B1.1 F2.3 B2.3 F3.3 B3.3 B2.1 B3.1
-    # rank 2  vF0 vF1 vF2 vF3 vB0 vB1 vB2 vB3
-    if num_microbatches % plan.language.pipeline_model_parallel_size and not forward_only:
-        return one_f_one_b(plan, num_microbatches=num_microbatches)
-    times = language_order(plan, num_microbatches=num_microbatches, forward_only=forward_only)
-    due = [(start, start + end, task) for task, (start, end) in times.items()]
-    for stage, early in _ticks_before_language(plan).items():
-        for m in range(num_microbatches):
-            start, _ = times[Task("F", LANGUAGE, 0, (m,))]
-            due.append((start - early, 0.0, Task("F", *stage, (m,))))
-            if not forward_only:
-                _, end = times[Task("B", LANGUAGE, 0, (m,))]
-                due.append((end + 2 * (early - 1), 0.0, Task("B", *stage, (m,))))
-    return restrict(
-        (task for *_, task in sorted(due, key=lambda item: item[:2])),
-        plan=plan,
-        num_microbatches=num_microbatches,
-        forward_only=forward_only,
-    )
-
-
-def language_order(
-    plan: Plan, *, num_microbatches: int, forward_only: bool = False
-) -> dict[Task, tuple[float, float]]:
-    """Starts and ends, in ticks, of the tasks of the language model and of what it feeds."""
-    lists = _language_lists(plan, num_microbatches=num_microbatches, forward_only=forward_only)
-    return play(lists, needs_of(plan), lengths=lambda task: _TICKS[task.kind])
-
-
-def _language_lists(plan: Plan, *, num_microbatches: int, forward_only: bool) -> list[list[Task]]:
-    """Tasks of each pipeline place of the language model, and of each stage behind it."""
-    pp = plan.language.pipeline_model_parallel_size
-    distances = stage_distances(plan)
-    last = distances[Stage(LANGUAGE, plan.language.num_stages - 1)]
-    lists = [
-        _place_tasks(
-            plan, place, num_microbatches=num_microbatches, behind=last, forward_only=forward_only
-        )
-        for place in range(pp)
-    ]
-    encoders = encoder_stages(plan)
-    for stage in stage_order(plan):
-        if stage.module != LANGUAGE and stage not in encoders:
-            forward = [Task("F", *stage, (m,)) for m in range(num_microbatches)]
-            backward = [Task("B", *stage, (m,)) for m in range(num_microbatches)]
-            tasks = _alternate(forward, backward, warm_up=distances[stage])
-            lists.append(forward if forward_only else tasks)
-    return lists
+    # slot    -1   0     1     2     3          4          5          6          7
+    # rank 0       F0.0  F1.0  F0.2  F1.2       F2.0 B0.2  F3.0 B1.2  F2.2 B0.0  F3.2 B1.0
+    # rank 1             F0.1  F1.1  F0.3 B0.3  F1.3 B1.3  F2.1 B0.1  F3.1 B1.1  F2.3 B2.3
+    # rank 2  vF0  vF1               vF2        vF3                              vB0
+    return in_order(plan, _due(plan, num_microbatches, MEGATRON_LEAD), forward_only=forward_only)
 
 
 def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
-    """Microbatches of which a rank of the stage holds activations at most: as in the schedule."""
-    schedule = interleaved(plan, num_microbatches=num_microbatches)
-    rank = plan.modules[stage.module].stage_ranks(stage.stage)[0]
-    return peak_live(schedule, rank, stage.module, stage=stage.stage)
+    """Microbatches of which a rank of the stage holds activations at most."""
+    if not needs_backward(plan, stage.module):
+        return min(num_microbatches, 1)
+    passes = _due_of_stage(plan, stage, num_microbatches, MEGATRON_LEAD)
+    forward, backward = (own.due for own in passes)
+    started = np.arange(1, num_microbatches + 1)
+    return int((started - np.searchsorted(backward, forward)).max())
 
 
-def _place_tasks(
-    plan: Plan, place: int, *, num_microbatches: int, behind: int, forward_only: bool
-) -> list[Task]:
-    """Tasks of one place of the language model's pipeline, with ``behind`` stages after the last.
+def language_order(
+    plan: Plan, *, num_microbatches: int, lead: int = MEGATRON_LEAD
+) -> dict[Task, int]:
+    """Tasks of the language model and of what it feeds, with numbers that sort them.
 
-    Source:
-        Narayanan et al., 2021, arXiv:2104.04473, section 2.2.2; the number of warm-up tasks is
-        that of Megatron-LM 0.19, ``get_pp_rank_microbatches``, and two for each stage behind.
+    Args:
+        plan: The plan.
+        num_microbatches: Of the step.
+        lead: Forward tasks that each place's warm-up has more than the next one's, 1 or 2.
+    """
+    encoders = encoder_stages(plan)
+    found: dict[Task, int] = {}
+    for own in _due(plan, num_microbatches, lead):
+        if own.stage not in encoders:
+            kind = "B" if own.backward else "F"
+            tasks = (Task(kind, *own.stage, (m,)) for m in range(num_microbatches))
+            found |= zip(tasks, own.due.tolist(), strict=True)
+    return found
+
+
+def _due(plan: Plan, num_microbatches: int, lead: int) -> Iterator[DueTasks]:
+    for stage in stage_order(plan):
+        yield from _due_of_stage(plan, stage, num_microbatches, lead)
+
+
+def _due_of_stage(
+    plan: Plan, stage: Stage, num_microbatches: int, lead: int
+) -> tuple[DueTasks, DueTasks]:
+    """Forward and backward passes of a stage; a slot of a place is two ticks, one for each.
+
+    Every pass is due after all that it takes its input from: with ``place`` the slots begin
+    ``lead`` ticks later, so activations have that many ticks to the next place and gradients as
+    many back; to the other end, where the next turn begins, both have two ticks or more.
     """
     pp = plan.language.pipeline_model_parallel_size
-    virtual = plan.language.virtual_pipeline_model_parallel_size
-    turns = [
-        (turn, (m,))
-        for first in range(0, num_microbatches, pp)
-        for turn in range(virtual)
-        for m in range(first, min(first + pp, num_microbatches))
-    ]
-    forward = [Task("F", LANGUAGE, turn * pp + place, m) for turn, m in turns]
-    backward = [Task("B", LANGUAGE, (virtual - 1 - turn) * pp + place, m) for turn, m in turns]
-    warm_up = 2 * (pp - 1 - place + behind) + (virtual - 1) * pp
-    return forward if forward_only else _alternate(forward, backward, warm_up=warm_up)
+    last_turn = plan.language.virtual_pipeline_model_parallel_size - 1
+    turn, place, last_place = _turn_and_place(plan, stage)
+    microbatch = np.arange(num_microbatches)
+    one = np.ones_like(microbatch)
+    # A round takes `pp` microbatches through all turns of a place, one after the other.
+    first = microbatch // pp * pp * (last_turn + 1) + microbatch % pp
+    warm_up = lead * (last_place - place) + last_turn * pp
+    forward = 2 * (first + turn * pp) + lead * place
+    backward = 2 * (first + (last_turn - turn) * pp + warm_up) + lead * place + 1
+    return (
+        DueTasks(stage, False, microbatch, one, forward),
+        DueTasks(stage, True, microbatch, one, backward),
+    )
 
 
-def _alternate(forward: list[Task], backward: list[Task], *, warm_up: int) -> list[Task]:
-    """After the warm-up forward and backward tasks take turns."""
-    warm_up = min(warm_up, len(forward))
-    steady = zip(forward[warm_up:], backward, strict=False)
-    in_turn = [task for pair in steady for task in pair]
-    return [*forward[:warm_up], *in_turn, *backward[len(forward) - warm_up :]]
+def _turn_and_place(plan: Plan, stage: Stage) -> tuple[int, int, int]:
+    """Which of a place's stages it is, its place, and the last place of all.
 
-
-def _ticks_before_language(plan: Plan) -> dict[Stage, int]:
-    """How much earlier than the first language stage each encoder stage runs a microbatch."""
+    Places are counted from the first one of the language model.
+    """
+    pp = plan.language.pipeline_model_parallel_size
+    last_turn = plan.language.virtual_pipeline_model_parallel_size - 1
     distances = stage_distances(plan)
-    return {s: distances[s] - distances[Stage(LANGUAGE, 0)] for s in encoder_stages(plan)}
+    last_place = pp - 1 + distances[Stage(LANGUAGE, plan.language.num_stages - 1)]
+    if stage.module == LANGUAGE:
+        turn, place = divmod(stage.stage, pp)
+        return turn, place, last_place
+    if stage in encoder_stages(plan):
+        return 0, distances[Stage(LANGUAGE, 0)] - distances[stage], last_place
+    return last_turn, last_place - distances[stage], last_place

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import Stage, stage_order
-from megatron_mosaic.schedule.schedule import Schedule, restrict
-from megatron_mosaic.schedule.task import Task
+from megatron_mosaic.schedule.graph import stage_order
+from megatron_mosaic.schedule.task_arrays import DueTasks, TaskArrays, in_order
 
 
-def no_pipelining(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> Schedule:
+def no_pipelining(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> TaskArrays:
     """Runs every microbatch forward through all modules, then backward.
 
     The least memory and the most waiting: one microbatch is live on every rank. Ranks of the
@@ -18,15 +19,14 @@ def no_pipelining(plan: Plan, *, num_microbatches: int, forward_only: bool = Fal
     #
     # rank 0   vF0 F0 B0 vB0 vF1 F1 B1 vB1
     # rank 1   vF0 vB0 vF1 vB1
-    return restrict(
-        _order(stage_order(plan), num_microbatches),
-        plan=plan,
-        num_microbatches=num_microbatches,
-        forward_only=forward_only,
-    )
+    return in_order(plan, _due(plan, num_microbatches), forward_only=forward_only)
 
 
-def _order(stages: tuple[Stage, ...], num_microbatches: int) -> Iterator[Task]:
-    for microbatch in range(num_microbatches):
-        yield from (Task("F", *stage, (microbatch,)) for stage in stages)
-        yield from (Task("B", *stage, (microbatch,)) for stage in reversed(stages))
+def _due(plan: Plan, num_microbatches: int) -> Iterator[DueTasks]:
+    stages = stage_order(plan)
+    microbatch = np.arange(num_microbatches)
+    one = np.ones_like(microbatch)
+    for position, stage in enumerate(stages):
+        start = 2 * len(stages) * microbatch
+        yield DueTasks(stage, False, microbatch, one, start + position)
+        yield DueTasks(stage, True, microbatch, one, start + 2 * len(stages) - 1 - position)

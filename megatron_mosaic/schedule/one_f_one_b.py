@@ -1,12 +1,12 @@
 """The 1F1B pipeline schedule over the stages of all modules."""
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.clock import Clock, due_tasks
+from megatron_mosaic.schedule.clock import Clock, pipeline_due
 from megatron_mosaic.schedule.graph import Stage, stage_distances
-from megatron_mosaic.schedule.schedule import Schedule, restrict
+from megatron_mosaic.schedule.task_arrays import TaskArrays, in_order
 
 
-def one_f_one_b(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> Schedule:
+def one_f_one_b(plan: Plan, *, num_microbatches: int, forward_only: bool = False) -> TaskArrays:
     """Treats every stage of every module as a stage of one pipeline shaped like the graph.
 
     A stage warms up with as many microbatches as there are stages behind it on the longest
@@ -26,13 +26,8 @@ def one_f_one_b(plan: Plan, *, num_microbatches: int, forward_only: bool = False
     # rank 4  language.1  | F0 B0 F1 B1 F2 B2 F3 B3 |
     distances = stage_distances(plan)
     clock = Clock(depth=max(distances.values()), backward=not forward_only)
-    due = due_tasks(clock, distances, num_microbatches=num_microbatches)
-    return restrict(
-        (task for _, task in sorted(due, key=lambda item: item[0])),
-        plan=plan,
-        num_microbatches=num_microbatches,
-        forward_only=forward_only,
-    )
+    due = pipeline_due(clock, distances, num_microbatches=num_microbatches)
+    return in_order(plan, due, forward_only=forward_only)
 
 
 def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:

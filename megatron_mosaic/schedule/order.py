@@ -9,7 +9,8 @@ no numbers. ``(F B)*7`` repeats what stands in the parentheses, and ``F*4`` one 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+
+import numpy as np
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import nearest, show
@@ -17,9 +18,10 @@ from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.schedule.colocated import encoder_groups, encoder_stages
-from megatron_mosaic.schedule.graph import RankKind, Stage, ahead_modules, rank_kinds
+from megatron_mosaic.schedule.graph import RankKind, Stage, ahead_modules, rank_kinds, stage_order
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.task import Task
+from megatron_mosaic.schedule.task_arrays import TaskArrays
 
 _ITEM = re.compile(r"\(([^()]*)\)(?:\*([0-9]+))?|([^()*\s]+)(?:\*([0-9]+))?|(\S+)")
 _LONGEST_REPEATED = 12
@@ -42,12 +44,10 @@ def read_order(plan: Plan) -> Schedule:
     Raises:
         PlanError: The order is not of the form, or names other ranks or tasks than the plan has.
     """
-    written = dict(plan.schedule.order or ())
-    kinds = {show_ranks(kind.ranks): kind for kind in rank_kinds(plan)}
-    _check_ranks(written, kinds)
+    stages = stage_order(plan)
     tasks: list[tuple[Task, ...]] = [()] * plan.world_size
-    for ranks, kind in kinds.items():
-        own = tuple(_read(plan, kind, f"schedule: order[{ranks}]", written[ranks]))
+    for kind, arrays in zip(rank_kinds(plan), read_lists(plan), strict=True):
+        own = tuple(arrays.tasks(stages))
         for rank in kind.ranks:
             tasks[rank] = own
     return Schedule(
@@ -56,6 +56,24 @@ def read_order(plan: Plan) -> Schedule:
         tasks=tuple(tasks),
         ahead=ahead_modules(plan),
         receives_early=True,
+    )
+
+
+def read_lists(plan: Plan) -> tuple[TaskArrays, ...]:
+    """Reads the tasks of every kind of ranks that a plan holds.
+
+    Returns:
+        Tasks whose ``stage`` counts the plan's ``stage_order``.
+
+    Raises:
+        PlanError: The order is not of the form, or names other ranks or tasks than the plan has.
+    """
+    written = dict(plan.schedule.order or ())
+    kinds = {show_ranks(kind.ranks): kind for kind in rank_kinds(plan)}
+    _check_ranks(written, kinds)
+    return tuple(
+        _read(plan, kind, f"schedule: order[{ranks}]", written[ranks])
+        for ranks, kind in kinds.items()
     )
 
 
@@ -119,29 +137,35 @@ def _runs(symbols: list[str]) -> Iterator[tuple[list[str], int]]:
         start += length * times
 
 
-def _read(plan: Plan, kind: RankKind, where: str, text: str) -> Iterator[Task]:
-    passes: dict[str, tuple[Literal["F", "B"], Stage]] = {}
+def _read(plan: Plan, kind: RankKind, where: str, text: str) -> TaskArrays:
+    passes: dict[str, tuple[bool, Stage]] = {}
     for name, stage in _names(kind).items():
-        passes |= {_symbol("F", name): ("F", stage), _symbol("B", name): ("B", stage)}
-    encoders = encoder_stages(plan)
+        passes |= {_symbol("F", name): (False, stage), _symbol("B", name): (True, stage)}
+    codes = {symbol: code for code, symbol in enumerate(passes)}
+    written = list(_expand(where, text))
+    unknown = next((symbol for symbol in written if symbol not in codes), None)
+    if unknown is not None:
+        advice = nearest(unknown, passes, otherwise="write one of them")
+        raise PlanError(
+            f"{where}: task={show(unknown)} must be one of {', '.join(passes)}; {advice}"
+        )
+    code = np.array([codes[symbol] for symbol in written], dtype=np.int64)
+    tasks = TaskArrays(*np.zeros((4, len(code)), dtype=np.int64))
+    encoders, number = encoder_stages(plan), stage_order(plan).index
     groups = encoder_groups(plan, num_microbatches=plan.num_microbatches)
     single = [(m,) for m in range(plan.num_microbatches)]
-    seen: Counter[str] = Counter()
-    for symbol in _expand(where, text):
-        if symbol not in passes:
-            advice = nearest(symbol, passes, otherwise="write one of them")
-            raise PlanError(
-                f"{where}: task={show(symbol)} must be one of {', '.join(passes)}; {advice}"
-            )
-        kind_of_pass, stage = passes[symbol]
+    for symbol, (backward, stage) in passes.items():
+        own = np.flatnonzero(code == codes[symbol])
         microbatches = groups if stage in encoders else single
-        if seen[symbol] == len(microbatches):
+        if len(own) > len(microbatches):
             raise PlanError(
                 f"{where}: task={symbol} must stand there {len(microbatches)} times, not more; "
                 f"remove the others"
             )
-        yield Task(kind_of_pass, *stage, microbatches[seen[symbol]])
-        seen[symbol] += 1
+        tasks.stage[own], tasks.backward[own] = number(stage), backward
+        tasks.first[own] = [group[0] for group in microbatches[: len(own)]]
+        tasks.count[own] = [len(group) for group in microbatches[: len(own)]]
+    return tasks
 
 
 def _expand(where: str, text: str) -> Iterator[str]:

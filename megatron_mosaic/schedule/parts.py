@@ -57,7 +57,7 @@ def links_of(plan: Plan, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]) -
         places.setdefault(part.stage, []).append(position)
     links = []
     for number, edge in enumerate(edges_of(plan)):
-        sources, destinations = places[Stage(*edge[:2])], places[Stage(*edge[2:])]
+        sources, destinations = (places[end] for end in edge.ends)
         whole = edge.source != edge.destination or len(sources) == len(destinations) == 1
         meet = None if whole else _meeting_kinds(plan, edge, kinds)
         links += [

@@ -1,40 +1,21 @@
 """A schedule as arrays: what every task waits for, with equal ranks folded."""
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds
+from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds, stage_order
 from megatron_mosaic.schedule.parts import Link, Part, links_of, parts_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Edge, crosses_steps, edges_of
 from megatron_mosaic.schedule.task import Task
-
-Integers = NDArray[np.int64]
+from megatron_mosaic.schedule.task_arrays import Integers, TaskArrays
 
 START = -1
 """Stands for a task before, where there is none."""
-
-
-class TaskArrays(NamedTuple):
-    """Tasks of a step, once each, in an order that can run.
-
-    Args:
-        stage: Stage of every task, as a position in a list.
-        backward: 1 for a backward pass, 0 for a forward pass.
-        first: First microbatch of every task.
-        count: Its microbatches.
-    """
-
-    stage: Integers
-    backward: Integers
-    first: Integers
-    count: Integers
 
 
 class Inputs(NamedTuple):
@@ -107,17 +88,38 @@ def program_of(plan: Plan, schedule: Schedule) -> Program:
     the same tasks, as all built schedules do. Where the lists of its ranks do not let all of a
     stage run a task together, or the schedule leaves them free, its replicas are parts.
     """
-    found, kinds = None, rank_kinds(plan)
-    if not schedule.receives_early:
+    kinds = rank_kinds(plan)
+    number = {stage: index for index, stage in enumerate(stage_order(plan))}
+    lists = []
+    for kind in kinds:
+        rows = [
+            (number[Stage(module, stage)], kind_of_pass == "B", microbatches[0], len(microbatches))
+            for kind_of_pass, module, stage, microbatches in schedule.tasks[kind.ranks[0]]
+        ]
+        lists.append(TaskArrays(*np.array(rows, dtype=np.int64).reshape(-1, 4).T))
+    return program_of_lists(plan, lists, ahead=schedule.ahead, apart=schedule.receives_early)
+
+
+def program_of_lists(
+    plan: Plan, lists: Sequence[TaskArrays], *, ahead: frozenset[str], apart: bool
+) -> Program:
+    """Makes the program of lists of tasks.
+
+    Args:
+        plan: The plan.
+        lists: Tasks of every kind of ranks; ``stage`` counts the plan's ``stage_order``.
+        ahead: Modules that run a step ahead.
+        apart: Whether replicas on ranks of several kinds may run a task each at its own time.
+    """
+    kinds, found = rank_kinds(plan), None
+    if not apart:
         parts = parts_of(plan, kinds, apart=False)
-        found = _common_order(plan, schedule, kinds, parts)
+        found = _common_order(plan, lists, parts, ahead)
     if found is None:
         parts = parts_of(plan, kinds, apart=True)
-        found = _common_order(plan, schedule, kinds, parts)
+        found = _common_order(plan, lists, parts, ahead)
     assert found is not None, "the schedule must be one that verify accepts"
-    rows = [(p, t.kind == "B", t.microbatches[0], len(t.microbatches)) for p, t in found]
-    tasks = TaskArrays(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
-    return wire(plan, tasks, parts=parts, ahead=schedule)
+    return wire(plan, found, parts=parts, ahead=ahead)
 
 
 def wire(
@@ -125,7 +127,7 @@ def wire(
     tasks: TaskArrays,
     *,
     parts: tuple[Part, ...] | None = None,
-    ahead: Schedule | None = None,
+    ahead: frozenset[str] = frozenset(),
 ) -> Program:
     """Finds out what every task of a plan waits for.
 
@@ -133,7 +135,7 @@ def wire(
         plan: The plan.
         tasks: Tasks; ``stage`` counts the parts.
         parts: Parts of the plan's stages; by default every stage is one.
-        ahead: Schedule that tells which modules run ahead, if any do.
+        ahead: Modules that run a step ahead.
     """
     edges, kinds = edges_of(plan), rank_kinds(plan)
     parts = parts_of(plan, kinds, apart=False) if parts is None else parts
@@ -154,16 +156,13 @@ def wire(
 
 
 def links_in_a_step(
-    plan: Plan,
-    kinds: tuple[RankKind, ...],
-    parts: tuple[Part, ...],
-    schedule: Schedule | None,
+    plan: Plan, kinds: tuple[RankKind, ...], parts: tuple[Part, ...], ahead: frozenset[str]
 ) -> tuple[Link, ...]:
     """Pairs of parts of which one waits for the other: not for what was made a step before."""
-    edges, links = edges_of(plan), links_of(plan, kinds, parts)
-    if schedule is None:
-        return links
-    return tuple(link for link in links if not crosses_steps(schedule, edges[link.edge]))
+    edges = edges_of(plan)
+    return tuple(
+        link for link in links_of(plan, kinds, parts) if not crosses_steps(ahead, edges[link.edge])
+    )
 
 
 def _peak(backward: Integers) -> int:
@@ -198,17 +197,19 @@ def data_inputs(
         waits[num_parts + link.source].append(n)
     edges, *ends = np.array([*links, (no_edge, 0, 0)]).T
     maker = _task_of_microbatch(tasks, num_parts)
-    slots = _padded(waits)[:, tasks.stage + num_parts * tasks.backward]
+    row = tasks.stage + num_parts * tasks.backward
+    num_waits = np.array([len(own) for own in waits], dtype=np.int64)[row]
+    ends_of_links = np.array(ends)
     last = tasks.first + tasks.count - 1
-    for s, link in enumerate(slots):
-        own = np.flatnonzero(link >= 0)
-        backward, there = tasks.backward[own], link[own]
-        before = maker[backward, np.array(ends)[backward, there], last[own]]
+    for s, link_of_row in enumerate(_padded(waits)):
+        own = np.flatnonzero(num_waits > s)
+        backward, there = tasks.backward[own], link_of_row[row[own]]
+        before = maker[backward, ends_of_links[backward, there], last[own]]
         passed = last[own] - tasks.first[before] + 1
         if s:
             yield Inputs(own, before, edges[there], passed)
             continue
-        first = Inputs(np.arange(len(link)), *(np.full_like(link, n) for n in (START, no_edge, 0)))
+        first = Inputs(np.arange(len(row)), *(np.full_like(row, n) for n in (START, no_edge, 0)))
         first.before[own], first.edge[own], first.passed[own] = before, edges[there], passed
         yield first
 
@@ -238,64 +239,48 @@ def _task_of_microbatch(tasks: TaskArrays, num_stages: int) -> Integers:
 
 
 def _common_order(
-    plan: Plan, schedule: Schedule, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]
-) -> list[tuple[int, Task]] | None:
+    plan: Plan, lists: Sequence[TaskArrays], parts: tuple[Part, ...], ahead: frozenset[str]
+) -> TaskArrays | None:
     """Tasks of all parts, once each, after all that they wait for; None if some wait for ever."""
-    lists = _lists(schedule, kinds, parts)
-    inputs = _inputs(links_in_a_step(plan, kinds, parts, schedule))
-    position = [0] * len(lists)
-    done: set[tuple[str, int, int]] = set()
-    waiting: dict[object, list[int]] = {}
-    order: list[tuple[int, Task]] = []
-    ready = deque(range(len(lists)))
-    while ready:
-        k = ready.popleft()
-        while position[k] < len(lists[k]):
-            part, task = own = lists[k][position[k]]
-            hosts = parts[part].kinds
-            away = [h for h in hosts if lists[h][position[h] : position[h] + 1] != [own]]
-            missing = [(away[0], own)] if away else _missing(task, inputs, part, done)
-            if missing:
-                waiting.setdefault(missing[0], []).append(k)
-                ready.extend(waiting.pop((k, own), ()))
-                break
-            order.append(own)
-            for host in hosts:
-                position[host] += 1
-            ready.extend(host for host in hosts if host != k)
-            for m in task.microbatches:
-                done.add((task.kind, part, m))
-                ready.extend(waiting.pop((task.kind, part, m), ()))
-    finished = all(at == len(tasks) for at, tasks in zip(position, lists, strict=True))
-    return order if finished else None
-
-
-def _lists(
-    schedule: Schedule, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]
-) -> list[list[tuple[int, Task]]]:
-    """Tasks of every kind of ranks with their parts."""
     place = {(part.stage, k): p for p, part in enumerate(parts) for k in part.kinds}
-    return [
-        [(place[Stage(task.module, task.stage), k], task) for task in schedule.tasks[kind.ranks[0]]]
-        for k, kind in enumerate(kinds)
+    stages = stage_order(plan)
+    part_of = [
+        np.array([place.get((stage, k), START) for stage in stages])[own.stage]
+        for k, own in enumerate(lists)
     ]
+    every = TaskArrays(*(np.concatenate(column) for column in zip(*lists, strict=True)))
+    every = every._replace(stage=np.concatenate(part_of))
+    # Kinds of ranks that run a task together have it in their lists each.
+    num_microbatches = int((every.first + every.count).max(initial=0))
+    key = (every.stage * 2 + every.backward) * num_microbatches + every.first
+    _, index, task, copies = np.unique(
+        key, return_index=True, return_inverse=True, return_counts=True
+    )
+    tasks = every.at(index)
+    if (copies != np.array([len(part.kinds) for part in parts])[tasks.stage]).any():
+        return None
+    ends = np.cumsum([len(own.stage) for own in lists])
+    neighbours = np.delete(np.arange(1, len(task)), ends[:-1] - 1)
+    before, after = [task[neighbours - 1]], [task[neighbours]]
+    links = links_in_a_step(plan, rank_kinds(plan), parts, ahead)
+    for inputs in data_inputs(tasks, links, len(parts), no_edge=0):
+        waits = inputs.before != START
+        before.append(inputs.before[waits])
+        after.append(inputs.task[waits])
+    order = _sorted(np.concatenate(before), np.concatenate(after), num_tasks=len(index))
+    return None if order is None else tasks.at(order)
 
 
-def _inputs(links: tuple[Link, ...]) -> dict[tuple[str, int], list[int]]:
-    """Parts whose tasks a pass of a part waits for."""
-    into: dict[tuple[str, int], list[int]] = {}
-    for link in links:
-        into.setdefault(("F", link.destination), []).append(link.source)
-        into.setdefault(("B", link.source), []).append(link.destination)
-    return into
-
-
-def _missing(
-    task: Task,
-    inputs: dict[tuple[str, int], list[int]],
-    part: int,
-    done: set[tuple[str, int, int]],
-) -> list[tuple[str, int, int]]:
-    needed = inputs.get((task.kind, part), ())
-    keys = [(task.kind, other, m) for other in needed for m in task.microbatches]
-    return [key for key in keys if key not in done]
+def _sorted(before: Integers, after: Integers, *, num_tasks: int) -> Integers | None:
+    """Positions of tasks, each behind those before it; None if there is a circle."""
+    first = np.searchsorted(np.sort(before), np.arange(num_tasks + 1)).tolist()
+    following = after[np.argsort(before, kind="stable")].tolist()
+    num_before = np.bincount(after, minlength=num_tasks)
+    order: list[int] = np.flatnonzero(num_before == 0).tolist()
+    left = num_before.tolist()
+    for task in order:
+        for other in following[first[task] : first[task + 1]]:
+            left[other] -= 1
+            if not left[other]:
+                order.append(other)
+    return np.array(order, dtype=np.int64) if len(order) == num_tasks else None

@@ -1,6 +1,6 @@
 """Whether a schedule runs to its end: which ranks meet, and who would wait for ever."""
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -59,6 +59,45 @@ def blocked_ranks(plan: Plan, steps: Sequence[Sequence[Step]]) -> tuple[Blocked,
     while ready:
         ready.extend(world.advance(ready.popleft()))
     return tuple(world.blocked())
+
+
+def rows_finish(plan: Plan, rows: Sequence[Sequence[int]], steps: Sequence[Sequence[Step]]) -> bool:
+    """Whether ranks run to their end if those of a row keep together.
+
+    Each row waits for all rows that any of its ranks meets. That is stricter than what ranks do:
+    True means that ``blocked_ranks`` finds none; after False it has to be asked.
+
+    Args:
+        plan: The plan.
+        rows: Ranks that have the same steps; every rank is in one row.
+        steps: Steps of every row; of each edge's microbatches in one order, as there.
+    """
+    row_of = {rank: number for number, ranks in enumerate(rows) for rank in ranks}
+    met: defaultdict[tuple[str | Edge, int], set[int]] = defaultdict(set)
+    for (place, rank), members in (
+        *_members_by_module(plan).items(),
+        *_members_by_edge(plan).items(),
+    ):
+        met[place, row_of[rank]].update(row_of[member] for member in members)
+    position = [0] * len(rows)
+    arrived: defaultdict[Transfer | Task, set[int]] = defaultdict(set)
+    waiting: defaultdict[Transfer | Task, list[int]] = defaultdict(list)
+    ready = deque(range(len(rows)))
+    while ready:
+        row = ready.popleft()
+        while position[row] < len(steps[row]):
+            step = steps[row][position[row]]
+            subject = step[0]
+            there = arrived[subject]
+            if not isinstance(step, Wait) and row not in there:
+                there.add(row)
+                ready.extend(waiting.pop(subject, ()))
+            place = step.task.module if isinstance(step, Compute) else step.transfer.edge
+            if not isinstance(step, Post) and not met[place, row] <= there:
+                waiting[subject].append(row)
+                break
+            position[row] += 1
+    return all(at == len(own) for at, own in zip(position, steps, strict=True))
 
 
 def needed_ranks(

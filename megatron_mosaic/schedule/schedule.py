@@ -1,12 +1,14 @@
 """A schedule: for every rank the ordered list of its tasks."""
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import needs_backward, rank_kinds
+from megatron_mosaic.schedule.graph import rank_kinds, stage_order
 from megatron_mosaic.schedule.task import Task
+from megatron_mosaic.schedule.task_arrays import TaskArrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ class Schedule:
 
 
 def restrict(
-    order: Iterable[Task], *, plan: Plan, num_microbatches: int, forward_only: bool
+    order: TaskArrays, *, plan: Plan, num_microbatches: int, forward_only: bool
 ) -> Schedule:
     """Gives every rank the tasks it hosts, in one order common to all ranks.
 
@@ -54,17 +56,18 @@ def restrict(
     have arrived at it together (a tensor-parallel group too), and every transfer it waits for
     was posted by all its participants, none of which has an older one unfinished.
 
-    Backward tasks that nobody needs are left out: in evaluation all, else those of modules
-    with nothing trainable at or upstream of them.
-
     Args:
-        order: Forward and backward tasks of all stages.
+        order: Tasks that the plan needs, of all its stages.
+        plan: The plan.
+        num_microbatches: Global microbatches of the step.
+        forward_only: Whether it is one of evaluation.
     """
-    backward = {name: not forward_only and needs_backward(plan, name) for name in plan.modules}
-    kept = [task for task in order if task.kind == "F" or backward[task.module]]
+    stages = stage_order(plan)
+    every = list(order.tasks(stages))
     tasks: list[tuple[Task, ...]] = [()] * plan.world_size
     for kind in rank_kinds(plan):
-        own = tuple(task for task in kept if (task.module, task.stage) in kind.stages)
+        hosted = np.isin(np.arange(len(stages)), [stages.index(stage) for stage in kind.stages])
+        own = tuple(every[index] for index in np.flatnonzero(hosted[order.stage]).tolist())
         for rank in kind.ranks:
             tasks[rank] = own
     return Schedule(

@@ -1,13 +1,15 @@
 """What one rank does in one step, task by task: post transfers, wait for them, compute."""
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import needs_backward
+from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward, stage_order
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.task import Task
 
 TransferKind = Literal["activation", "gradient"]
+Needs = Mapping[tuple[str, Stage], Sequence[tuple[str, Stage]]]
 
 
 class Edge(NamedTuple):
@@ -17,6 +19,13 @@ class Edge(NamedTuple):
     source_stage: int
     destination: str
     destination_stage: int
+
+    @property
+    def ends(self) -> tuple[Stage, Stage]:
+        """Where activations come from, and where they go to."""
+        return Stage(self.source, self.source_stage), Stage(
+            self.destination, self.destination_stage
+        )
 
     def __str__(self) -> str:
         return f"{self.source}.{self.source_stage} -> {self.destination}.{self.destination_stage}"
@@ -107,11 +116,13 @@ def steps_of(plan: Plan, schedule: Schedule, rank: int) -> tuple[Step, ...]:
     What a module that runs ahead made in the step before is sent by ranks that only send it at
     the beginning, and by ranks that use it before they wait for it.
     """
-    edges = edges_of(plan)
+    hosted = set(hosted_stages(plan, rank))
+    edges = tuple(edge for edge in edges_of(plan) if not hosted.isdisjoint(edge.ends))
     on = _Ends(
-        source=frozenset(edge for edge in edges if rank in participants(plan, edge)[0]),
-        destination=frozenset(edge for edge in edges if rank in participants(plan, edge)[1]),
-        kept=frozenset(edge for edge in edges if crosses_steps(schedule, edge)),
+        source=frozenset(edge for edge in edges if edge.ends[0] in hosted),
+        destination=frozenset(edge for edge in edges if edge.ends[1] in hosted),
+        returning=frozenset(edge for edge in edges if has_gradient(plan, edge)),
+        kept=frozenset(edge for edge in edges if crosses_steps(schedule.ahead, edge)),
         early=frozenset(edge for edge in edges if schedule.receives_early and _joins_modules(edge)),
     )
     steps: list[Step] = [
@@ -121,26 +132,52 @@ def steps_of(plan: Plan, schedule: Schedule, rank: int) -> tuple[Step, ...]:
         for microbatch in range(schedule.num_microbatches)
     ]
     for task in schedule.tasks[rank]:
-        arriving, leaving = _transfers(plan, edges, task)
+        arriving, leaving = _transfers(edges, on.returning, task)
         steps += [Post(transfer) for transfer in arriving if on.posts_at_wait(transfer)]
         steps += [Wait(transfer) for transfer in arriving]
         steps.append(Compute(task))
         if not schedule.forward_only:
-            leaving += _early_receives(plan, on, leaving)
+            leaving += _early_receives(on, leaving)
         steps += [Post(transfer) for transfer in leaving if transfer.edge not in on.kept]
     return tuple(steps)
 
 
-def crosses_steps(schedule: Schedule, edge: Edge) -> bool:
-    """Whether an edge leads from a module that runs a step ahead to one that does not."""
-    return edge.source in schedule.ahead and edge.destination not in schedule.ahead
+def crosses_steps(ahead: frozenset[str], edge: Edge) -> bool:
+    """Whether an edge leads from one of the modules that run a step ahead to one that does not."""
+    return edge.source in ahead and edge.destination not in ahead
+
+
+def needs_of(plan: Plan, schedule: Schedule) -> Needs:
+    """For each pass and stage the passes and stages that it takes its input from.
+
+    What a module that runs ahead gives to the step is no input: it was made before.
+    """
+    needs: dict[tuple[str, Stage], list[tuple[str, Stage]]] = {}
+    for stage in stage_order(plan):
+        needs["F", stage] = []
+        needs["B", stage] = [("F", stage)]
+    for edge in edges_of(plan):
+        here, there = edge.ends
+        if not crosses_steps(schedule.ahead, edge):
+            needs["F", there].append(("F", here))
+        needs["B", here].append(("B", there))
+    return needs
 
 
 class _Ends(NamedTuple):
-    """Edges that one rank takes part in, and what is special about some of them."""
+    """Edges that one rank takes part in, and what is special about some of them.
+
+    Args:
+        source: Edges that start at a stage of the rank.
+        destination: Edges that end at one.
+        returning: Edges over which gradients travel back.
+        kept: Edges whose activations were made in the step before.
+        early: Edges whose gradients may have their receives posted when activations are sent.
+    """
 
     source: frozenset[Edge]
     destination: frozenset[Edge]
+    returning: frozenset[Edge]
     kept: frozenset[Edge]
     early: frozenset[Edge]
 
@@ -152,14 +189,14 @@ class _Ends(NamedTuple):
         return edge not in self.destination and edge not in self.early
 
 
-def _early_receives(plan: Plan, on: _Ends, leaving: list[Transfer]) -> list[Transfer]:
+def _early_receives(on: _Ends, leaving: list[Transfer]) -> list[Transfer]:
     """Gradients of what a task sends, if this rank posts their receives now."""
     return [
         Transfer("gradient", edge, microbatch)
         for kind, edge, microbatch in leaving
         if kind == "activation"
-        and edge in on.early - on.destination - on.kept
-        and has_gradient(plan, edge)
+        and edge in on.early & on.returning
+        and edge not in on.destination | on.kept
     ]
 
 
@@ -168,16 +205,16 @@ def _joins_modules(edge: Edge) -> bool:
 
 
 def _transfers(
-    plan: Plan, edges: tuple[Edge, ...], task: Task
+    edges: Iterable[Edge], returning: Collection[Edge], task: Task
 ) -> tuple[list[Transfer], list[Transfer]]:
     """Transfers that a task waits for, and those that carry what it produces."""
     here = (task.module, task.stage)
-    into = [edge for edge in edges if (edge.destination, edge.destination_stage) == here]
-    out_of = [edge for edge in edges if (edge.source, edge.source_stage) == here]
+    into = [edge for edge in edges if edge.ends[1] == here]
+    out_of = [edge for edge in edges if edge.ends[0] == here]
     if task.kind == "F":
         kind, before, after = "activation", into, out_of
     else:
-        kind, before, after = "gradient", out_of, [e for e in into if has_gradient(plan, e)]
+        kind, before, after = "gradient", out_of, [edge for edge in into if edge in returning]
     return (
         [Transfer(kind, edge, m) for edge in before for m in task.microbatches],
         [Transfer(kind, edge, m) for edge in after for m in task.microbatches],

@@ -3,15 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import ScheduleError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.drawing import draw
-from megatron_mosaic.schedule.graph import Stage, hosted_stages, needs_backward
-from megatron_mosaic.schedule.play import needs_of
-from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks
+from megatron_mosaic.schedule.graph import Stage, needs_backward, rank_kinds
+from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks, rows_finish
 from megatron_mosaic.schedule.schedule import Schedule, peak_live
 from megatron_mosaic.schedule.steps import (
     Edge,
@@ -20,22 +19,24 @@ from megatron_mosaic.schedule.steps import (
     TransferKind,
     communicators,
     edges_of,
+    needs_of,
     steps_of,
 )
 from megatron_mosaic.schedule.task import Task
 
 
-class ScheduleError(PlanError):
-    """A schedule cannot run, or does not do what its plan asks for.
+class _Row(NamedTuple):
+    """Ranks that host the same stages and have the same list of tasks.
 
     Args:
-        message: One line.
-        table: The offending rows, drawn.
+        ranks: The ranks, ascending.
+        hosted: The stages.
+        tasks: The list.
     """
 
-    def __init__(self, message: str, *, table: str) -> None:
-        super().__init__(message)
-        self.table = table
+    ranks: tuple[int, ...]
+    hosted: tuple[Stage, ...]
+    tasks: tuple[Task, ...]
 
 
 def verify(plan: Plan, schedule: Schedule) -> None:
@@ -49,19 +50,33 @@ def verify(plan: Plan, schedule: Schedule) -> None:
         ScheduleError: One of these does not hold. The message is one line; ``table`` shows the
             ranks concerned.
     """
-    _check_tasks(plan, schedule)
-    _check_order(plan, schedule)
-    steps = _all_steps(plan, schedule)
-    _check_transfers(plan, schedule, steps)
-    _check_progress(plan, schedule, steps)
-    _check_live(plan, schedule)
-
-
-def _check_tasks(plan: Plan, schedule: Schedule) -> None:
     assert len(schedule.tasks) == plan.world_size
+    rows = _rows(plan, schedule)
+    _check_tasks(plan, schedule, rows)
+    _check_order(plan, schedule, rows)
+    steps = [steps_of(plan, schedule, row.ranks[0]) for row in rows]
+    _check_transfers(plan, schedule, rows, steps)
+    _check_progress(plan, schedule, rows, steps)
+    _check_live(plan, schedule, rows)
+
+
+def _rows(plan: Plan, schedule: Schedule) -> list[_Row]:
+    """All ranks, in the order of the first of each row; replicas are not checked one by one."""
+    kinds = rank_kinds(plan)
+    idle = set(range(plan.world_size)).difference(*(kind.ranks for kind in kinds))
+    found = []
+    for stages, ranks in (*kinds, ((), sorted(idle))):
+        # Builders give replicas one list; comparing thousands of tasks for each would take long.
+        same: dict[int, list[int]] = {}
+        for rank in ranks:
+            same.setdefault(id(schedule.tasks[rank]), []).append(rank)
+        found += [_Row(tuple(own), stages, schedule.tasks[own[0]]) for own in same.values()]
+    return sorted(found, key=lambda row: row.ranks[0])
+
+
+def _check_tasks(plan: Plan, schedule: Schedule, rows: Sequence[_Row]) -> None:
     groups = {name: _groups(plan, schedule, name) for name in plan.modules}
-    for rank, tasks in enumerate(schedule.tasks):
-        hosted = hosted_stages(plan, rank)
+    for ranks, hosted, tasks in rows:
         expected = {
             Task(kind, *stage, group)
             for stage in hosted
@@ -73,12 +88,12 @@ def _check_tasks(plan: Plan, schedule: Schedule) -> None:
             if task not in expected:
                 names = ", ".join(f"{name}.{stage}" for name, stage in hosted) or "nothing"
                 rule = f"must be a task that the plan needs of {names}; remove it"
-                raise _error(schedule, [rank], f"task={task} {rule}", at=task)
+                raise _error(schedule, ranks[:1], f"task={task} {rule}", at=task)
         for task in sorted(expected):
             if counts[task] != 1:
                 advice = "add it" if counts[task] == 0 else "remove the others"
                 rule = f"must run once, not {counts[task]} times; {advice}"
-                raise _error(schedule, [rank], f"task={task} {rule}", at=task)
+                raise _error(schedule, ranks[:1], f"task={task} {rule}", at=task)
 
 
 def _groups(plan: Plan, schedule: Schedule, module: str) -> list[tuple[int, ...]]:
@@ -102,10 +117,9 @@ def _kinds(plan: Plan, schedule: Schedule, module: str) -> tuple[Literal["F", "B
     return ("F",) if forward_only else ("F", "B")
 
 
-def _check_order(plan: Plan, schedule: Schedule) -> None:
+def _check_order(plan: Plan, schedule: Schedule, rows: Sequence[_Row]) -> None:
     needs = needs_of(plan, schedule)
-    for rank, tasks in enumerate(schedule.tasks):
-        hosted = hosted_stages(plan, rank)
+    for ranks, hosted, tasks in rows:
         producer = {(task.kind, task[1:3], m): task for task in tasks for m in task.microbatches}
         done: set[Task] = set()
         for task in tasks:
@@ -116,35 +130,29 @@ def _check_order(plan: Plan, schedule: Schedule) -> None:
                     before = producer[kind, stage, m]
                     if before not in done:
                         rule = f"must come after {before}; move it behind"
-                        raise _error(schedule, [rank], f"task={task} {rule}", at=task)
+                        raise _error(schedule, ranks[:1], f"task={task} {rule}", at=task)
             done.add(task)
 
 
-def _all_steps(plan: Plan, schedule: Schedule) -> list[tuple[Step, ...]]:
-    """Steps of every rank; replicas share one tuple, which keeps large worlds quick."""
-    known: dict[tuple[tuple[Stage, ...], tuple[Task, ...]], tuple[Step, ...]] = {}
-    steps = []
-    for rank, tasks in enumerate(schedule.tasks):
-        key = hosted_stages(plan, rank), tasks
-        if key not in known:
-            known[key] = steps_of(plan, schedule, rank)
-        steps.append(known[key])
-    return steps
-
-
-def _check_transfers(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]]) -> None:
+def _check_transfers(
+    plan: Plan, schedule: Schedule, rows: Sequence[_Row], steps: Sequence[Sequence[Step]]
+) -> None:
     posts: defaultdict[tuple[int, TransferKind, Edge], list[int]] = defaultdict(list)
-    for rank, steps_of_rank in enumerate(steps):
-        for step in steps_of_rank:
+    for number, steps_of_row in enumerate(steps):
+        for step in steps_of_row:
             if isinstance(step, Post):
                 kind, edge, microbatch = step.transfer
-                posts[rank, kind, edge].append(microbatch)
+                posts[number, kind, edge].append(microbatch)
+    row_of = {rank: number for number, row in enumerate(rows) for rank in row.ranks}
     for edge in edges_of(plan):
+        pairs: dict[tuple[int, int], tuple[int, int]] = {}
+        for first, *others in communicators(plan, edge):
+            for other in others:
+                pairs.setdefault((row_of[first], row_of[other]), (first, other))
         for kind in get_args(TransferKind):
-            for first, *others in communicators(plan, edge):
-                for other in others:
-                    orders = posts[first, kind, edge], posts[other, kind, edge]
-                    _check_equal_order(schedule, kind, edge, (first, other), orders)
+            for (row, other_row), ranks in pairs.items():
+                orders = posts[row, kind, edge], posts[other_row, kind, edge]
+                _check_equal_order(schedule, kind, edge, ranks, orders)
 
 
 def _check_equal_order(
@@ -172,8 +180,16 @@ def _check_equal_order(
             )
 
 
-def _check_progress(plan: Plan, schedule: Schedule, steps: list[tuple[Step, ...]]) -> None:
-    blocked = {entry.rank: entry for entry in blocked_ranks(plan, steps)}
+def _check_progress(
+    plan: Plan, schedule: Schedule, rows: Sequence[_Row], steps: Sequence[Sequence[Step]]
+) -> None:
+    if rows_finish(plan, [row.ranks for row in rows], steps):
+        return
+    every: list[Sequence[Step]] = [()] * plan.world_size
+    for row, steps_of_row in zip(rows, steps, strict=True):
+        for rank in row.ranks:
+            every[rank] = steps_of_row
+    blocked = {entry.rank: entry for entry in blocked_ranks(plan, every)}
     if not blocked:
         return
     circle = _circle(blocked)
@@ -196,18 +212,16 @@ def _circle(blocked: dict[int, Blocked]) -> list[Blocked]:
     return [blocked[rank] for rank in path[path.index(following) :]]
 
 
-def _check_live(plan: Plan, schedule: Schedule) -> None:
+def _check_live(plan: Plan, schedule: Schedule, rows: Sequence[_Row]) -> None:
     bound = cache(partial(max_live, plan, num_microbatches=schedule.num_microbatches))
-    live_of: dict[tuple[tuple[Task, ...], Stage], int] = {}
-    for rank, tasks in enumerate(schedule.tasks):
-        for stage in hosted_stages(plan, rank):
-            if (tasks, stage) not in live_of:
-                live_of[tasks, stage] = peak_live(schedule, rank, stage.module, stage=stage.stage)
-            live, most = live_of[tasks, stage], bound(stage)
+    for ranks, hosted, _ in rows:
+        for stage in hosted:
+            live = peak_live(schedule, ranks[0], stage.module, stage=stage.stage)
+            most = bound(stage)
             if live > most:
                 raise _error(
                     schedule,
-                    [rank],
+                    ranks[:1],
                     f"live={live} tasks of {_name(plan, stage)} must be <= {most}, the bound of "
                     f"kind={plan.schedule.kind}; run backward tasks earlier",
                 )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_mosaic.cluster.shipped import load_cluster
@@ -52,6 +54,9 @@ MODEL = ModelSpec(
     edges=(("vision", "language"),),
 )
 
+FROZEN_VISION = replace(
+    MODEL, modules={"vision": replace(VISION, trainable=()), "language": LANGUAGE}
+)
 
 CLUSTER = load_cluster("h100")
 
@@ -129,3 +134,43 @@ def test_samples_of_the_fullest_replica_are_those_of_the_task():
     )
 
     assert samples_per_task(plan, "vision") == 3
+
+
+@pytest.mark.parametrize(
+    ("ahead", "first", "last"),
+    [
+        # On the first rank two microbatches of language are live when rows of one wait at most:
+        # vF0 F0 vF1 F1 vF2 B0 vF3 F2 B1 ... On the last one: vF0 vF1 F0 B0 F1 B1 ...
+        (False, (2, 2), (1, 2)),
+        # Rows of all four microbatches are there when the step begins. F0 F1 vF0 vF1 B0 ... take
+        # two of them and make two of the next step; vF0 F0 B0 F1 B1 ... make one first.
+        (True, (2, 4), (1, 5)),
+    ],
+)
+def test_plan_memory_holds_rows_of_a_frozen_encoder_until_they_are_taken(ahead, first, last):
+    place_vision = place("vision", 0, 1, dp=2, trainable=())
+    places = place_vision, place("language", 0, 1, pp=2)
+    plan = plan_of("bubble_fill", *places, num_microbatches=4, ahead=ahead)
+    costs = CostModel(FROZEN_VISION, CLUSTER)
+    language = [stage.memory for stage in costs.plan_stages(plan)["language"]]
+
+    memory = costs.plan_memory(plan).values()
+
+    # 256 tokens of a microbatch, 512 numbers of 2 bytes each.
+    rows_bytes = 256 * 512 * 2
+    assert [terms["activations"] for terms in memory] == [
+        tasks * stage.activations_per_task + rows * rows_bytes
+        for stage, (tasks, rows) in zip(language, (first, last), strict=True)
+    ]
+
+
+def test_plan_memory_of_ranks_of_a_frozen_encoder_ahead_holds_rows_of_two_steps():
+    vision = place("vision", 2, trainable=())
+    places = vision, place("language", 0, 1, pp=2)
+    plan = plan_of("bubble_fill", *places, num_microbatches=4, group=2, ahead=True)
+
+    memory = CostModel(FROZEN_VISION, CLUSTER).plan_memory(plan)
+
+    # Nothing on the rank says when language takes rows: four microbatches of this step, and four
+    # of the next, of 256 tokens of 512 numbers of 2 bytes each.
+    assert memory[(Stage("vision", 0),)]["activations"] == 8 * 256 * 512 * 2

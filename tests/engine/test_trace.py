@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_mosaic.engine.progress import Progress
-from megatron_mosaic.engine.trace import DeviceClock, HostClock, TaskTrace
+from megatron_mosaic.engine.trace import DeviceClock, HostClock, TaskTrace, remove_former_ranks
 from megatron_mosaic.schedule.measured import read_trace
 from megatron_mosaic.schedule.steps import Compute, Edge, Post, Transfer
 from megatron_mosaic.schedule.task import Task
@@ -121,7 +121,6 @@ def test_step_that_finds_the_device_idle_starts_by_the_clock_of_the_host(tmp_pat
 
 
 def _first_start_s(folder, line):
-
     return json.loads((folder / "rank0.jsonl").read_text().splitlines()[line])["start_s"]
 
 
@@ -133,6 +132,30 @@ def test_trace_after_an_error_waits_for_nothing(tmp_path):
 
     assert device.synchronized == 1
     assert (tmp_path / "rank0.jsonl").read_text() == ""
+
+
+def test_trace_of_a_device_that_failed_leaves_the_error_as_it_was(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    trace = _trace_on(device := Device(), tmp_path)
+    _walk(trace, device, 1.0)
+    monkeypatch.setattr(Event, "query", fail)
+
+    assert trace.__exit__(KeyError, KeyError("lost"), None) is None
+
+
+def test_trace_of_a_run_on_more_ranks_is_not_mixed_with_the_next_one(tmp_path):
+    for rank in range(3):
+        with TaskTrace(tmp_path, rank=rank, clock=HostClock()) as trace:
+            trace.begin_step(forward_only=False)
+            trace.begin_task()
+            trace.end_task(FORWARD)
+
+    remove_former_ranks(tmp_path, world_size=2)
+
+    (step,) = read_trace(tmp_path)
+    assert list(step.spans) == [0, 1]
 
 
 def test_evaluation_is_not_traced(tmp_path):

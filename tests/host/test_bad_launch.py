@@ -128,6 +128,17 @@ def test_contradiction_stops_every_rank_with_one_line(tmp_path, options, changes
     _check(outcomes, pattern)
 
 
+def test_trace_that_a_rank_cannot_write_stops_every_rank_with_one_line(tmp_path):
+    plan = _write(tmp_path, "plan.yaml")
+    folder = tmp_path / "trace"
+    (folder / "rank1.jsonl").mkdir(parents=True)
+
+    options = ["--mosaic-trace", str(folder)]
+    outcomes = run_ranks(_stop, 2, [plan, plan], options, init=False, timeout_s=60)
+
+    _check(outcomes, r"mosaic_trace=\S+ must be a folder in which rank 1 can write, not give 'Is a")
+
+
 @pytest.mark.parametrize(
     ("modules", "options", "pattern"),
     [

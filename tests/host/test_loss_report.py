@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.host_reads import host_reads
 from tests.ranks import run_ranks
 
 
@@ -19,6 +20,7 @@ def _reduce(rank, steps):
         }
         try:
             losses, _ = report.reduce(of_module, num_tokens=1, replicas=1, forward_only=False)
+            report.check()
         except HostError as error:
             return str(error)
     return {key: value.tolist() for entry in losses for key, value in entry.items()}
@@ -59,3 +61,20 @@ def test_loss_function_that_reports_unlike_microbatches_stops_all_ranks(changed)
 
     assert "must be what it reported in the first step, ['loss']" in one
     assert other == "run: rank 0 stopped"
+
+
+def _reads_of_the_second_step(rank):
+    from megatron_mosaic.host.loss_report import LossReport
+
+    report = LossReport(dist.group.WORLD)
+    losses = {"language": [{"lm loss": torch.tensor([3.0, 2.0])}]}
+    options = {"num_tokens": 2, "replicas": 2, "forward_only": False}
+    report.reduce(losses, **options)
+    with host_reads() as found:
+        report.reduce(losses, **options)
+    return found
+
+
+def test_losses_are_reduced_without_waiting_for_the_device():
+    # Gradients are reduced next: what reads the losses on the host would hold that back.
+    assert run_ranks(_reads_of_the_second_step, 2) == [[], []]

@@ -49,6 +49,36 @@ def test_stages_of_a_rank_see_a_pipeline_of_all_stages():
     ]
 
 
+def _first_of_replicas(rank, placement):
+    from megatron_mosaic.host.groups import ModuleGroups
+
+    groups = {
+        host: ModuleGroups(
+            placement=placement,
+            position=placement.coordinates(host),
+            expert_position=placement.expert_coordinates(host),
+            collection=SimpleNamespace(),
+        )
+        for host in placement.ranks
+    }
+    return [host for host, own in groups.items() if own.is_first_of_replica]
+
+
+def test_one_rank_of_each_replica_saves_its_loader():
+    # tp-cp-dp-pp, fastest first: replicas are {0, 1, 2, 3, 8, ...} and {4, 5, 6, 7, 12, ...}.
+    placement = ModulePlacement(
+        name="language",
+        ranks=tuple(range(16)),
+        tensor_model_parallel_size=2,
+        context_parallel_size=2,
+        data_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+    )
+
+    assert run_ranks(_first_of_replicas, 1, placement) == [[0, 4]]
+
+
 def _ask_parallel_state(rank):
     from megatron.core import parallel_state
 

@@ -20,6 +20,7 @@ FACTORS: dict[str, tuple] = {
     "placement": ("equal", "disjoint", "overlapping", "interleaved", "idle"),
     "frozen": ("nothing", "encoder", "vision", "language"),
     "images": ("one", "ragged", "sparse"),
+    "virtual": ("nothing", "language", "vision", "both"),
 }
 MAX_LANGUAGE_RANKS = 4
 
@@ -35,6 +36,8 @@ TRAINABLE = {
     "vision": (", trainable: []", ""),
     "language": ("", ", trainable: []"),
 }
+# Uneven splits over two virtual stages, by the pipeline-parallel size, and the layers in all.
+VIRTUAL_SPLITS = {1: [3, 1], 2: [1, 3, 2, 1]}
 EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type"]
 
 
@@ -49,6 +52,7 @@ class Case:
         placement: How the ranks of both modules lie to each other.
         frozen: What does not train.
         images: Images of a sample, as the parity script names them.
+        virtual: Which modules have two stages on each rank.
     """
 
     tp: int
@@ -61,6 +65,7 @@ class Case:
     placement: str
     frozen: str
     images: str
+    virtual: str
 
     @property
     def name(self) -> str:
@@ -71,7 +76,9 @@ class Case:
             if (size := getattr(self, axis)) > 1
         )
         parts = (sizes or "one", "sp" * self.sp, f"v{self.vision}", self.placement)
-        return "-".join(part for part in (*parts, f"frozen_{self.frozen}", self.images) if part)
+        parts += (f"frozen_{self.frozen}", self.images)
+        parts += (f"virtual_{self.virtual}",) if self.virtual != "nothing" else ()
+        return "-".join(part for part in parts if part)
 
     @property
     def is_legal(self) -> bool:
@@ -115,13 +122,14 @@ class Case:
     def options(self) -> list[str]:
         """What the script is given."""
         experts = [*EXPERTS, "alltoall"] if self.ep > 1 else []
-        return ["--images", self.images, *FREEZING[self.frozen], *experts]
+        depths = [*self._depth("encoder", "vision"), *self._depth("decoder", "language")]
+        return ["--images", self.images, *FREEZING[self.frozen], *experts, *depths]
 
     def plan(self) -> str:
         """Text of the plan file."""
         vision, language, world_size = self.ranks()
         trainable = TRAINABLE[self.frozen]
-        kind = "1f1b" if set(vision).isdisjoint(language) else "colocated, encoder_group: 2"
+        kind = self._schedule_kind(apart=set(vision).isdisjoint(language))
         return (
             f"format: 1\nworld_size: {world_size}\nglobal_batch_size: 16\nmicro_batch_size: 2\n"
             f"modules:\n"
@@ -130,11 +138,35 @@ class Case:
             f"edges: [[vision, language]]\nschedule: {{kind: {kind}}}\n"
         )
 
+    def _schedule_kind(self, *, apart: bool) -> str:
+        if self._is_virtual("language"):
+            return "interleaved" if apart and self.pp > 1 else "bubble_fill, encoder_group: 2"
+        return "1f1b" if apart else "colocated, encoder_group: 2"
+
+    def _is_virtual(self, module: str) -> bool:
+        return self.virtual in (module, "both")
+
+    def _split(self, module: str) -> list[int]:
+        stages = self.pp if module == "language" else 1 + (self.vision == "pp")
+        return VIRTUAL_SPLITS[stages]
+
+    def _depth(self, block: str, module: str) -> list[str]:
+        if not self._is_virtual(module):
+            return []
+        return [f"--{block}-num-layers", str(sum(self._split(module)))]
+
+    def _virtual_sizes(self, module: str) -> str:
+        if not self._is_virtual(module):
+            return ""
+        split = self._split(module)
+        return f", virtual_pipeline_model_parallel_size: 2, layers_per_stage: {split}"
+
     def _vision_sizes(self, count: int) -> str:
+        virtual = self._virtual_sizes("vision")
         if self.vision == "pp":
-            return f"pipeline_model_parallel_size: 2, data_parallel_size: {count // 2}"
+            return f"pipeline_model_parallel_size: 2, data_parallel_size: {count // 2}{virtual}"
         axis = {"dp": "data", "tp": "tensor_model", "cp": "context"}[self.vision]
-        return f"{axis}_parallel_size: {count}"
+        return f"{axis}_parallel_size: {count}{virtual}"
 
     def _language_sizes(self) -> str:
         sizes = {
@@ -149,7 +181,7 @@ class Case:
             written.append("sequence_parallel: true")
         if self.ep > 1 and self.cp * self.dp == 1:
             written.append("expert_tensor_parallel_size: 1")
-        return "".join(f", {each}" for each in written)
+        return "".join(f", {each}" for each in written) + self._virtual_sizes("language")
 
 
 @cache

@@ -50,8 +50,9 @@ ARGUMENTS = [
     "0",
     "--hidden-dropout",
     "0",
+    # After step 3, and twice at the end: of validation and of test data.
     "--eval-interval",
-    "2",
+    "3",
     "--eval-iters",
     "1",
     "--log-interval",

@@ -17,6 +17,7 @@ PLAN_OF = {plan.stem: plan for plan in PLANS}
 SHARDED = ("--use-distributed-optimizer",)
 SEVERAL = ("--modalities", "vision", "audio", *SHARDED)
 OUTPUT = ("--modalities", "vision", "generator", *SHARDED)
+FROZEN = ("--freeze-ViT", "--freeze-projection")
 TIED = ("--tie-embeddings", *SHARDED)
 DROPOUT = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
 # Samples of one length, so that no layout pads: padding would have a part in the auxiliary loss.
@@ -24,6 +25,8 @@ EXPERTS = (
     *("--num-experts", "4", "--moe-router-topk", "2", "--moe-aux-loss-coeff", "1e-1"),
     *("--moe-token-dispatcher-type", "alltoall", "--images", "two", "--text-length", "10"),
 )
+# Enough layers for an uneven split over the stages of plans that have two on each rank.
+DEEP = ("--encoder-num-layers", "5", "--decoder-num-layers", "5", *SHARDED)
 SAVED_STEP = 2
 
 
@@ -87,6 +90,8 @@ def _without_copy(own: dict, other: dict) -> dict:
         ("colocated_v2_l2", "virtual_pp2", SHARDED),
         ("virtual_vision", "virtual_uneven_disjoint", SHARDED),
         ("virtual_uneven_disjoint", "colocated_v2_l2pp2", SHARDED),
+        ("virtual_uneven_vision", "one_rank", DEEP),
+        ("colocated_v2_l2", "virtual_uneven_vision", DEEP),
         ("virtual_tied_one_rank", "virtual_tied_pp2", TIED),
         ("virtual_tied_pp2", "virtual_tied_one_rank", TIED),
     ],
@@ -122,7 +127,7 @@ def test_experts_resume_on_other_ranks(saved_under, resumed_under, options):
 
 
 def test_frozen_modules_are_saved_and_loaded():
-    frozen = ("--freeze-ViT", "--freeze-projection", *SHARDED)
+    frozen = (*FROZEN, *SHARDED)
     through, folder = _saved("frozen_vision", frozen)
 
     resumed = _run("frozen_vision", *frozen, "--load", folder, "--ckpt-step", str(SAVED_STEP))
@@ -130,11 +135,19 @@ def test_frozen_modules_are_saved_and_loaded():
     assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["colocated_vtp2_ldp2", "virtual_pp2"])
-def test_dropout_continues_where_a_checkpoint_stopped(name):
-    through, folder = _saved(name, DROPOUT)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("colocated_vtp2_ldp2", ()),
+        ("virtual_uneven_vision", DEEP),
+        ("virtual_uneven_vision_ahead", (*FROZEN, "--encoder-num-layers", "4", *SHARDED)),
+    ],
+)
+def test_dropout_continues_where_a_checkpoint_stopped(name, options):
+    options = (*options, *DROPOUT)
+    through, folder = _saved(name, options)
 
-    resumed = _run(name, *DROPOUT, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+    resumed = _run(name, *options, "--load", folder, "--ckpt-step", str(SAVED_STEP))
 
     for name, weight in through.weights[-1].items():
         np.testing.assert_array_equal(resumed.weights[-1][name], weight, name)

@@ -14,8 +14,8 @@ from megatron_mosaic.planner.legal_sizes import language_sizes
 from megatron_mosaic.planner.placements import every_candidate
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import read_pins
-from megatron_mosaic.planner.rerank import simulated
 from megatron_mosaic.planner.search import search
+from megatron_mosaic.planner.simulated import simulated
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.graph import Stage
 from tests.planner.problems import cluster, cost_model, encoder, language, model, problem

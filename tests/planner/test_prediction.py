@@ -6,7 +6,11 @@ import yaml
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import parse_ranks
 from megatron_mosaic.planner.planner import make_plan
-from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
+from megatron_mosaic.report.prediction import (
+    predicted_timeline,
+    read_baseline,
+    read_prediction,
+)
 from tests.planner.test_plans import SMALL
 
 
@@ -39,3 +43,17 @@ def test_notes_have_memory_for_every_rank_that_hosts_a_module(answer):
     written = [yaml.safe_load(bar["ranks"]) for bar in plan.predicted["memory_bytes"]]
     noted = [rank for ranks in written for rank in parse_ranks("ranks", ranks)]
     assert sorted(noted) == sorted(hosts)
+
+
+def test_notes_hold_the_homogeneous_plan_with_the_times_of_its_tasks(answer):
+    plan = Plan.loads(answer.plan().to_yaml(), where="plan.yaml")
+
+    baseline = read_baseline(plan)
+
+    assert baseline is not None
+    assert answer.baseline is not None
+    assert baseline.plan.digest() == answer.baseline.plan.digest()
+    terms = answer.baseline.step.breakdown
+    tasks_s = predicted_timeline(*baseline).makespan_s
+    step_s = tasks_s + terms.sync_s + terms.optimizer_s
+    assert step_s == pytest.approx(answer.baseline.step_s, rel=1e-4)

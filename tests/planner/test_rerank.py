@@ -10,6 +10,7 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner.explanation import explain
 from megatron_mosaic.planner.planner import make_plan
+from megatron_mosaic.planner.simulated import simulated
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
 from tests.planner.problems import cluster, encoder, language, model, problem
@@ -66,6 +67,49 @@ def test_waits_of_a_pipeline_are_filled_with_encoder_tasks():
     verify(plan, build_schedule(plan))
     assert answer.choice.step_s < paused.choice.step_s
     assert answer.choice.step.peak_bytes <= asked.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "placement", "words"),
+    [
+        (4, "colocated", "with encoder tasks in the waits of its pipeline and"),
+        (6, "disjoint", "with"),
+    ],
+)
+def test_frozen_encoders_a_step_ahead_win_where_language_waits_for_them(num_gpus, placement, words):
+    frozen = encoder("vision", trainable=())
+    # With its layers in one piece; chunks have a test of their own.
+    pins = {**DEEP, "placement": placement, "vision.layers_per_stage": "[6]"}
+    asked = problem(model(frozen), num_gpus, 8, pins=pins)
+
+    answer = make_plan(asked)
+
+    plan = Plan.loads(answer.plan().to_yaml(), where="plan.yaml")
+    assert plan.schedule.ahead
+    verify(plan, build_schedule(plan))
+    in_step = simulated(answer.choice.estimate, asked, answer.cost_model)
+    assert answer.choice.step_s < in_step.step_s
+    assert answer.choice.step.peak_bytes <= asked.memory_bytes
+    sentence = explain(answer).sentences[0]
+    assert sentence.startswith(f"The {placement} layout {words} frozen encoders a step ahead takes")
+
+
+def test_encoders_in_layer_chunks_win_where_waits_are_short():
+    pins = {**DEEP, "placement": "colocated", "schedule.encoder_group": "2"}
+    pins["vision.tensor_model_parallel_size"] = "1"
+    spec = model(encoder("vision", tokens=2048, trainable=None))
+    whole = make_plan(problem(spec, 4, 8, pins={**pins, "vision.layers_per_stage": "[6]"}))
+
+    answer = make_plan(problem(spec, 4, 8, pins=pins))
+
+    plan = Plan.loads(answer.plan().to_yaml(), where="plan.yaml")
+    vision = plan.modules["vision"]
+    assert vision.pipeline_model_parallel_size == 1
+    assert vision.virtual_pipeline_model_parallel_size == 2
+    verify(plan, build_schedule(plan))
+    assert whole.choice.plan.modules["vision"].virtual_pipeline_model_parallel_size == 1
+    assert answer.choice.step_s < whole.choice.step_s
+    assert "encoder tasks, cut into layer chunks, in the waits" in explain(answer).sentences[0]
 
 
 def test_encoders_on_ranks_of_their_own_feed_an_interleaved_pipeline():

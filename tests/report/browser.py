@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,25 @@ _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key of a refe
 
 
 def missing() -> str | None:
-    """Says what is not installed; ``None`` if all is."""
+    """Says what does not run here; ``None`` if all does."""
     if _program() is None:
-        return f"none of {', '.join(NAMES)} is installed; tools/browser.sh installs one"
-    if shutil.which("chromedriver") is None:
-        return "chromedriver is not installed; tools/browser.sh installs it"
+        return f"none of {', '.join(NAMES)} runs here; tools/browser.sh installs one"
+    if not _runs("chromedriver"):
+        return "chromedriver does not run here; tools/browser.sh installs it"
     return None
 
 
+@cache
 def _program() -> str | None:
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    return next(filter(_runs, NAMES), None)
+
+
+def _runs(name: str) -> bool:
+    """Whether a program is there, and not only a script that tells how to install it."""
+    path = shutil.which(name)
+    return (
+        path is not None and not subprocess.run([path, "--version"], capture_output=True).returncode
+    )
 
 
 class Browser:
@@ -36,8 +46,16 @@ class Browser:
         self._session = f"{address}/session/{session}"
 
     def open(self, path: Path) -> None:
-        """Opens a file, and waits until it is loaded."""
+        """Opens a report, and waits until it is drawn."""
         self._post("url", url=path.as_uri())
+        drawn = "document.getElementById('rows').dataset.whole"
+        self._post(
+            "execute/async",
+            script="const [done] = arguments; const look = () =>"
+            f" ({drawn} ? done() : requestAnimationFrame(look));"
+            "look();",
+            args=[],
+        )
 
     def script(self, source: str, *arguments: Any) -> Any:
         """Runs the body of a function in the page."""
@@ -149,7 +167,7 @@ def _wishes(folder: Path) -> dict[str, Any]:
         f"--user-data-dir={folder}",
     ]
     return {
-        "goog:chromeOptions": {"binary": _program(), "args": arguments},
+        "goog:chromeOptions": {"binary": shutil.which(_program() or ""), "args": arguments},
         "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
     }
 

@@ -1,11 +1,40 @@
 """Plans that reports are tested with, and traces of them as a run writes them."""
 
 import json
+from dataclasses import replace
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
-from tests.report.test_report import PLAN, PREDICTED
 
+PLAN = """\
+format: 1
+world_size: 4
+global_batch_size: 4
+micro_batch_size: 1
+modules:
+  vision: {ranks: 0-1, data_parallel_size: 2}
+  language: {ranks: 2-3, pipeline_model_parallel_size: 2}
+edges: [[vision, language]]
+schedule: {kind: 1f1b}
+"""
+PREDICTED = """\
+predicted:
+  step_s: 2.0
+  baseline_step_s: 3.0
+  breakdown: {compute_s: 1.0, communication_s: 0.2, bubble_s: 0.7, sync_s: 0.06, optimizer_s: 0.04}
+  baseline:
+    breakdown: {compute_s: 2.0, communication_s: 0.5, bubble_s: 0.5, sync_s: 0.0, optimizer_s: 0.0}
+    layout: TP2 PP2
+  memory_bytes:
+  - {ranks: 0-1, weights: 10737418240, gradients: 21474836480, working: 0}
+  - {ranks: 2-3, weights: 32212254720, optimizer: 10737418240, activations: 10737418240}
+  capacity_bytes: 85899345920
+  tasks_s:
+    vision.0: [1.0, 1.0]
+    language.0: [1.0, 2.0]
+    language.1: [1.0, 2.0]
+  transfers_s: {vision.0 -> language.0: 1.0}
+"""
 TASK_BYTES = """\
   task_bytes: {vision.0: 1073741824, language.0: 5368709120, language.1: 10737418240}
 """
@@ -13,6 +42,27 @@ TASK_BYTES = """\
 
 def small_plan(predicted=PREDICTED + TASK_BYTES):
     return Plan.loads(PLAN + predicted, where="plan.yaml")
+
+
+LAYOUT_NOTE = "    layout: TP2 PP2\n"
+BASELINE_NOTES = """\
+    plan:
+      micro_batch_size: 1
+      modules:
+        vision: {ranks: 0-1, tensor_model_parallel_size: 2}
+        language: {ranks: 0-3, tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2}
+      schedule: {kind: colocated, encoder_group: 1}
+    step_s: 3.0
+    tasks_s:
+      vision.0: [2.0, 2.0]
+      language.0: [2.0, 4.0]
+      language.1: [2.0, 4.0]
+"""
+
+
+def compared_plan():
+    """The small plan with its homogeneous one: vision on the first stage of language."""
+    return small_plan(PREDICTED.replace(LAYOUT_NOTE, LAYOUT_NOTE + BASELINE_NOTES) + TASK_BYTES)
 
 
 def filled_plan():
@@ -53,6 +103,19 @@ schedule: {kind: colocated, encoder_group: 8}
 """,
         where="plan.yaml",
     )
+
+
+def large_compared_plan():
+    """The same with times, and as its homogeneous plan one with twice as many microbatches."""
+    plan = large_plan()
+    stages = ["vision.0", *(f"language.{stage}" for stage in range(32))]
+    tasks_s = {stage: [0.0101, 0.0203] for stage in stages}
+    sizes = {"tensor_model_parallel_size": 8, "data_parallel_size": 16}
+    modules = {**plan.modules, "language": replace(plan.language, **sizes)}
+    other = replace(plan, modules=modules)
+    baseline = {"plan": other.layout_notes(), "step_s": 9.0, "tasks_s": tasks_s}
+    predicted = {"step_s": 8.0, "tasks_s": tasks_s, "baseline": baseline}
+    return replace(plan, predicted=predicted)
 
 
 def write_trace(plan, folder, *, slower=1.25, steps=3):

@@ -1,18 +1,25 @@
 """The report's page, in a browser: what a person sees, points at and presses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megatron_mosaic.cli import main
 from megatron_mosaic.report.page import write_page
 from tests.report import browser
-from tests.report.plans import TASK_BYTES, filled_plan, large_plan, small_plan, write_trace
-from tests.report.test_report import PLAN, PREDICTED
+from tests.report.plans import (
+    PLAN,
+    PREDICTED,
+    TASK_BYTES,
+    compared_plan,
+    filled_plan,
+    large_compared_plan,
+    small_plan,
+    write_trace,
+)
 
-pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
-
-RIGHT, AXIS = 64, 26  # pixels beside and above the rows
+RIGHT = 64  # pixels beside the rows
 # vF0 1 s, transfer 1 s, F0 on both stages 2 s; then language.1 works without a gap but before F3:
 # vF3 waits for vB0, so F3 is a second late. 4 * 3 - 1 + 1 s, B3 2 s, transfer 1 s, vB3 1 s.
 STEP_S = 4 + 12 + 2 + 1 + 1
@@ -21,6 +28,8 @@ ONCE_S = 0.06 + 0.04
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
+    if reason := browser.missing():
+        pytest.skip(reason)
     with browser.started(tmp_path_factory.mktemp("profile")) as started:
         yield started
 
@@ -29,8 +38,9 @@ def window(tmp_path_factory):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     write_page(small_plan(), folder / "small.html", name="plan.yaml")
-    write_page(large_plan(), folder / "large.html", name="large.yaml")
+    write_page(large_compared_plan(), folder / "large.html", name="large.yaml")
     write_page(small_plan(""), folder / "bare.html", name="bare.yaml")
+    write_page(compared_plan(), folder / "compared.html", name="plan.yaml")
     write_trace(small_plan(), folder / "trace", slower=1.25)
     write_page(small_plan(), folder / "traced.html", name="plan.yaml", trace=folder / "trace")
     return folder
@@ -58,15 +68,16 @@ def corner(page):
     )
 
 
-def place(page, *, row, at_s, rows=3, within=0.5):
+def place(page, *, row, at_s, within=0.5):
     """Place in the window of a time on a row, for the whole step is visible."""
     left, top, width = corner(page)
-    labels, row_height, whole_s = page.script(
-        "const {left, height, whole} = document.getElementById('rows').dataset;"
-        "return [Number(left), Number(height), Number(whole) / 1e6]"
+    labels, rows, whole_s = page.script(
+        "const {left, places, whole} = document.getElementById('rows').dataset;"
+        "return [Number(left), JSON.parse(places), Number(whole) / 1e6]"
     )
     x = left + labels + at_s / whole_s * (width - labels - RIGHT)
-    return x, top + AXIS + (row + within) * row_height
+    row_top, row_height = rows[row]
+    return x, top + row_top + within * row_height
 
 
 def tip(page):
@@ -79,7 +90,7 @@ def tip(page):
     return None if lines is None else dict(lines)
 
 
-@pytest.mark.parametrize("name", ["small", "large", "bare", "traced"])
+@pytest.mark.parametrize("name", ["small", "large", "bare", "compared", "traced"])
 def test_page_opens_without_a_message_or_a_request(name, window, pages):
     window.log("browser")
     window.open(pages / f"{name}.html")
@@ -193,12 +204,43 @@ def test_memory_of_a_row_is_what_stays_and_what_its_live_tasks_hold(small):
     assert small.text("#memory-title") == "Memory of a GPU of rank 3"
 
 
+def test_step_of_the_homogeneous_layout_stands_below_the_plans(window, pages):
+    window.open(pages / "compared.html")
+    window.settle()
+
+    # The fourth row is of ranks 0 and 1 in the homogeneous layout, where F0 of vision takes 2 s.
+    window.move(*place(window, row=3, at_s=1.0))
+
+    shown = tip(window)
+    assert (shown[""], shown["on"], shown["takes"]) == ("F0 vision.0", "ranks 0–1", "2.00 s")
+
+
+def test_layouts_are_shown_together_or_one_alone(window, pages):
+    window.open(pages / "compared.html")
+    window.settle()
+    rows = "return JSON.parse(document.getElementById('rows').dataset.places).length"
+
+    counts = []
+    for choice in ("all", "0", "1"):
+        window.click(f"#layouts [data-choice='{choice}']")
+        counts.append(window.script(rows))
+
+    # Three kinds of ranks, and the two stages of the homogeneous layout.
+    assert counts == [5, 3, 2]
+
+
+def test_page_of_one_layout_offers_no_choice_of_layouts(small):
+    assert small.script("return getComputedStyle(document.getElementById('layouts')).display") == (
+        "none"
+    )
+
+
 def test_measured_tasks_stand_below_the_simulated_ones(window, pages):
     window.open(pages / "traced.html")
     window.settle()
 
     # vision is on ranks 0 and 1, each with a row of its own.
-    window.move(*place(window, row=1, at_s=0.6, rows=4, within=0.75))
+    window.move(*place(window, row=1, at_s=0.6, within=0.75))
 
     shown = tip(window)
     assert (shown[""], shown["on"]) == ("F0 vision.0", "rank 1")
@@ -244,6 +286,8 @@ def test_page_of_4096_ranks_is_small_and_folds_equal_ranks(window, pages):
     window.move(*place(window, row=0, at_s=1.0))
 
     assert tip(window)["on"] == "ranks 0–127"
+    # 32 stages of each layout.
+    assert window.script("return JSON.parse(rows.dataset.places).length") == 64
 
 
 def test_page_without_a_prediction_says_that_durations_are_an_example(window, pages):
@@ -269,12 +313,26 @@ def test_replicas_that_run_apart_have_times_of_their_own(window, tmp_path):
     assert first == {0: "F0 language.0", 1: "F1 vision.0"}
 
 
-def test_text_of_a_plan_is_never_markup(window, tmp_path):
-    write_page(small_plan(), tmp_path / "page.html", name="</script><b id=evil>.yaml")
-    window.open(tmp_path / "page.html")
+EVIL = """</script><script>document.title='evil'</script><b id="evil">"&'</b>"""
 
-    assert window.text("#name") == "</script><b id=evil>.yaml"
+
+def test_text_of_a_plan_is_never_markup(window, tmp_path):
+    plan = compared_plan()
+    vision = replace(plan.modules["vision"], trainable=(EVIL,))
+    baseline = {**plan.predicted["baseline"], "layout": EVIL}
+    predicted = {**plan.predicted, "baseline": baseline}
+    plan = replace(plan, modules={**plan.modules, "vision": vision}, predicted=predicted)
+    write_page(plan, tmp_path / "page.html", name=EVIL)
+    window.log("browser")
+    window.open(tmp_path / "page.html")
+    window.settle()
+
+    assert window.text("#name") == EVIL
+    assert EVIL in window.text("#plan")
+    assert EVIL in window.text("#breakdown")
     assert window.script("return document.getElementById('evil')") is None
+    assert window.script("return document.title") == f"{EVIL}: vision + language on 4 ranks"
+    assert window.log("browser") == []
 
 
 def test_show_writes_the_page(tmp_path, window):

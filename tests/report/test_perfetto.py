@@ -10,12 +10,18 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.report.perfetto import trace_events
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.step import read_step
-from tests.report.plans import large_plan, small_plan, write_trace
-from tests.report.test_report import PLAN, PREDICTED
+from tests.report.plans import PLAN, PREDICTED, large_plan, small_plan, write_trace
 
 
 def events_of(plan, trace=None):
-    return trace_events(read_step(plan, read_prediction(plan), trace=trace))
+    prediction = read_prediction(plan)
+    return trace_events(read_step(plan, prediction, trace=trace), prediction)
+
+
+def counter(events, pid, name):
+    """Times in seconds and values of a counter."""
+    own = [e for e in events if e["ph"] == "C" and (e["pid"], e["name"]) == (pid, name)]
+    return [(event["ts"] / 1e6, event["args"]["GiB"]) for event in own]
 
 
 def test_trace_names_kinds_of_ranks_and_measured_ranks(tmp_path):
@@ -53,12 +59,14 @@ def test_trace_is_of_the_form_that_viewers_read(plan):
     for event in events:
         assert isinstance(event["name"], str)
         assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
         if event["ph"] == "M":
             assert event["args"]
             continue
         assert event["ts"] >= last_us  # in the order of time
         last_us = event["ts"]
+        if event["ph"] == "C":
+            assert all(isinstance(value, float) for value in event["args"].values())
+            continue
         thread = event["pid"], event["tid"]
         if event["ph"] == "X":
             assert event["dur"] >= 0
@@ -74,6 +82,35 @@ def test_trace_is_of_the_form_that_viewers_read(plan):
             own = slices[event["pid"], event["tid"]]
             around = own[bisect_right(own, event["ts"], key=lambda each: each["ts"]) - 1]
             assert around["ts"] <= event["ts"] <= around["ts"] + around["dur"]
+
+
+def test_counters_are_what_stays_and_what_live_tasks_hold():
+    # language.0 has weights 30, optimizer 10 GiB, and 5 GiB of each task from the beginning of its
+    # forward to the end of its backward pass: F0 2 to 3, F1 3 to 4, B0 6 to 8, F2 8 to 9 s.
+    events = events_of(small_plan())
+
+    assert counter(events, 1, "memory of a rank")[:5] == [
+        (0, 40.0),
+        (2, 45.0),
+        (3, 50.0),
+        (8, 50.0),  # F2 begins as B0 ends
+        (11, 45.0),
+    ]
+    assert counter(events, 1, "activations of language")[-1] == (18, 0.0)
+    assert counter(events, 1, "activations of vision") == []
+
+
+def test_counters_of_measured_ranks_follow_their_tasks(tmp_path):
+    write_trace(small_plan(), tmp_path / "trace", slower=2.0)
+
+    events = events_of(small_plan(), tmp_path / "trace")
+
+    name = "memory of rank 2 at measured times"
+    assert counter(events, 1, name)[:3] == [(0, 40.0), (4, 45.0), (6, 50.0)]
+
+
+def test_plan_that_predicts_no_memory_has_no_counters():
+    assert [event for event in events_of(small_plan("")) if event["ph"] == "C"] == []
 
 
 def test_show_writes_a_trace_with_one_event_for_every_task(tmp_path):

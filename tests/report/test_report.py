@@ -11,40 +11,11 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.figure import draw_plan
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.report.terminal import describe
-from megatron_mosaic.report.timeline import draw_timeline
+from megatron_mosaic.report.timeline import draw_timelines
 from megatron_mosaic.report.units import gib, seconds
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.simulate import PassTimes
-
-PLAN = """\
-format: 1
-world_size: 4
-global_batch_size: 4
-micro_batch_size: 1
-modules:
-  vision: {ranks: 0-1, data_parallel_size: 2}
-  language: {ranks: 2-3, pipeline_model_parallel_size: 2}
-edges: [[vision, language]]
-schedule: {kind: 1f1b}
-"""
-PREDICTED = """\
-predicted:
-  step_s: 2.0
-  baseline_step_s: 3.0
-  breakdown: {compute_s: 1.0, communication_s: 0.2, bubble_s: 0.7, sync_s: 0.06, optimizer_s: 0.04}
-  baseline:
-    breakdown: {compute_s: 2.0, communication_s: 0.5, bubble_s: 0.5, sync_s: 0.0, optimizer_s: 0.0}
-    layout: TP2 PP2
-  memory_bytes:
-  - {ranks: 0-1, weights: 10737418240, gradients: 21474836480, working: 0}
-  - {ranks: 2-3, weights: 32212254720, optimizer: 10737418240, activations: 10737418240}
-  capacity_bytes: 85899345920
-  tasks_s:
-    vision.0: [1.0, 1.0]
-    language.0: [1.0, 2.0]
-    language.1: [1.0, 2.0]
-  transfers_s: {vision.0 -> language.0: 1.0}
-"""
+from tests.report.plans import BASELINE_NOTES, LAYOUT_NOTE, PLAN, PREDICTED, compared_plan
 
 
 def plan_with(predicted=PREDICTED):
@@ -134,11 +105,28 @@ def test_picture_is_drawn(predicted, tmp_path):
     assert path.stat().st_size > 10_000
 
 
+def test_text_of_a_plan_is_no_formula_in_a_picture(tmp_path):
+    path = tmp_path / "plan.png"
+
+    draw_plan(plan_with(PREDICTED.replace("TP2 PP2", r"'$\\frac{x$'")), path)
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_has_the_homogeneous_layouts_step_below_the_plans(tmp_path):
+    plan = compared_plan()
+
+    draw_plan(plan, tmp_path / "plan.svg")
+
+    text = (tmp_path / "plan.svg").read_text()
+    assert "Tasks of one step of the best homogeneous layout (TP2 PP2)" in text
+
+
 def test_timeline_has_a_bar_for_every_task_and_a_row_for_every_kind_of_rank():
     plan = plan_with()
     figure = Figure(layout="constrained")
 
-    draw_timeline(figure, predicted_timeline(plan, read_prediction(plan)), predicted=True)
+    draw_timelines(figure, {"": predicted_timeline(plan, read_prediction(plan))}, predicted=True)
 
     axes = figure.axes[0]
     bars = [path for bars in axes.collections for path in bars.get_paths()]
@@ -158,7 +146,7 @@ def test_timeline_of_many_stages_keeps_every_module():
     )
     figure = Figure(layout="constrained")
 
-    draw_timeline(figure, predicted_timeline(plan, read_prediction(plan)), predicted=False)
+    draw_timelines(figure, {"": predicted_timeline(plan, read_prediction(plan))}, predicted=False)
 
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == 20
@@ -205,6 +193,28 @@ def test_show_refuses_in_one_line(output, predicted, message, tmp_path, capsys):
     assert status == 2
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "message"),
+    [
+        ("vision: {ranks: 0-1, tensor", "audio: {ranks: 0-1, tensor", r"edges: .*vision"),
+        ("kind: colocated", "kind: fast", r"schedule: kind='fast' must be one of"),
+        ("step_s: 3.0", "step_s: soon", r"predicted\.step_s='soon' must be a number >= 0"),
+    ],
+)
+def test_show_names_what_is_wrong_with_the_homogeneous_plan(change, to, message, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        PLAN + PREDICTED.replace(LAYOUT_NOTE, LAYOUT_NOTE + BASELINE_NOTES.replace(change, to))
+    )
+
+    status = main(["show", str(plan)])
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert re.search(rf"plan\.yaml: predicted\.baseline.*{message}", error)
 
 
 @pytest.mark.parametrize("output", [[], ["-o", "plan.png"]])

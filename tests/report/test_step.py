@@ -9,12 +9,15 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.step import read_step
 from megatron_mosaic.report.summary import key_numbers, summary, waiting_share
-from tests.report.plans import large_plan, small_plan, write_trace
-from tests.report.test_report import PREDICTED
+from tests.report.plans import PREDICTED, large_plan, small_plan, write_trace
 
 
 def step_of(plan, trace=None):
     return read_step(plan, read_prediction(plan), trace=trace)
+
+
+def summary_of(plan, trace=None):
+    return summary(read_prediction(plan), step_of(plan, trace))
 
 
 def position(step, text):
@@ -96,7 +99,7 @@ def test_trace_with_tasks_missing_is_refused(tmp_path):
 
 def test_summary_says_what_the_plan_gains_and_pays():
     # Compute 2.0 to 1.0, communication 0.5 to 0.2, bubble 0.5 to 0.7, sync 0 to 0.06 s.
-    assert summary(read_prediction(small_plan())) == (
+    assert summary_of(small_plan()) == (
         "A step takes 2.00 s, 1.50 times as fast as under the best homogeneous layout (TP2 PP2): "
         "it saves 1.00 s of computing and 300 ms of exposed communication, and pays 200 ms of "
         "waiting, 60 ms of synchronising and 40 ms of the optimizer."
@@ -121,7 +124,16 @@ def test_summary_says_what_the_plan_gains_and_pays():
     ],
 )
 def test_summary_says_no_more_than_is_known(predicted, expected):
-    assert summary(read_prediction(small_plan(predicted))) == expected
+    assert summary_of(small_plan(predicted)) == expected
+
+
+def test_summary_without_a_prediction_says_what_was_measured(tmp_path):
+    write_trace(small_plan(), tmp_path / "trace", slower=2.0)
+
+    # Predicted are 20 s, see test_page.py.
+    assert summary_of(small_plan(""), tmp_path / "trace") == (
+        "The tasks of a measured step take 40.0 s; the plan file predicts no time."
+    )
 
 
 def test_key_numbers_compare_measured_with_simulated(tmp_path):
@@ -143,3 +155,14 @@ def test_waiting_share_is_of_all_ranks():
     # Two ranks work 4 * 2 s and two 4 * 3 s.
     whole_s = step.timeline.makespan_s
     assert waiting_share(step) == pytest.approx(1 - (2 * 8 + 2 * 12) / (4 * whole_s))
+
+
+def test_waits_of_the_busiest_rank_stand_beside_the_average():
+    step = step_of(small_plan())
+    (number,) = (
+        n for n in key_numbers(read_prediction(small_plan()), step) if n.label.startswith("ranks")
+    )
+
+    # Of 20 s two ranks work 8 s and two 12 s: 10 of 20 s on average, 20 - 12 s at least.
+    assert number.value == "50.0%"
+    assert number.note == "of the tasks' time; the busiest, which the breakdown is of, 8.00 s"

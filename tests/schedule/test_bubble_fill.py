@@ -229,3 +229,24 @@ def test_verify_marks_the_fault_in_its_table():
     assert caught.value.table == (
         "2 microbatches; v = vision\nrank 0  vision.0 language.0  vF0 F0 vF1 F1 [vB0] B0 vB1 B1"
     )
+
+
+def test_bubble_fill_shortens_the_warm_up_where_few_groups_may_be_live():
+    # Language in four stages on two ranks, two microbatches in a group of vision.
+    plan = plan_of(
+        "bubble_fill",
+        place("vision", 0, 1, dp=2),
+        place("language", 0, 1, pp=2, vpp=2),
+        num_microbatches=6,
+        group=2,
+        max_live=2,
+    )
+    schedule, timeline = filled(plan)
+
+    language = [task for task in schedule.tasks[0] if task.module == "language"]
+    # Megatron's warm-up of four tasks would run F4.0, of the third group, before B1.0.
+    assert " ".join(f"{t.kind}{t.microbatches[0]}.{t.stage}" for t in language[:17]) == (
+        "F0.0 F1.0 F0.2 F1.2 B0.2 F2.0 B1.2 F3.0 B0.0 F2.2 B1.0 F3.2 B2.2 F4.0 B3.2 F5.0 B2.0"
+    )
+    assert least_live(plan) == 2
+    assert timeline.program.peak_live(Stage("vision", 0)) == 2

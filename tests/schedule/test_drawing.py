@@ -32,6 +32,15 @@ def test_draw_shows_groups_and_both_stages_of_a_rank():
     )
 
 
+def test_draw_folds_the_virtual_stages_of_a_rank():
+    language = place("language", 0, 1, pp=2, vpp=4)
+    plan = plan_of("interleaved", language, num_microbatches=2)
+
+    first, second = draw(build_schedule(plan, forward_only=True)).splitlines()[1:]
+    assert first.startswith("rank 0  language.0,2,...,6  F0.0 F1.0 F0.2")
+    assert second.startswith("rank 1  language.1,3,...,7  F0.1")
+
+
 def test_draw_lengthens_prefixes_until_they_differ():
     plan = plan_of(
         "colocated",

@@ -2,6 +2,7 @@ import pytest
 
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.drawing import draw
+from megatron_mosaic.schedule.interleaved import language_order
 from megatron_mosaic.schedule.verify import verify
 from tests.schedule.plans import place, plan_of
 
@@ -76,10 +77,25 @@ def test_interleaved_encoder_runs_when_the_language_model_needs_it():
     schedule = build_schedule(plan)
     verify(plan, schedule)
 
-    # The first stage starts microbatches 0-3 before it ends microbatch 0, then takes turns.
+    # The first language stage starts microbatches 0-3 before it ends microbatch 0. The encoder is
+    # a place before it, so it starts one more; then it takes turns.
     assert cells(schedule, 2) == (
-        "vF0.0 vF1.0 vF2.0 vF3.0 vB0.0 vF4.0 vB1.0 vF5.0 vB2.0 vB3.0 vB4.0 vB5.0"
+        "vF0.0 vF1.0 vF2.0 vF3.0 vF4.0 vB0.0 vF5.0 vB1.0 vB2.0 vB3.0 vB4.0 vB5.0"
     )
+
+
+def test_interleaved_language_that_feeds_several_stages_does_not_wait_for_ever():
+    plan = plan_of(
+        "interleaved",
+        place("language", *range(8), pp=8, vpp=2),
+        place("out", 8, 9, pp=2),
+        edges=(("language", "out"),),
+        num_microbatches=16,
+    )
+
+    # The ninth microbatch comes a whole turn of eight after the eighth: the first output stage
+    # must give the gradient of the eighth back before.
+    verify(plan, build_schedule(plan))
 
 
 def test_interleaved_frozen_encoder_has_no_backward_tasks():
@@ -119,5 +135,24 @@ def test_interleaved_takes_microbatches_that_fill_no_round(num_microbatches):
 
 def test_drawing_names_the_stage_where_a_rank_has_several():
     assert draw(build_schedule(language(2, 2, 2)), ranks=[1]) == (
-        "2 microbatches\nrank 1  language.1 language.3  F0.1 F1.1 F0.3 B0.3 F1.3 B1.3 B0.1 B1.1"
+        "2 microbatches\nrank 1  language.1,3  F0.1 F1.1 F0.3 B0.3 F1.3 B1.3 B0.1 B1.1"
     )
+
+
+@pytest.mark.parametrize("lead", [1, 2])
+@pytest.mark.parametrize("vpp", [2, 3])
+def test_two_stages_behind_interleaved_stages_wait_for_no_later_round(vpp, lead):
+    plan = plan_of(
+        "interleaved",
+        place("language", 0, 1, pp=2, vpp=vpp),
+        place("talker", 2),
+        place("vocoder", 3),
+        edges=(("language", "talker"), ("talker", "vocoder")),
+        num_microbatches=4,
+    )
+
+    # With three stages each F2 of talker, of the second round, used to come before its B1, which
+    # the last language stage needs before it runs F2.
+    times = language_order(plan, num_microbatches=4, lead=lead)
+    talker = sorted((task for task in times if task.module == "talker"), key=lambda t: times[t])
+    assert " ".join(f"{t.kind}{t.microbatches[0]}" for t in talker) == "F0 F1 B0 B1 F2 F3 B2 B3"

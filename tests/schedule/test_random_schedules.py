@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage, rank_kinds, stage_order
-from megatron_mosaic.schedule.play import needs_of
 from megatron_mosaic.schedule.program import program_of
 from megatron_mosaic.schedule.rendezvous import blocked_ranks
 from megatron_mosaic.schedule.simulate import PassTimes, simulate
-from megatron_mosaic.schedule.steps import steps_of
+from megatron_mosaic.schedule.steps import needs_of, steps_of
 from megatron_mosaic.schedule.verify import ScheduleError, verify
 from tests.schedule.plans import place, plan_of
 from tests.schedule.test_properties import EDGES, runs_to_its_end

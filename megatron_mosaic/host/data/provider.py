@@ -139,9 +139,7 @@ class ReadingByModule:
     def _saved_replica(self) -> int | None:
         """Language replica for which this rank saves the loader's state: as its first rank."""
         groups = self.runtime.hosted.get(LANGUAGE)
-        if groups is None or groups.position.tp or not groups.is_first_stage:
-            return None
-        return groups.position.dp
+        return groups.position.dp if groups is not None and groups.is_first_of_replica else None
 
     def _boundaries(self) -> Mapping[str, ModuleBoundary]:
         return {name: runner.boundary for name, runner in self.runtime.modules.items()}

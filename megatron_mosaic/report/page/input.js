@@ -86,8 +86,11 @@ function released(event, state, redraw) {
 }
 
 function rowAt(y, state) {
-  const row = Math.floor((y - AXIS + state.place.scroll) / state.place.height);
-  return y >= AXIS && row >= 0 && row < state.rows.length ? row : null;
+  const inList = y + state.place.scroll;
+  const row = state.place.boxes.findIndex(
+    ({ top, height }) => inList >= top && inList < top + height,
+  );
+  return y >= AXIS && row >= 0 ? row : null;
 }
 
 function hovered(event, state) {
@@ -96,7 +99,7 @@ function hovered(event, state) {
   hideTip(state);
   if (row === null || !inside) return;
   const y = event.offsetY - rowTop(state.place, row);
-  const slot = tracksOf(state.rows[row], state).find((each) => y < each.top + each.height + 1);
+  const slot = tracksOf(row, state).find((each) => y < each.top + each.height + 1);
   const found = slot && taskAt(state, row, slot.name, state.pointer);
   if (!found) return;
   state.hover = found;
@@ -153,10 +156,9 @@ function keyed(event, state, redraw) {
 
 function chooseRow(state, row) {
   state.row = clamp(row, 0, state.rows.length - 1);
-  const top = state.row * state.place.height;
+  const { top, height } = state.place.boxes[state.row];
   const scroll = byId("scroll");
-  const room = state.place.shown - AXIS - state.place.height;
-  scroll.scrollTop = clamp(scroll.scrollTop, top - room, top);
+  scroll.scrollTop = clamp(scroll.scrollTop, top + height - state.place.shown, top - AXIS);
   hideTip(state);
   const { label, stages } = state.rows[state.row];
   byId("spoken").textContent = `${label}, ${stages}`;
@@ -165,7 +167,7 @@ function chooseRow(state, row) {
 /** Goes to the next task of the chosen row, moving the view if it must, and tells of it. */
 function chooseTask(state, by) {
   const row = state.rows[state.row];
-  const name = tracksOf(row, state)[0].name;
+  const name = tracksOf(state.row, state)[0].name;
   const track = row[name];
   const here = state.hover && state.hover.row === state.row && state.hover.name === name;
   const first = Math.max(0, lastStarted(track, state.view.begin));

@@ -1,26 +1,18 @@
 // Puts the page together.
 
-function start() {
-  const data = JSON.parse(byId("data").textContent);
-  const rows = makeRows(data);
-  const endOf = (name) => Math.max(0, ...rows.map((row) => (row[name] ? lastEnd(row[name]) : 0)));
-  const state = {
-    data,
-    rows,
-    tracks: "both",
-    row: fullestRow(data, rows),
-    simulatedEnd: endOf("simulated"),
-    measuredEnd: endOf("measured"),
-    labelWidth: clamp(longestLabel(rows), 130, 330),
-    hover: null,
-    pointer: null,
-    drag: null,
-    dragSpan: null,
-    showsPath: false,
-    path: null,
-  };
-  state.wholeEnd = Math.max(state.simulatedEnd + data.once_us, state.measuredEnd) || 1;
-  state.view = wholeView(state.wholeEnd);
+async function start() {
+  draw(await unpacked(byId("data").textContent));
+}
+
+/** The page's data: zlib and base64, undone by the browser itself. */
+function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).json();
+}
+
+function draw(data) {
+  const state = makeState(data);
   fillHeader(data);
   fillBreakdown(data);
   fillDurations(data);
@@ -28,7 +20,7 @@ function start() {
   fillPlan(data);
   byId("source").textContent = sourceText(data);
   const redraw = painter(state);
-  chooseTracks(state, redraw);
+  chooseRows(state, redraw);
   chooseTheme(state, redraw);
   listen(state, redraw);
   new ResizeObserver(() => redraw()).observe(byId("scroll"));
@@ -36,9 +28,41 @@ function start() {
   redraw();
 }
 
+/** What the page shows, and what its reader has chosen. */
+function makeState(data) {
+  const allRows = makeRows(data);
+  const state = {
+    data,
+    allRows,
+    rows: allRows,
+    tracks: "both",
+    row: fullestRow(data, allRows),
+    simulatedEnds: data.layouts.map((_, layout) =>
+      latestEnd(allRows.filter((row) => row.layout === layout).map((row) => row.simulated)),
+    ),
+    measuredEnd: latestEnd(allRows.map((row) => row.measured).filter(Boolean)),
+    labelWidth: clamp(longestLabel(allRows), 130, 330),
+    hover: null,
+    pointer: null,
+    drag: null,
+    dragSpan: null,
+    showsPath: false,
+    paths: [],
+  };
+  const ends = data.layouts.map((_, layout) => stepEnd(state, layout));
+  state.wholeEnd = Math.max(...ends, state.measuredEnd) || 1;
+  state.view = wholeView(state.wholeEnd);
+  return state;
+}
+
+function latestEnd(tracks) {
+  return Math.max(0, ...tracks.map(lastEnd));
+}
+
 function fullestRow(data, rows) {
-  const held = (row) => Object.values(data.kinds[row.kind].memory || {}).reduce((a, b) => a + b, 0);
-  return rows.reduce((best, row, number) => (held(row) > held(rows[best]) ? number : best), 0);
+  const peak = (row) => peakBytes(data.kinds[row.kind]);
+  const own = rows.filter((row) => row.layout === rows[0].layout);
+  return own.reduce((best, row, number) => (peak(row) > peak(own[best]) ? number : best), 0);
 }
 
 /** Draws everything that time or the pointer changes, at most once a frame. */
@@ -47,9 +71,7 @@ function painter(state) {
   const paint = () => {
     waits = false;
     layOut(state);
-    if (state.pathOf !== pathTrack(state)) state.wholePath = new Set(criticalPath(state));
-    state.pathOf = pathTrack(state);
-    state.path = state.showsPath ? state.wholePath : null;
+    state.paths = state.showsPath ? criticalPaths(state) : [];
     drawRows(byId("rows"), state);
     paintMemory(state);
     const { begin, end } = state.view;
@@ -71,21 +93,19 @@ function layOut(state) {
   state.place.scroll = Math.min(scrollTop, state.place.total - state.place.shown);
   scroll.style.height = `${state.place.shown}px`;
   byId("rows-height").style.height = `${state.place.total}px`;
-  const { left, height } = state.place;
-  Object.assign(byId("rows").dataset, { left, height, whole: state.wholeEnd });
+  const { left, boxes } = state.place;
+  const places = JSON.stringify(boxes.map(({ top, height }) => [top, height]));
+  Object.assign(byId("rows").dataset, { left, places, whole: state.wholeEnd });
 }
 
 function paintMemory(state) {
   const row = state.rows[state.row];
   byId("memory-figure").hidden = !state.data.kinds[row.kind].memory;
   if (byId("memory-figure").hidden) return;
-  const key = `${state.row} ${state.tracks}`;
-  if (state.memoryOf !== key || state.memoryTheme !== state.theme) {
-    state.memory = memoryLayers(state, row);
-    [state.memoryOf, state.memoryTheme] = [key, state.theme];
-    byId("memory-title").textContent = `Memory of a GPU of ${row.label}${
-      state.memory.known ? "" : ", with activations at their peak"
-    }`;
+  const drawn = [row, state.tracks, state.theme];
+  if (!state.memory || drawn.some((part, n) => part !== state.memory.of[n])) {
+    state.memory = { ...memoryLayers(state, row), of: drawn };
+    byId("memory-title").textContent = memoryTitle(state, row);
     byId("memory-legend").replaceChildren(
       ...state.memory.layers.map((layer) => element("span", {}, swatch(layer.color), layer.name)),
     );
@@ -93,15 +113,35 @@ function paintMemory(state) {
   drawMemory(byId("memory"), state);
 }
 
-function chooseTracks(state, redraw) {
-  const group = byId("tracks");
-  group.hidden = !state.data.measured;
+function memoryTitle(state, row) {
+  const { layouts } = state.data;
+  const where = layouts.length > 1 ? [", this plan", ", homogeneous layout"][row.layout] : "";
+  const what = state.memory.known ? "" : ", with activations at their peak";
+  return `Memory of a GPU of ${row.label}${where}${what}`;
+}
+
+/** Lets a reader choose layouts, and between simulated and measured tasks. */
+function chooseRows(state, redraw) {
+  const { data, allRows } = state;
+  offer(byId("layouts"), data.layouts.length > 1, (choice) => {
+    state.rows = allRows.filter((row) => choice === "all" || row.layout === Number(choice));
+    state.row = fullestRow(data, state.rows);
+    hideTip(state);
+    redraw();
+  });
+  offer(byId("tracks"), data.measured !== null, (choice) => {
+    state.tracks = choice;
+    hideTip(state);
+    redraw();
+  });
+}
+
+function offer(group, isOpen, choose) {
+  group.hidden = !isOpen;
   for (const button of group.children) {
     button.addEventListener("click", () => {
-      state.tracks = button.dataset.tracks;
-      hideTip(state);
       for (const each of group.children) each.setAttribute("aria-pressed", `${each === button}`);
-      redraw();
+      choose(button.dataset.choice);
     });
   }
 }
@@ -128,4 +168,7 @@ function chooseTheme(state, redraw) {
   apply();
 }
 
-start();
+start().catch((error) => {
+  byId("summary").textContent = `The report needs a browser of 2023 or later (${error.message}).`;
+  throw error;
+});

@@ -48,8 +48,8 @@ function summed(events, numModules) {
 function memoryLayers(state, row) {
   const { data } = state;
   const terms = data.kinds[row.kind].memory;
-  const track = row[tracksOf(row, state)[0].name];
-  const known = row && data.kinds[row.kind].stages.every((s) => data.stages[s].task_bytes !== null);
+  const track = row[mainTrack(state, row)];
+  const known = data.kinds[row.kind].stages.every((s) => data.stages[s].task_bytes !== null);
   const points = known ? liveBytes(data, track) : [[0, []]];
   const stays = STAYS.filter((term) => terms[term]).map((term) => ({
     name: term,
@@ -73,8 +73,10 @@ function memoryLayers(state, row) {
     color: data.colors.memory.working,
     bytes: () => terms.working || 0,
   };
+  const isMeasured = mainTrack(state, row) === "measured";
   return {
     points,
+    end: isMeasured ? state.measuredEnd : stepEnd(state, row.layout),
     layers: [...stays, ...(known ? live : [flat]), ...(terms.working ? [working] : [])],
     known,
   };
@@ -118,7 +120,7 @@ function drawMemory(canvas, state) {
 }
 
 function total(layers, held) {
-  return layers.reduce((sum, layer) => sum + layer.bytes(held), 0);
+  return sum(layers.map((layer) => layer.bytes(held)));
 }
 
 function clippedTo(pen, place, box, draw) {
@@ -145,8 +147,9 @@ function drawLayers(pen, state, y) {
       height = y(total(layers.slice(0, n), held));
       pen.lineTo(x, height);
     });
-    pen.lineTo(Math.min(xOf(state.wholeEnd, view, place), place.width), height);
-    pen.lineTo(Math.min(xOf(state.wholeEnd, view, place), place.width), y(0));
+    const end = Math.min(xOf(state.memory.end, view, place), place.width);
+    pen.lineTo(end, height);
+    pen.lineTo(end, y(0));
     pen.fill();
   }
 }

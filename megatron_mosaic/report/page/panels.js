@@ -60,11 +60,10 @@ function fillLegend(target, state) {
     ].filter(([, , backward]) => runs(n, backward));
   });
   entries.push([theme.track, "waiting"]);
-  if (data.once_us)
-    entries.push([theme.once, `synchronising and optimizer, ${seconds(data.once_us)}`]);
-  if (state.rows.some((row) => [...row.turns.values()].some((turn) => turn > 0)))
+  const once = new Set(data.layouts.flatMap((layout) => Object.keys(layout.once_us)));
+  for (const term of once) entries.push([data.colors.time[term], termName(term)]);
+  if (state.allRows.some((row) => [...row.turns.values()].some((turn) => turn > 0)))
     entries.push(["", "lines in a task: how many stages of its module the rank has before it"]);
-  if (data.measured) entries.push(["", "in each row: simulated above, measured below"]);
   target.replaceChildren(
     ...entries.map(([color, text]) => element("span", {}, ...(color ? [swatch(color)] : []), text)),
   );
@@ -100,14 +99,14 @@ function fillBreakdown(data) {
   byId("breakdown-section").hidden = !data.breakdown.length;
   if (!data.breakdown.length) return;
   const us = (value) => value * 1e6;
-  const sums = data.breakdown.map(({ terms }) => Object.values(terms).reduce((a, b) => a + b, 0));
+  const sums = data.breakdown.map(({ terms }) => sum(Object.values(terms)));
   const whole = Math.max(...sums) || 1;
   const stack = element("div", { class: "stack tall" });
   data.breakdown.forEach(({ name, layout, terms, step_s: step }, n) => {
     const pieces = Object.entries(terms).map(([term, value]) => [
       termName(term),
       value,
-      data.colors.time[term],
+      timeColor(data, term),
       seconds(us(value)),
     ]);
     stack.append(
@@ -125,16 +124,21 @@ function breakdownTable(data) {
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...heads)),
   );
   const body = element("tbody", {});
-  for (const [term, color] of Object.entries(data.colors.time)) {
+  for (const term of Object.keys(data.colors.time)) {
     const cells = data.breakdown.map(({ terms }) =>
       element("td", {}, seconds((terms[term] || 0) * 1e6)),
     );
     body.append(
-      element("tr", {}, element("th", { scope: "row" }, swatch(color), termName(term)), ...cells),
+      element("tr", {}, element("th", { scope: "row" }, swatch(timeColor(data, term)), termName(term)), ...cells),
     );
   }
   table.append(body);
   return table;
+}
+
+/** What is no work stands back on any paper. */
+function timeColor(data, term) {
+  return term === "bubble_s" ? "var(--waiting)" : data.colors.time[term];
 }
 
 function termName(term) {
@@ -174,19 +178,22 @@ function rowOf(cells) {
 }
 
 function fillPeaks(data) {
-  const kinds = data.kinds.filter((kind) => kind.memory);
+  const kinds = data.kinds.filter((kind) => kind.memory && !kind.layout);
+  const others = data.kinds.filter((kind) => kind.memory && kind.layout);
   byId("peaks-section").hidden = !kinds.length;
   if (!kinds.length) return;
-  const sum = (kind) => Object.values(kind.memory).reduce((a, b) => a + b, 0);
-  const shown = [...kinds].sort((one, other) => sum(other) - sum(one)).slice(0, 16);
-  const whole = 1.03 * Math.max(data.capacity_bytes || 0, sum(shown[0])) || 1;
+  const fullest = (among, count) => [...among].sort((a, b) => peakBytes(b) - peakBytes(a)).slice(0, count);
+  const shown = fullest(kinds, 16);
+  const beside = fullest(others, 1);
+  const whole = 1.03 * Math.max(data.capacity_bytes || 0, ...[...shown, ...beside].map(peakBytes)) || 1;
   const stack = element("div", { class: "stack" });
-  for (const kind of kinds.filter((each) => shown.includes(each))) {
+  for (const kind of [...kinds.filter((each) => shown.includes(each)), ...beside]) {
     const pieces = Object.keys(data.colors.memory)
       .filter((term) => kind.memory[term])
       .map((term) => [term, kind.memory[term], data.colors.memory[term], gib(kind.memory[term])]);
+    const note = kind.layout ? "homogeneous, the fullest" : "";
     stack.append(
-      ...stackRow(ranksLabel(kind), "", pieces, whole, gib(sum(kind)), data.capacity_bytes),
+      ...stackRow(ranksLabel(kind), note, pieces, whole, gib(peakBytes(kind)), data.capacity_bytes),
     );
   }
   const legend = element(
@@ -199,6 +206,11 @@ function fillPeaks(data) {
   const hidden = kinds.length - shown.length;
   if (hidden) legend.append(element("span", {}, `${hidden} emptier kinds of ranks left out`));
   byId("peaks").replaceChildren(stack, legend);
+}
+
+/** Bytes that a rank of a kind holds at its peak. */
+function peakBytes(kind) {
+  return sum(Object.values(kind.memory || {}));
 }
 
 function fillPlan(data) {

@@ -2,16 +2,34 @@
 
 const AXIS = 26; // pixels of the axis above the rows
 const RIGHT = 64; // of the shares behind them
+const HEADING = 28; // above the rows of a layout, where there are several
+const TRACK_NAMES = 62; // beside two tracks of a row
 
-/** Where things are, in CSS pixels: of the whole list of rows, and of the part that shows. */
+/**
+ * Where things are, in CSS pixels: of the whole list of rows, and of the part that shows. A row
+ * with two tracks is twice as high as one with one.
+ */
 function rowsGeometry(state, width, mostHeight) {
-  const both = state.tracks === "both" && state.rows.some((row) => row.measured);
-  const count = state.rows.length;
-  const [least, most] = both ? [30, 64] : [16, 40];
-  const height = clamp(Math.floor((mostHeight - AXIS) / count), least, most);
-  const left = Math.min(state.labelWidth, 0.3 * width);
-  const total = AXIS + count * height;
-  return { both, left, width, height, total, shown: Math.min(total, mostHeight), scroll: 0 };
+  const { rows, data } = state;
+  const both = state.tracks === "both" && rows.some((row) => row.measured);
+  const layouts = data.layouts.length > 1 ? [...new Set(rows.map((row) => row.layout))] : [];
+  const tracks = rows.map((row) => (both && row.measured ? 2 : 1));
+  const room = mostHeight - AXIS - layouts.length * HEADING;
+  const trackHeight = clamp(Math.floor(room / sum(tracks)), 16, both ? 32 : 40);
+  let total = AXIS;
+  const headings = [];
+  const boxes = rows.map(({ layout }, number) => {
+    if (layouts.length && layout !== rows[number - 1]?.layout) {
+      headings.push({ layout, top: total });
+      total += HEADING;
+    }
+    const box = { top: total, height: tracks[number] * trackHeight };
+    total += box.height;
+    return box;
+  });
+  const left = Math.min(state.labelWidth + (both ? TRACK_NAMES : 0), 0.3 * width);
+  const shown = Math.min(total, mostHeight);
+  return { both, left, width, boxes, headings, total, shown, scroll: 0 };
 }
 
 /** Pixels of the longest label on one line. */
@@ -39,83 +57,122 @@ function timeAt(x, view, place) {
 }
 
 /** Tracks of a row that show, each with its top and height inside the row. */
-function tracksOf(row, state) {
-  const { both, height } = state.place;
+function tracksOf(number, state) {
+  const { both, boxes } = state.place;
+  const { measured } = state.rows[number];
+  const { height } = boxes[number];
   const pad = height > 20 ? 3 : 1.5;
   const inner = height - 2 * pad;
-  if (both && row.measured) {
+  if (both && measured) {
     const half = (inner - 2) / 2;
     return [
       { name: "simulated", top: pad, height: half },
       { name: "measured", top: pad + half + 2, height: half },
     ];
   }
-  const name = state.tracks === "measured" && row.measured ? "measured" : "simulated";
-  return [{ name, top: pad, height: inner }];
+  return [{ name: mainTrack(state, state.rows[number]), top: pad, height: inner }];
 }
 
 function drawRows(canvas, state) {
   const { place, rows } = state;
   const pen = prepared(canvas, place.width, place.shown);
-  const first = Math.floor(place.scroll / place.height);
-  const last = Math.ceil((place.scroll + place.shown - AXIS) / place.height);
   pen.save();
   pen.beginPath();
   pen.rect(0, AXIS, place.width, place.shown - AXIS);
   pen.clip();
-  for (let number = Math.max(0, first); number < Math.min(rows.length, last); number++) {
-    drawRow(pen, state, number);
-  }
-  if (state.path) drawPath(pen, state);
+  place.headings.forEach((heading) => drawHeading(pen, state, heading));
+  rows.forEach((_, number) => {
+    const top = rowTop(place, number);
+    const bottom = top + place.boxes[number].height;
+    if (bottom > AXIS && top < place.shown) drawRow(pen, state, number);
+  });
+  state.paths.forEach((path) => drawPath(pen, state, path));
   drawPointer(pen, state);
   pen.restore();
   drawAxis(pen, state);
 }
 
 function rowTop(place, number) {
-  return AXIS + number * place.height - place.scroll;
+  return place.boxes[number].top - place.scroll;
+}
+
+function drawHeading(pen, state, { layout, top }) {
+  const { place, theme, data } = state;
+  pen.font = `13px ${FONT}`;
+  pen.textAlign = "left";
+  pen.textBaseline = "alphabetic";
+  pen.fillStyle = theme.text;
+  const text = fitted(pen, data.layouts[layout].title, place.width - 20);
+  pen.fillText(text, 0, top - place.scroll + HEADING - 8);
 }
 
 function drawRow(pen, state, number) {
   const row = state.rows[number];
   const top = rowTop(state.place, number);
-  drawLabel(pen, state, row, top, number === state.row);
-  for (const slot of tracksOf(row, state)) {
+  const slots = tracksOf(number, state);
+  drawLabel(pen, state, number, slots.length > 1 ? TRACK_NAMES : 0);
+  for (const slot of slots) {
     const track = row[slot.name];
     const box = { top: top + slot.top, height: slot.height };
     pen.save();
     pen.beginPath();
     pen.rect(state.place.left, box.top, plotWidth(state.place), box.height);
     pen.clip();
-    pen.fillStyle = state.theme.track;
-    pen.fillRect(state.place.left, box.top, plotWidth(state.place), box.height);
-    if (slot.name === "simulated") drawOnce(pen, state, box);
+    drawGround(pen, state, slot.name === "measured" ? null : row.layout, box);
+    if (slot.name === "simulated") drawOnce(pen, state, row.layout, box);
     drawTasks(pen, state, row, track, box);
     pen.restore();
-    drawShare(pen, state, track, box, slot.name);
+    if (slots.length > 1) drawTrackName(pen, state, slot.name, box);
+    const whole = slot.name === "measured" ? state.measuredEnd : state.simulatedEnds[row.layout];
+    drawShare(pen, state, whole ? 1 - track.busy / whole : 0, box);
   }
 }
 
-function drawLabel(pen, state, row, top, chosen) {
+/** The ground of a track, as long as the step is. */
+function drawGround(pen, state, layout, box) {
+  const end = layout === null ? state.measuredEnd : stepEnd(state, layout);
+  pen.fillStyle = state.theme.track;
+  const width = xOf(end, state.view, state.place) - state.place.left;
+  pen.fillRect(state.place.left, box.top, Math.max(0, width), box.height);
+}
+
+/** When a simulated step is over. */
+function stepEnd(state, layout) {
+  return state.simulatedEnds[layout] + sum(Object.values(state.data.layouts[layout].once_us));
+}
+
+function drawTrackName(pen, state, name, box) {
+  pen.font = `10px ${FONT}`;
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  pen.fillStyle = state.theme.quiet;
+  pen.fillText(name, state.place.left - 8, box.top + box.height / 2);
+}
+
+/** What a row is of, on one or two lines; `taken` pixels beside it are not its own. */
+function drawLabel(pen, state, number, taken) {
   const { place, theme } = state;
-  const middle = top + place.height / 2;
-  if (chosen) {
+  const { label, stages } = state.rows[number];
+  const { height } = place.boxes[number];
+  const top = rowTop(place, number);
+  const middle = top + height / 2;
+  if (number === state.row) {
     pen.fillStyle = theme.accent;
-    pen.fillRect(0, top + 3, 3, place.height - 6);
+    pen.fillRect(0, top + 3, 3, height - 6);
   }
   pen.textBaseline = "middle";
   pen.textAlign = "left";
-  const two = place.height >= 36 && state.labelWidth > place.left;
-  pen.font = `600 ${place.height < 20 ? 11 : 12}px ${FONT}`;
+  const end = place.left - 12 - taken;
+  const two = height >= 36 && (taken > 0 || state.labelWidth > place.left);
+  pen.font = `600 ${height < 20 ? 11 : 12}px ${FONT}`;
   pen.fillStyle = theme.text;
-  const end = place.left - 12;
-  const name = fitted(pen, row.label, end - 10);
+  const name = fitted(pen, label, end - 10);
   pen.fillText(name, 10, two ? middle - 7 : middle);
   const used = 10 + pen.measureText(name).width + 10;
-  pen.font = `${place.height < 20 ? 10 : 11}px ${FONT}`;
+  pen.font = `${height < 20 ? 10 : 11}px ${FONT}`;
   pen.fillStyle = theme.quiet;
-  if (two) pen.fillText(fitted(pen, row.stages, end - 10), 10, middle + 8);
-  else if (end - used > 30) pen.fillText(fitted(pen, row.stages, end - used), used, middle);
+  if (two) pen.fillText(fitted(pen, stages, end - 10), 10, middle + 8);
+  else if (end - used > 30) pen.fillText(fitted(pen, stages, end - used), used, middle);
 }
 
 function fitted(pen, text, width) {
@@ -136,8 +193,8 @@ function drawTasks(pen, state, row, track, box) {
 }
 
 function drawTask(pen, state, row, task, box) {
-  const { data, theme, path } = state;
-  const faint = path && !path.has(task);
+  const { data, theme, paths } = state;
+  const faint = paths.length > 0 && !paths.some((path) => path.has(task));
   const { forward, backward, onForward, onBackward } = state.colors.get(moduleOf(data, task));
   const [color, onColor] = data.tasks.backward[task]
     ? [backward, onBackward]
@@ -146,24 +203,29 @@ function drawTask(pen, state, row, task, box) {
   pen.fillStyle = color;
   pen.fillRect(box.x, box.top, box.width, box.height);
   pen.fillStyle = onColor;
-  for (let turn = row.turns.get(data.tasks.stage[task]); turn > 0 && box.width > 3; turn--) {
-    pen.fillRect(box.x + 2, box.top + box.height - 1 - 2.5 * turn, box.width - 3, 1);
+  const turns = box.width > 8 ? row.turns.get(data.tasks.stage[task]) : 0;
+  for (let turn = turns; turn > 0; turn--) {
+    pen.fillRect(box.x + 2, box.top + box.height - 1 - 2 * turn, box.width - 3, 1);
   }
   pen.globalAlpha = 1;
   if (box.width > 5) {
     pen.fillStyle = theme.paper;
     pen.fillRect(box.x, box.top, 0.75, box.height);
   }
-  if (box.width > 12 && box.height >= 11 && !faint) drawNumber(pen, state, task, box, onColor);
+  const free = { ...box, height: box.height - 2 * turns };
+  if (box.width > 12 && free.height >= 11 && !faint) drawNumber(pen, state, task, free, onColor);
 }
 
 /** Microbatches inside a task, in the part of it that shows. */
 function drawNumber(pen, state, task, box, color) {
   const from = Math.max(box.x, state.place.left);
   const until = Math.min(box.x + box.width, state.place.width - RIGHT);
-  pen.font = `${box.height < 15 ? 10 : 11}px ${FONT}`;
   const text = microbatches(state.data, task);
-  if (pen.measureText(text).width > until - from - 4) return;
+  const fits = [box.height < 15 ? 10 : 11, 9].some((size) => {
+    pen.font = `${size}px ${FONT}`;
+    return pen.measureText(text).width <= until - from - 1;
+  });
+  if (!fits) return;
   pen.textAlign = "center";
   pen.textBaseline = "middle";
   pen.fillStyle = color;
@@ -171,23 +233,23 @@ function drawNumber(pen, state, task, box, color) {
 }
 
 /** What a step does once, after its tasks. */
-function drawOnce(pen, state, box) {
-  const { data, view, place, theme } = state;
-  if (!data.once_us) return;
-  const x = xOf(state.simulatedEnd, view, place);
-  const width = xOf(state.simulatedEnd + data.once_us, view, place) - x;
-  pen.fillStyle = theme.once;
-  pen.fillRect(x, box.top, width, box.height);
+function drawOnce(pen, state, layout, box) {
+  const { data, view, place } = state;
+  let us = state.simulatedEnds[layout];
+  for (const [term, length] of Object.entries(data.layouts[layout].once_us)) {
+    const x = xOf(us, view, place);
+    us += length;
+    pen.fillStyle = data.colors.time[term];
+    pen.fillRect(x, box.top, xOf(us, view, place) - x, box.height);
+  }
 }
 
-function drawShare(pen, state, track, box, name) {
-  const whole = name === "measured" ? state.measuredEnd : state.simulatedEnd;
+function drawShare(pen, state, share, box) {
   pen.font = `11px ${FONT}`;
   pen.textAlign = "right";
   pen.textBaseline = "middle";
   pen.fillStyle = state.theme.quiet;
-  const text = percent(whole ? 1 - track.busy / whole : 0);
-  pen.fillText(text, state.place.width - 6, box.top + box.height / 2);
+  pen.fillText(percent(share), state.place.width - 6, box.top + box.height / 2);
 }
 
 /** The axis; marks are round numbers, as many as have room. */
@@ -248,7 +310,7 @@ function drawSpan(pen, state) {
 
 function taskBox(state, { row, name, at }) {
   const track = state.rows[row][name];
-  const slot = tracksOf(state.rows[row], state).find((each) => each.name === name);
+  const slot = tracksOf(row, state).find((each) => each.name === name);
   const x = xOf(track.start[at], state.view, state.place);
   const width = xOf(track.end[at], state.view, state.place) - x;
   return { x, width, top: rowTop(state.place, row) + slot.top, height: slot.height };
@@ -280,23 +342,30 @@ function clipped(pen, place, draw) {
 }
 
 /** The critical path as a line through its tasks; it changes rows only where it must. */
-function drawPath(pen, state) {
-  const name = pathTrack(state);
+function drawPath(pen, state, path) {
   const points = [];
   let row = -1;
-  for (const task of state.path) {
-    if (row < 0 || placeOf(state, row, name, task) < 0) row = rowWith(state, name, task);
+  for (const task of path) {
+    if (row < 0 || placeShown(state, row, task) < 0)
+      row = state.rows.findIndex((_, number) => placeShown(state, number, task) >= 0);
     if (row < 0) continue;
+    const name = mainTrack(state, state.rows[row]);
     const box = taskBox(state, { row, name, at: placeOf(state, row, name, task) });
-    points.push([box.x, middleOf(box)], [box.x + box.width, middleOf(box)]);
+    const y = box.top + 0.82 * box.height; // below the numbers
+    points.push([box.x, y], [box.x + box.width, y]);
   }
   pen.strokeStyle = state.theme.text;
   pen.lineWidth = 1.5;
   line(pen, state.place, points);
 }
 
-function pathTrack(state) {
-  return state.tracks === "measured" ? "measured" : "simulated";
+/** Name of the only track of a row that shows, or of the upper one of two. */
+function mainTrack(state, row) {
+  return state.tracks === "measured" && row.measured ? "measured" : "simulated";
+}
+
+function placeShown(state, number, task) {
+  return placeOf(state, number, mainTrack(state, state.rows[number]), task);
 }
 
 function rowWith(state, name, task) {

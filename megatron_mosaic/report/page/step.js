@@ -11,8 +11,9 @@ function makeRows(data) {
   const simulated = data.kinds.map((kind) => simulatedTrack(data, kind));
   const rowOf = (kind, measured) => ({
     kind,
+    layout: data.kinds[kind].layout,
     label: measured ? `rank ${measured.rank}` : ranksLabel(data.kinds[kind]),
-    stages: data.kinds[kind].stages.map((stage) => stageName(data, stage)).join(" + "),
+    stages: data.kinds[kind].label,
     turns: turnsOf(data, data.kinds[kind].stages),
     simulated: simulated[kind],
     measured: measured ? measuredTrack(data, simulated[kind], measured) : null,
@@ -100,13 +101,24 @@ function ranksLabel(kind) {
   return `${name} ${ranks.length > 20 ? `${ranks.slice(0, 18)}…` : ranks}`;
 }
 
-/** Tasks from the beginning of the step to its end, each of which the next one waited for. */
-function criticalPath(state) {
-  const tracks = state.rows.map((row) => row[pathTrack(state)]).filter(Boolean);
+/** The critical path of every layout that shows, made once for each choice of tracks. */
+function criticalPaths(state) {
+  state.pathsOf ??= {};
+  state.pathsOf[state.tracks] ??= state.data.layouts.map((_, layout) =>
+    criticalPath(state, layout),
+  );
+  const layouts = new Set(state.rows.map((row) => row.layout));
+  return state.pathsOf[state.tracks].filter((_, layout) => layouts.has(layout));
+}
+
+/** The tasks from a step's beginning to its end, each of which the next one waited for. */
+function criticalPath(state, layout) {
+  const own = state.allRows.filter((row) => row.layout === layout);
+  const tracks = own.map((row) => row[mainTrack(state, row)]);
   const last = tracks.reduce((best, track) => (lastEnd(track) > lastEnd(best) ? track : best));
   const path = [last.index[lastEnding(last)]];
   while (last.behind[path.at(-1)]) path.push(path.at(-1) - last.behind[path.at(-1)]);
-  return path.reverse();
+  return new Set(path.reverse());
 }
 
 function lastEnd(track) {

@@ -3,7 +3,7 @@
 function readTheme() {
   const style = getComputedStyle(document.documentElement);
   const read = (name) => style.getPropertyValue(`--${name}`).trim();
-  const names = ["paper", "panel", "track", "line", "text", "quiet", "accent", "alarm", "once"];
+  const names = ["paper", "panel", "track", "line", "text", "quiet", "accent", "alarm"];
   const theme = Object.fromEntries(names.map((name) => [name, read(name)]));
   return { ...theme, dark: document.documentElement.dataset.theme === "dark" };
 }

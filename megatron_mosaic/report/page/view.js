@@ -26,6 +26,10 @@ function placed(view, begin, length) {
   return { begin: from, end: from + length, whole: view.whole };
 }
 
+function sum(numbers) {
+  return numbers.reduce((whole, number) => whole + number, 0);
+}
+
 function clamp(value, low, high) {
   return Math.max(low, Math.min(high, value));
 }

@@ -18,12 +18,14 @@ function taskWords(state, found) {
   const count = state.data.tasks.count[task];
   const colors = state.colors.get(moduleOf(state.data, task));
   const wait = waited(track, found.at);
+  const why = wait >= 1 ? [["waited", `${seconds(wait)}${waitedFor(state, found)}`]] : [];
   const lines = [
+    ...(found.waits ? why : []),
     [kind, `microbatch${count > 1 ? "es" : ""} ${microbatches(state.data, task)}`],
     ["on", row.label],
     ...timeLines(state, track, found.at, row.measured ? found.name : ""),
     ...(row.measured ? comparison(state, row, found) : []),
-    ...(wait >= 1 ? [["waited", `${seconds(wait)}${waitedFor(state, found)}`]] : []),
+    ...(found.waits ? [] : why),
   ];
   const color = kind === "backward" ? colors.backward : colors.forward;
   const name = taskName(state.data, task);
