@@ -1,6 +1,7 @@
 """Plans and checks heterogeneous layouts for Megatron-LM."""
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -24,11 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except (PlanError, LayoutError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, ScheduleError):
             print(error.table, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

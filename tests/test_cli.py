@@ -7,6 +7,7 @@ import pytest
 
 from megatron_mosaic.cli import main
 
+ROOT = Path(__file__).parents[1]
 BROKEN_PLANS = sorted((Path(__file__).parent / "broken_plans").glob("*.yaml"))
 
 GOOD_PLAN = """\
@@ -48,9 +49,8 @@ def good_plan(tmp_path, monkeypatch):
 
 def run_process(*arguments):
     command = [sys.executable, "-m", "megatron_mosaic.cli", *map(str, arguments)]
-    root = Path(__file__).parents[1]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, cwd=root
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
     )
 
 
@@ -218,3 +218,18 @@ def test_cli_process_fails_in_one_line_on_broken_plan():
     assert process.returncode == 2
     assert process.stdout == ""
     assert re.fullmatch(r"error: .*; .*\n", process.stderr)
+
+
+def test_cli_process_whose_reader_has_gone_says_nothing(good_plan):
+    command = f"{sys.executable} -m megatron_mosaic.cli check {Path(good_plan).resolve()} | true"
+
+    process = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+    )
+
+    assert (process.returncode, process.stderr) == (0, "")

@@ -236,7 +236,8 @@ class CostModel:
         made = source.stage_ranks(source.num_stages - 1)
         taken = destination.stage_ranks(0)
         if source.context_parallel_size == 1:
-            taken = tuple(rank for rank in taken if destination.coordinates(rank).cp == 0)
+            tp, cp = destination.tensor_model_parallel_size, destination.context_parallel_size
+            taken = tuple(rank for place, rank in enumerate(taken) if place // tp % cp == 0)
         return self.boundary_s(
             edge,
             ParallelSizes.of(source),

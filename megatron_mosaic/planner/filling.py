@@ -124,8 +124,11 @@ def _with_order(
 ) -> Simulated | None:
     """Simulates a candidate whose encoders fill waits; None if it does not fit or is too long.
 
-    Where too many tasks are live for the memory, as few are as the pipeline allows.
+    Where too many tasks are live for the memory, as few are as the pipeline allows. A placement
+    that the user has fixed holds: with encoders in chunks a layout is not homogeneous any more.
     """
+    if problem.pins.placement not in (None, candidate.placement):
+        return None
     plan = plan_under(candidate, split, problem)
     if _num_tasks(plan) > MAX_FILLED_TASKS:
         return None
