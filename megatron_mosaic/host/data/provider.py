@@ -8,7 +8,7 @@ import torch
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts
+from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts, documents_of
 from megatron_mosaic.host.data.loaders import LoaderSource
 from megatron_mosaic.host.data.position import Position, find_position
 from megatron_mosaic.host.data.reader import StepReader, StepSource
@@ -154,6 +154,7 @@ class ReadingByModule:
                 if runtime.row_facts[destination].keeps_parts
             },
             sequence_length=runtime.row_facts[LANGUAGE].sequence_length,
+            documents=documents_of(runtime.plan.language.attention),
         )
 
 

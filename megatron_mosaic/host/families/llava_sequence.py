@@ -25,6 +25,7 @@ from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.multimodal_attention import RotaryOfSlots
 from megatron_mosaic.host.sequence_parts import (
     NOBODY,
+    MaskedParts,
     SampleSequence,
     SequenceParts,
     to_device,
@@ -136,6 +137,9 @@ class SequenceMerge:
         model._language_is_pipeline_parallel = True
         model._preprocess_data = self.preprocess
         model._process_embedding_token_parallel = self.split_labels
+        language: Any = model.language_model
+        if isinstance(parts, MaskedParts) and hasattr(language, "rotary_pos_emb"):
+            language.rotary_pos_emb = RotaryOfSlots(language.rotary_pos_emb)
 
     def take(self, samples: tuple[SampleSequence, ...]) -> None:
         """Takes the samples of the next microbatch."""
