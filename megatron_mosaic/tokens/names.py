@@ -1,4 +1,4 @@
-"""Words of plan and model files for masks and assignments; without numpy, which plans do not need."""
+"""Words of plan and model files for masks and assignments; free of numpy, as plans are."""
 
 from typing import Literal
 
