@@ -53,7 +53,7 @@ def _places(mask, index, num_images, length):
 
 def _documents(index, length):
     """Two documents and padding, three, or one."""
-    ends = ((3, length - 1), (1, 4, length), (length,))[index % 3]
+    ends = ((4, length - 1), (1, 6, length), (length,))[index % 3]
     ids = np.searchsorted(ends, np.arange(length), side="right")
     return np.where(ids < len(ends), ids, -1)
 
