@@ -47,7 +47,7 @@ def _places(mask, index, num_images, length):
     if mask == "encoder_prepended":
         first = 0
     if first is None:
-        return [1 + 3 * image for image in range(num_images)]
+        return [1 + 2 * image for image in range(num_images)]
     return list(range(first, first + num_images))
 
 
