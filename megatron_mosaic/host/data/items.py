@@ -15,6 +15,7 @@ from megatron_mosaic.layout.items import balanced_items
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.schedule import Schedule
+from megatron_mosaic.schedule.steps import tasks_of
 
 StepOwners = Mapping[str, Mapping[Microbatches, Owners]]
 """Replica of every item, by module, task, and sample of the task."""
@@ -42,7 +43,11 @@ class ItemDeal:
         """
         sizes = [self.cost.sizes(number) for number in rows]
         costs = [self.cost.flops(size) for sample in sizes for size in sample]
-        owners = iter(balanced_items(costs, dp=self.data_parallel_size))
+        owners = iter(
+            balanced_items(
+                costs, dp=self.data_parallel_size, samples=[len(sample) for sample in sizes]
+            )
+        )
         return tuple(tuple(islice(owners, len(sample))) for sample in sizes)
 
 
@@ -83,24 +88,9 @@ def deal_step(
         samples = facts[first : first + len(task) * microbatch_size]
         return deals[name].owners([count_rows(sample.rows[name]) for sample in samples])
 
-    return {
-        name: {task: owners(name, task) for task in deal.tasks} for name, deal in deals.items()
-    }
+    return {name: {task: owners(name, task) for task in deal.tasks} for name, deal in deals.items()}
 
 
 def items_of(owners: Owners, *, dp: int) -> list[tuple[int, ...]]:
     """Items of every sample of a task that one replica runs, by their number in the sample."""
-    return [
-        tuple(item for item, owner in enumerate(sample) if owner == dp) for sample in owners
-    ]
-
-
-def tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[Microbatches]:
-    """Microbatches of every forward task of a module's last stage."""
-    last = plan.modules[module].num_stages - 1
-    rank = plan.modules[module].stage_ranks(last)[0]
-    return [
-        task.microbatches
-        for task in schedule.tasks[rank]
-        if task.module == module and task.stage == last and task.kind == "F"
-    ]
+    return [tuple(item for item, owner in enumerate(sample) if owner == dp) for sample in owners]
