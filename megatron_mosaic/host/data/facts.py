@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary, token_ids
 from megatron_mosaic.layout.ownership import Runs, count_rows
 from megatron_mosaic.layout.rows import Interval
@@ -38,15 +39,36 @@ def sample_facts(batch: Batch, boundary: ModuleBoundary) -> list[SampleFacts]:
     Raises:
         HostError: The batch contradicts itself, or lacks what is counted.
     """
-    tokens = token_ids(batch)
     rows = boundary.row_runs(batch)
     return [
         SampleFacts(
-            text_checksum=zlib.crc32(ids.numpy().tobytes()),
-            rows={source: runs[sample] for source, runs in rows.items()},
+            text_checksum=checksum, rows={source: runs[sample] for source, runs in rows.items()}
         )
-        for sample, ids in enumerate(tokens)
+        for sample, checksum in enumerate(_text_checksums(batch))
     ]
+
+
+def check_texts(batch: Batch, expected: Sequence[int]) -> None:
+    """Checks that the samples of a batch are those whose facts all ranks know.
+
+    Args:
+        batch: What was read of them.
+        expected: ``text_checksum`` of every sample.
+
+    Raises:
+        HostError: One is another.
+    """
+    found = _text_checksums(batch)
+    if found != list(expected):
+        raise HostError(
+            f"data: text_checksum={found[:2]}... of the samples with this rank's items must equal "
+            f"{list(expected[:2])}... that another rank reads; make the data set return the same "
+            f"sample for the same index"
+        )
+
+
+def _text_checksums(batch: Batch) -> list[int]:
+    return [zlib.crc32(ids.numpy().tobytes()) for ids in token_ids(batch)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
-from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_samples
+from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_items, take_samples
 from megatron_mosaic.host.families.family import Batch, check_edges, facts_of, token_ids
 from megatron_mosaic.host.families.llava_sequence import SequenceMerge, building_on_parts
 from megatron_mosaic.host.families.llava_vision import (
@@ -33,7 +33,8 @@ from megatron_mosaic.host.families.llava_vision import (
 )
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.recompute import set_recompute
-from megatron_mosaic.host.reports import encoder_flops
+from megatron_mosaic.host.reports import encoder_flops, item_cost
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
@@ -241,6 +242,7 @@ class LlavaBoundary:
         self._merge: SequenceMerge | None = getattr(inner, "sequence_merge", None)
         self.keeps_parts = self._merge is not None
         self._name = name
+        self._vision_config = getattr(inner.vision_model, "config", None)
 
     def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
@@ -293,6 +295,23 @@ class LlavaBoundary:
         images = [len(each) for each in image_tokens(batch, image_token=self.image_token)]
         return take_samples(batch, samples, images=images, per_image=PER_IMAGE_KEYS)
 
+    def take_items(self, batch: Batch, items: Sequence[Sequence[int]]) -> Batch:
+        """Cuts images out of a batch, and the samples that have any of them.
+
+        A batch may also have these images alone, though its text has the tokens of all.
+        """
+        images = (token_ids(batch) == self.image_token).sum(dim=1).tolist()
+        number, wanted = count_images(batch), sum(map(len, items))
+        if number == wanted < sum(images):
+            return batch
+        _check_images(number, sum(images), image_token=self.image_token)
+        return take_items(batch, items, images=images, per_image=PER_IMAGE_KEYS)
+
+    def item_cost(self) -> ItemCost:
+        """Tells the cost of an image; all have the same size."""
+        configs = [] if self._vision_config is None else [self._vision_config]
+        return item_cost(configs, item_rows=self.rows_per_image)
+
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
         """Counts the encoder's operations behind one of an image's rows."""
         if self._name != VISION:
@@ -307,12 +326,20 @@ def image_tokens(batch: Batch, *, image_token: int) -> list[list[int]]:
         HostError: The batch has no token ids under a known key, or another number of images.
     """
     places = [row.nonzero().flatten().tolist() for row in token_ids(batch) == image_token]
-    count = sum(map(len, places))
+    _check_images(count_images(batch), sum(map(len, places)), image_token=image_token)
+    return places
+
+
+def count_images(batch: Batch) -> int | None:
+    """Counts the images of a batch; None if it holds none under a known name."""
     fields = batch_fields(batch)
     images = next((fields[key] for key in IMAGE_KEYS if key in fields), None)
-    if images is not None and not is_absent(images) and images.shape[0] != count:
+    return None if images is None or is_absent(images) else images.shape[0]
+
+
+def _check_images(images: int | None, count: int, *, image_token: int) -> None:
+    if images is not None and images != count:
         raise HostError(
-            f"data: images={images.shape[0]} must equal the image tokens={count} of the "
+            f"data: images={images} must equal the image tokens={count} of the "
             f"batch; give every image one token {image_token}"
         )
-    return places
