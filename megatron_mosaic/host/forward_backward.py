@@ -13,7 +13,9 @@ from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.errors import HostError
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.data.reader import StepBatches
+from megatron_mosaic.host.data.shares import task_samples
 from megatron_mosaic.host.gradients import (
     finalize_gradients,
     finish_gathering_parameters,
@@ -254,10 +256,27 @@ class PlanForwardBackward:
             samples={
                 each: channels.samples_kept(name, each) for each in forward if groups.is_first_stage
             },
+            facts={each: self._facts_of(name, each, batches) for each in forward},
             gradient_to=self._awaiting_gradient(runner.stage) if backward else frozenset(),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )
+
+    def _facts_of(
+        self, name: str, task: tuple[int, ...], batches: StepBatches
+    ) -> Sequence[SampleFacts]:
+        """What is known of the samples that this rank's replica of the language model runs."""
+        if name != LANGUAGE:
+            return ()
+        plan = self._runtime.plan
+        samples = task_samples(
+            plan.language,
+            task,
+            dp=self._runtime.hosted[name].position.dp,
+            samples_per_replica=plan.micro_batch_size,
+            size=plan.micro_batch_size * plan.language.data_parallel_size,
+        )
+        return batches.facts[slice(*samples)]
 
     def _awaiting_gradient(self, stage: Stage) -> frozenset[str]:
         """Modules that wait for the gradient of what they sent a stage."""
