@@ -30,6 +30,7 @@ from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.schedule.ahead import Part, prologue_of, steps_after_prologue
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage
@@ -102,7 +103,7 @@ class PlanForwardBackward:
         schedule = self._schedule(num_microbatches, forward_only)
         batches = _next_step(data_iterator)
         part = self._kept.part(schedule, batches, is_last=is_last_step(get_args()))
-        self._begin(batches.rows, schedule)
+        self._begin(batches, schedule)
         hand_out = partial(
             self._hand_out, schedule, forward_step_func, top.config, first_val_step=first_val_step
         )
@@ -110,18 +111,28 @@ class PlanForwardBackward:
             works = self._walk(schedule, part, batches, hand_out)
             return self._close(works, forward_only, force_all_reduce=force_all_reduce)
 
-    def _begin(self, rows: Mapping[str, Samples], schedule: Schedule) -> None:
-        """Takes what differs between steps: the rows of their samples."""
-        runtime = self._runtime
+    def _begin(self, batches: StepBatches, schedule: Schedule) -> None:
+        """Takes what differs between steps: the rows of their samples, and who makes them."""
+        runtime, rows = self._runtime, batches.rows
         self._check_dispatch(rows)
         runtime.randomness.unpark()
-        runtime.channels.begin(rows, schedule=schedule)
+        runtime.channels.begin(
+            rows,
+            schedule=schedule,
+            owners=batches.owners,
+            sequences=self._sequences(batches),
+        )
         if not schedule.forward_only:
             self._flops.of_rows = sum(
                 sum(map(count_rows, samples)) * runtime.row_facts[name].flops
                 for name, samples in rows.items()
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+
+    def _sequences(self, batches: StepBatches) -> tuple[SampleSequence, ...]:
+        if self._runtime.plan.language.attention is None:
+            return ()
+        return tuple(facts.sequence for facts in batches.facts)
 
     def _walk(
         self, schedule: Schedule, part: Part, batches: StepBatches, hand_out: Callable[..., Works]
@@ -140,7 +151,9 @@ class PlanForwardBackward:
         following = None if Part.ENDS in part else batches.ahead
         data = {name: batches for name in self._runtime.hosted if name not in schedule.ahead}
         if schedule.ahead and following is not None:
-            self._runtime.channels.begin_ahead(following.rows, schedule=schedule)
+            self._runtime.channels.begin_ahead(
+                following.rows, schedule=schedule, owners=following.owners
+            )
             data |= dict.fromkeys(schedule.ahead, following)
         works = hand_out(data)
         made = self._walker(schedule, kept).walk(steps, first=len(prologue))

@@ -29,7 +29,6 @@ from megatron_mosaic.tokens.mask import (
 from megatron_mosaic.tokens.names import Preset
 from megatron_mosaic.tokens.ranges import Integers
 
-
 # Masks of sequences that are not packed.
 ONE_DOCUMENT: frozenset[Preset] = frozenset(("encoder_prepended", "encoder_embedded"))
 

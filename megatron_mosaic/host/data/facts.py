@@ -7,10 +7,12 @@ from typing import Literal
 
 import torch
 
+from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary, token_ids
 from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.ownership import Runs, count_rows
 from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.tokens.presets import ONE_DOCUMENT
 
 UNREAD = torch.iinfo(torch.int64).min
@@ -36,6 +38,12 @@ class SampleFacts:
     rows: Mapping[str, Runs]
     document_stops: tuple[int, ...] | None = None
 
+    @property
+    def sequence(self) -> SampleSequence:
+        """What decides where the tokens of the sample go, if its mask does."""
+        items = sorted(run for runs in self.rows.values() for run in runs if run.size)
+        return SampleSequence(tuple(items), self.document_stops)
+
 
 def sample_facts(batch: Batch, boundary: ModuleBoundary) -> list[SampleFacts]:
     """Finds the facts of every sample of a batch.
@@ -47,17 +55,39 @@ def sample_facts(batch: Batch, boundary: ModuleBoundary) -> list[SampleFacts]:
     Raises:
         HostError: The batch contradicts itself, or lacks what is counted.
     """
-    tokens = token_ids(batch)
     rows = boundary.row_runs(batch)
     stops = boundary.document_stops(batch)
     return [
         SampleFacts(
-            text_checksum=zlib.crc32(ids.numpy().tobytes()),
+            text_checksum=checksum,
             rows={source: runs[sample] for source, runs in rows.items()},
             document_stops=None if stops is None else stops[sample],
         )
-        for sample, ids in enumerate(tokens)
+        for sample, checksum in enumerate(_text_checksums(batch))
     ]
+
+
+def check_texts(batch: Batch, expected: Sequence[int]) -> None:
+    """Checks that the samples of a batch are those whose facts all ranks know.
+
+    Args:
+        batch: What was read of them.
+        expected: ``text_checksum`` of every sample.
+
+    Raises:
+        HostError: One is another.
+    """
+    found = _text_checksums(batch)
+    if found != list(expected):
+        raise HostError(
+            f"data: text_checksum={found[:2]}... of the samples with this rank's items must equal "
+            f"{list(expected[:2])}... that another rank reads; make the data set return the same "
+            f"sample for the same index"
+        )
+
+
+def _text_checksums(batch: Batch) -> list[int]:
+    return [zlib.crc32(ids.numpy().tobytes()) for ids in token_ids(batch)]
 
 
 def documents_of(attention: AttentionPlan | None) -> Documents:

@@ -12,6 +12,7 @@ from megatron_mosaic.comm.boundary import ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.data.batches import batch_fields
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import ModuleFacts
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE
@@ -100,6 +101,22 @@ class ModuleBoundary(Protocol):
         Raises:
             HostError: This cannot be told from the batch.
         """
+        ...
+
+    def take_items(self, batch: Batch, items: Sequence[Sequence[int]]) -> Batch:
+        """Cuts some items, such as images, out of a batch, and the samples that have any of them.
+
+        Args:
+            batch: Whole samples, which a loader collated; or samples that hold just these items.
+            items: Items of every sample that are wanted, by their number in the sample.
+
+        Raises:
+            HostError: The batch holds other items, or this cannot be told from it.
+        """
+        ...
+
+    def item_cost(self) -> ItemCost:
+        """Tells what the module's items are and what they cost."""
         ...
 
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
