@@ -118,8 +118,6 @@ def test_operator_computes_the_same_bits_again(cp):
         assert all(map(torch.equal, first, second))
 
 
-
-
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_recomputation_gives_the_same_bits(cp):
     for plain, *again in _computed(cp)[2]:

@@ -78,9 +78,7 @@ def test_block_mask_has_the_tiles_of_the_dense_mask(part):
         block_mask.q_num_blocks, block_mask.q_indices, transposed=True
     )
     full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    assert full == _listed(
-        block_mask.full_q_num_blocks, block_mask.full_q_indices, transposed=True
-    )
+    assert full == _listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, transposed=True)
     for sample, row, column in full:
         assert seen[sample, row * 128 :, column * 128 :][:128, :128].all()
 
