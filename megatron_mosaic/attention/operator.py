@@ -154,7 +154,7 @@ def _place(rows: torch.Tensor, received: Received, b: int) -> torch.Tensor:
     """Puts rows from the order of the wire into their slots, ``[slots, b, width]``."""
     placed = rows.new_zeros(received.slots * b, rows.size(1))
     placed[torch.from_numpy(received.wire.receive_rows).to(rows.device)] = rows
-    return placed.view(received.slots, b, -1)
+    return placed.view(received.slots, b, rows.size(1))
 
 
 def _grads(
