@@ -20,7 +20,7 @@ from megatron_mosaic.attention.choice import ExchangeWish
 from megatron_mosaic.attention.exchange import PendingRows, post_gradients, post_keys
 from megatron_mosaic.attention.merge import Computed, merge, merge_grads
 from megatron_mosaic.attention.part import Kernel
-from megatron_mosaic.attention.plan import RankPlan, Received, rank_plan
+from megatron_mosaic.attention.plan import Received, rank_plan
 from megatron_mosaic.cost.collectives import Group
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
@@ -154,7 +154,7 @@ def _place(rows: torch.Tensor, received: Received, b: int) -> torch.Tensor:
     """Puts rows from the order of the wire into their slots, ``[slots, b, width]``."""
     placed = rows.new_zeros(received.slots * b, rows.size(1))
     placed[torch.from_numpy(received.wire.receive_rows).to(rows.device)] = rows
-    return placed.view(received.slots, b, -1)
+    return placed.view(received.slots, b, rows.size(1))
 
 
 def _grads(

@@ -220,10 +220,7 @@ def kept(
     if offsets is None:
         offsets = row_offsets([count_rows(runs) for runs in samples])
     if isinstance(sharding, SequenceSharding) and table_of is None:
-        table = ShardTable.of(sharding)
-
-        def table_of(sample: int) -> ShardTable:
-            return table
+        table_of = _always(ShardTable.of(sharding))
 
     def running(samples: Interval) -> range:
         start, stop = samples
@@ -290,6 +287,10 @@ def _kept_parts(
     for (cp, tp), rows in parts.items():
         ranks = _tensor_parallel_ranks(destination, cp=cp, dp=dp, stage=0)
         yield (ranks[tp],) if splits_tp else ranks, rows
+
+
+def _always(table: ShardTable) -> TableOf:
+    return lambda sample: table
 
 
 def _parts(

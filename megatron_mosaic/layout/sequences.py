@@ -16,12 +16,17 @@ from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
 from megatron_mosaic.layout.shard_table import ShardTable
-from megatron_mosaic.tokens.assign import METHODS
-from megatron_mosaic.tokens.assignment import SequenceCut, TokenAssignment
+from megatron_mosaic.tokens.assign import assign
+from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.presets import Item, preset_mask
 from megatron_mosaic.tokens.ranges import Integers
-from megatron_mosaic.tokens.tiles import tile_counts
+from megatron_mosaic.tokens.tiles import Tile
+
+# Tiles of FlexAttention, whose block masks have blocks of 128 (torch 2.11,
+# torch/nn/attention/flex_attention.py, _DEFAULT_SPARSE_BLOCK_SIZE). Assignments count them on every
+# device: those of ranks, and of runs on other machines, must agree.
+KERNEL_TILE = Tile(queries=128, keys=128)
 
 # Samples whose masks and assignments are kept: some tens of KB each at a million tokens.
 _CACHED = 1024
@@ -76,11 +81,9 @@ def sample_assignment(
         LayoutError: Plan and batch contradict each other.
     """
     mask = sample_mask(attention, sample, length=length)
-    if cp == 1:
-        whole = SequenceCut(length=length, cp=1, block=length)
-        return TokenAssignment(cut=whole, owner=np.zeros(whole.num_pieces, dtype=np.int64))
-    cut = SequenceCut(length=length, cp=cp, block=max(1, length // (8 * cp)))
-    return METHODS[attention.tokens](cut, tile_counts(mask, edges=cut.edges, tile_keys=4))
+    # On one rank there is nothing to choose: no tile need be counted.
+    method = "contiguous" if cp == 1 else attention.tokens
+    return assign(mask, cp=cp, method=method, tile=KERNEL_TILE)
 
 
 @dataclass(frozen=True, kw_only=True)

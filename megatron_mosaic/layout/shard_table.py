@@ -1,6 +1,7 @@
 """Who keeps which positions of a sequence, as a table that is looked up."""
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -52,12 +53,10 @@ class ShardTable:
 
     @cached_property
     def _of_one(self) -> dict[Part, Columns]:
-        of_one: dict[Part, tuple[list[int], list[int], list[Part]]] = {}
+        of_one: defaultdict[Part, list[tuple[int, int, Part]]] = defaultdict(list)
         for row in zip(*self._whole, strict=True):
-            columns = of_one.setdefault(row[2], ([], [], []))
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-        return {key: Columns(*columns) for key, columns in of_one.items()}
+            of_one[row[2]].append(row)
+        return {key: Columns(*zip(*rows, strict=True)) for key, rows in of_one.items()}
 
 
 def add_rows(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Case:
             items = [
                 item
                 for item in items
-                if any(a <= item.start and item.stop <= b for a, b in zip([0, *stops], stops))
+                if any(a <= item.start and item.stop <= b for a, b in pairwise([0, *stops]))
             ]
         return preset_mask(self.preset, length=self.length, items=items, document_stops=stops)
 
