@@ -37,7 +37,11 @@ class MaskedSamples(ImageTextSamples):
         sample |= {"tokens": tokens, "loss_mask": sample["loss_mask"] * is_text}
         if args.mask == PACKED:
             ids = torch.tensor(_documents(index, self._length))
+            if args.damaged_batch == "documents_backwards" and index % 3 == 1:
+                ids = ids.flip(0)
             sample |= {"document_ids": ids, "loss_mask": sample["loss_mask"] * (ids >= 0)}
+            if args.damaged_batch == "no_documents":
+                del sample["document_ids"]
         return sample
 
 
@@ -45,15 +49,15 @@ def _places(mask, index, num_images, length):
     """At the start, at the end, back to back in the middle, or spread."""
     first = {0: 0, 1: length - num_images, 2: length // 2}.get(index % 4)
     if mask == "encoder_prepended":
-        first = 0
+        first = int(get_args().damaged_batch == "text_first")
     if first is None:
-        return [1 + 2 * image for image in range(num_images)]
+        return [1 + image * (length // 7) for image in range(num_images)]
     return list(range(first, first + num_images))
 
 
 def _documents(index, length):
     """Two documents and padding, three, or one."""
-    ends = ((4, length - 1), (1, 6, length), (length,))[index % 3]
+    ends = ((length // 3, length - 5), (1, length // 2, length), (length,))[index % 3]
     ids = np.searchsorted(ends, np.arange(length), side="right")
     return np.where(ids < len(ends), ids, -1)
 
@@ -116,6 +120,9 @@ def forward_step(data_iterator, model):
 def add_script_args(parser):
     parser = vlm_script.add_script_args(parser)
     parser.add_argument("--mask", required=True)
+    parser.add_argument(
+        "--damaged-batch", choices=("text_first", "documents_backwards", "no_documents")
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
+from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.attention import with_core_attention
 from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_items, take_samples
@@ -295,9 +295,7 @@ class LlavaBoundary:
         """Leaves a hidden state as it is."""
         return output
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> torch.Tensor:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``.
 
         Where ranks keep parts of sequences the rows stay as they are, to be merged one by one.

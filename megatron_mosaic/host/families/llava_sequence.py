@@ -137,9 +137,8 @@ class SequenceMerge:
         model._language_is_pipeline_parallel = True
         model._preprocess_data = self.preprocess
         model._process_embedding_token_parallel = self.split_labels
-        language: Any = model.language_model
-        if isinstance(parts, MaskedParts) and hasattr(language, "rotary_pos_emb"):
-            language.rotary_pos_emb = RotaryOfSlots(language.rotary_pos_emb)
+        if isinstance(parts, MaskedParts):
+            _count_in_documents(model.language_model)
 
     def take(self, samples: tuple[SampleSequence, ...]) -> None:
         """Takes the samples of the next microbatch."""
@@ -254,6 +253,12 @@ class SequenceMerge:
         return _LabelTables(
             to_device(np.where(is_token, context, 0), device), to_device(is_token, device)
         )
+
+
+def _count_in_documents(language: Any) -> None:
+    """Lets rotary positions be those of tokens in their documents, where there are any."""
+    if hasattr(language, "rotary_pos_emb"):
+        language.rotary_pos_emb = RotaryOfSlots(language.rotary_pos_emb)
 
 
 def _sources(
