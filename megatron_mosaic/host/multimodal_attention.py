@@ -178,6 +178,7 @@ def check_config(config: TransformerConfig, *, position_embedding_type: str) -> 
         ("attention_dropout", config.attention_dropout, 0.0, "add --attention-dropout 0"),
         ("window_size", config.window_size, None, "use no sliding window"),
         ("softmax_type", config.softmax_type, "vanilla", "use Megatron's default"),
+        ("qk_clip", config.qk_clip, False, "train without clipped logits"),
         ("multi_latent_attention", config.multi_latent_attention, False, "use another model"),
         ("mtp_num_layers", config.mtp_num_layers, None, "train without multi-token prediction"),
     )
