@@ -44,7 +44,6 @@ from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops, item_cost
 from megatron_mosaic.host.sequence_parts import (
     MaskedParts,
-    SequenceParts,
     ZigzagParts,
 )
 from megatron_mosaic.layout.item_costs import ItemCost
@@ -174,7 +173,9 @@ def _building_language(
     model.sequence_merge = SequenceMerge(model, config=config, parts=parts, groups=groups)
 
 
-def _parts_of(arguments: Mapping[str, Any], groups: ModuleGroups) -> SequenceParts | None:
+def _parts_of(
+    arguments: Mapping[str, Any], groups: ModuleGroups
+) -> ZigzagParts | MaskedParts | None:
     """Returns how ranks have parts of sequences; None if all have them whole, without a mask.
 
     Raises:
