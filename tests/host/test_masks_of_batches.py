@@ -7,9 +7,10 @@ import torch
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts
 from megatron_mosaic.host.families.llava_masks import check_masks, stops_of_batch
-from megatron_mosaic.host.sequence_parts import document_positions
+from megatron_mosaic.host.rotary import document_positions, grid_positions
 from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.tokens.mask import SequenceMask, modality_tokens, padding, text
 from tests.host.test_bad_launch import _check, _stop
 from tests.ranks import run_ranks
@@ -96,6 +97,23 @@ def test_positions_begin_again_with_every_document():
     mask = SequenceMask.of([text(3), text(1, document=1), image, text(1, document=1), padding(2)])
 
     np.testing.assert_array_equal(document_positions(mask), [0, 1, 2, 0, 1, 2, 3, 0, 0])
+
+
+def test_patches_count_along_their_image_and_text_goes_on_behind_its_longer_side():
+    image = modality_tokens(6, group=0)
+    other = modality_tokens(6, group=0, document=1)
+    mask = SequenceMask.of([text(2), image, text(1), other, text(1, document=1), padding(1)])
+    sample = SampleSequence((Interval(2, 8), Interval(9, 15)), (9, 16))
+
+    # Images of 2 rows and 3 columns: one at 2 with text at 2 + 3 behind it, the other one first.
+    np.testing.assert_array_equal(
+        grid_positions(mask, sample, grid=(2, 3)),
+        [
+            [0, 1, 2, 2, 2, 2, 2, 2, 5, 0, 0, 0, 0, 0, 0, 3, 0],
+            [0, 1, 2, 2, 2, 3, 3, 3, 5, 0, 0, 0, 1, 1, 1, 3, 0],
+            [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 0],
+        ],
+    )
 
 
 @pytest.mark.parametrize(("documents", "stops"), [("many", (1, 62, 63, 130)), ("one", (57,))])

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.attention import SplitTokens, gathering, with_core_attention
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.multimodal_attention import RotaryOfSlots
+from megatron_mosaic.host.rotary import embed_slots
 from megatron_mosaic.host.sequence_parts import (
     NOBODY,
     MaskedParts,
@@ -138,7 +138,7 @@ class SequenceMerge:
         model._preprocess_data = self.preprocess
         model._process_embedding_token_parallel = self.split_labels
         if isinstance(parts, MaskedParts):
-            _count_in_documents(model.language_model)
+            embed_slots(model.language_model)
 
     def take(self, samples: tuple[SampleSequence, ...]) -> None:
         """Takes the samples of the next microbatch."""
@@ -253,12 +253,6 @@ class SequenceMerge:
         return _LabelTables(
             to_device(np.where(is_token, context, 0), device), to_device(is_token, device)
         )
-
-
-def _count_in_documents(language: Any) -> None:
-    """Lets rotary positions be those of tokens in their documents, where there are any."""
-    if hasattr(language, "rotary_pos_emb"):
-        language.rotary_pos_emb = RotaryOfSlots(language.rotary_pos_emb)
 
 
 def _sources(
