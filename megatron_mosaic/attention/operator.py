@@ -112,14 +112,15 @@ class _Exchanged(torch.autograd.Function):
         s, b = key.shape[:2]
         rows = torch.cat([key, value], dim=2).view(s * b, -1)
         pending = post_keys(rows, received, group=group)
-        leaves = [each.detach().requires_grad_(differentiable) for each in (query, key, value)]
+        leaves = tuple(t.detach().requires_grad_(differentiable) for t in (query, key, value))
+        q, k, v = leaves
         with torch.set_grad_enabled(differentiable):
-            parts = [_attend(own, *leaves, scale)]
+            parts = [_attend(own, q, k, v, scale)]
             arrived = _place(pending.wait(), received, b).unflatten(-1, (2, *key.shape[2:]))
             arrived.requires_grad_(differentiable)
             if received.kernel is not None:
                 keys, values = arrived.unbind(2)
-                parts.append(_attend(received.kernel, leaves[0], keys, values, scale))
+                parts.append(_attend(received.kernel, q, keys, values, scale))
         if differentiable:
             ctx.kept = (leaves, arrived, parts, received, group)
         output = merge([(out.detach(), lse.detach()) for out, lse in parts])
