@@ -49,6 +49,8 @@ class FlexKernel:
             scale=scale,
             enable_gqa=query.size(1) != key.size(1),
             return_aux=AuxRequest(lse=True),
+            # Few queries would be computed by a kernel for decoding, whose limits are others.
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )
         return output, aux.lse
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_mosaic.attention.needed import NeededKeys
 from megatron_mosaic.tokens.held import Held
-from megatron_mosaic.tokens.ranges import Integers
+from megatron_mosaic.tokens.ranges import Integers, counted_from
 
 _Among = Callable[[NeededKeys, int, int], Held]  # of a sample, the sender and the receiver
 
@@ -68,7 +68,8 @@ def _rows(samples: Sequence[NeededKeys], sender: int, receiver: int, among: _Amo
     rows = [np.empty(0, dtype=np.int64)]
     for sample, needed in enumerate(samples) if sender != receiver else ():
         moved = needed.sent(sender, to=receiver)
-        positions = moved.position(np.arange(moved.size))
-        slots = among(needed, sender, receiver).place(positions)
+        # Tokens that follow each other do so among the others too.
+        first = among(needed, sender, receiver).place(moved.start)
+        _, slots = counted_from(first, moved.stop - moved.start, first)
         rows.append(slots * len(samples) + sample)
     return np.concatenate(rows)

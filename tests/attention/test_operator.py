@@ -29,6 +29,7 @@ SHAPES = [
     Case(preset="encoder_embedded", length=283, heads=2, groups=2, head_dim=256),
     Case(preset="multimodal_packed", length=283, spare_slots=5, exchange="all_gather"),
     Case(preset="prefix_lm", length=1000, exchange="all_gather"),
+    Case(preset="causal", length=3),  # there are more ranks than tokens
     Case(preset="multimodal_packed", length=1000, exchange="auto"),
 ]
 CASES = SQUARE + SHAPES
