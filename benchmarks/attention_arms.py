@@ -81,7 +81,9 @@ def arms(mask: SequenceMask, tensors: Sequence[torch.Tensor]) -> list[Arm]:
 
     def causal(_: None) -> object:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                leaves[0], leaves[1], leaves[2], is_causal=True, enable_gqa=True
+            )
         return torch.autograd.grad(out, leaves, grad)
 
     return [
@@ -106,8 +108,8 @@ def _flex(part: Part, leaves: Sequence[torch.Tensor], grad: torch.Tensor) -> Arm
 
     def run(block_mask: Any) -> object:
         # There is no backward pass of it on a host.
-        inputs = [each.detach() for each in leaves] if on_host else leaves
-        out = attend(*inputs, block_mask=block_mask, enable_gqa=True)
+        query, key, value = (each.detach() if on_host else each for each in leaves)
+        out = attend(query, key, value, block_mask=block_mask, enable_gqa=True)
         return out if on_host else torch.autograd.grad(out, leaves, grad)
 
     return Arm(name="flex", make=make, run=run)
