@@ -152,23 +152,23 @@ class BoundaryRoutes:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
                 samples = tuple([runs_of[count] for count in counts])
-            found = self._place(microbatch, samples, row_offsets(counts), owners=of.owners)
+            found = self._place(microbatch, samples, counts, of=of)
             of.microbatches[microbatch] = found
         return found
 
     def _place(
-        self, microbatch: int, samples: Samples, offsets: Sequence[int], *, owners: TaskOwners
+        self, microbatch: int, samples: Samples, counts: Sequence[int], *, of: "_StepRows"
     ) -> Microbatch:
         """Places a microbatch in its group, or tells to whom its items are dealt."""
         group = self._group_of[microbatch]
         first, group_size, dealt = (microbatch - group[0]) * self._size, len(group), None
-        if group in owners:
-            own = owners[group][first : first + self._size]
-            dealt = DealtItems.of(own, offsets=offsets)
+        if group in of.owners:
+            runs = of.samples[microbatch * self._size : (microbatch + 1) * self._size]
+            dealt = DealtItems.of(of.owners[group][first : first + self._size], runs)
             first, group_size = 0, 1
         return Microbatch(
             samples=samples,
-            offsets=offsets,
+            offsets=row_offsets(counts),
             first=first,
             group_size=group_size * self._size,
             dealt=dealt,
