@@ -6,7 +6,6 @@ import torch.distributed as dist
 
 from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.rows import Interval
 from tests.ranks import run_ranks
 
 # Rank 0 has vision alone, ranks 1 and 2 both modules. A task of vision is all eight samples.
