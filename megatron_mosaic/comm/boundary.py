@@ -13,10 +13,10 @@ from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch
 from megatron_mosaic.comm.route import NodeOf, Route
 from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.item_costs import Owners
-from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
+from megatron_mosaic.layout.ownership import Selection, Sharding, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
 
 # Replica of every item, by task (its microbatches) and sample of the task.
 TaskOwners = Mapping[tuple[int, ...], Owners]
@@ -56,7 +56,7 @@ class BoundaryShape:
     """
 
     samples_per_replica: int
-    sharding: SequenceSharding | None = None
+    sharding: Sharding | None = None
     item: ItemShape = ONE_ROW
 
 
@@ -90,6 +90,7 @@ class BoundaryRoutes:
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
         self._carried = self._made = _StepRows((), owners={})
+        self._by_mask = isinstance(shape.sharding, MaskedSharding)
         self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
 
     def begin(
@@ -98,6 +99,7 @@ class BoundaryRoutes:
         *,
         groups: Sequence[tuple[int, ...]],
         owners: TaskOwners = MappingProxyType({}),
+        sequences: Sequence[SampleSequence] = (),
     ) -> None:
         """Takes what differs between steps.
 
@@ -105,8 +107,10 @@ class BoundaryRoutes:
             samples: Where the rows of every sample of the step belong.
             groups: Microbatches of every task of the source.
             owners: Replica of every item of each task, where the source's items are dealt.
+            sequences: What decides which rank of the destination keeps which tokens of every
+                sample, where their masks do.
         """
-        self._carried = self._made = _StepRows(samples, owners=owners)
+        self._carried = self._made = _StepRows(samples, owners=owners, sequences=sequences)
         self._group_of = {m: group for group in groups for m in group}
 
     def begin_ahead(self, samples: Samples, *, owners: TaskOwners = MappingProxyType({})) -> None:
@@ -161,25 +165,31 @@ class BoundaryRoutes:
     ) -> Microbatch:
         """Places a microbatch in its group, or tells to whom its items are dealt."""
         group = self._group_of[microbatch]
+        own = slice(microbatch * self._size, (microbatch + 1) * self._size)
         first, group_size, dealt = (microbatch - group[0]) * self._size, len(group), None
         if group in of.owners:
-            runs = of.samples[microbatch * self._size : (microbatch + 1) * self._size]
-            dealt = DealtItems.of(of.owners[group][first : first + self._size], runs)
+            dealt = DealtItems.of(of.owners[group][first : first + self._size], of.samples[own])
             first, group_size = 0, 1
+        # Rows that are made, but not carried yet, need not know who keeps them.
+        sequences = tuple(of.sequences[own]) or None if self._by_mask else None
         return Microbatch(
             samples=samples,
             offsets=row_offsets(counts),
             first=first,
             group_size=group_size * self._size,
             dealt=dealt,
+            sequences=sequences,
         )
 
 
 class _StepRows:
     """Rows of one step's samples, and its microbatches as far as they were asked for."""
 
-    def __init__(self, samples: Samples, *, owners: TaskOwners) -> None:
+    def __init__(
+        self, samples: Samples, *, owners: TaskOwners, sequences: Sequence[SampleSequence] = ()
+    ) -> None:
         self.samples = samples
+        self.sequences = sequences
         self.owners = owners
         self.counts = [count_rows(runs) for runs in samples]
         self.microbatches: dict[int, Microbatch] = {}

@@ -13,7 +13,9 @@ from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.errors import HostError
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.data.reader import StepBatches
+from megatron_mosaic.host.data.shares import task_samples
 from megatron_mosaic.host.gradients import (
     finalize_gradients,
     finish_gathering_parameters,
@@ -28,6 +30,7 @@ from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.schedule.ahead import Part, prologue_of, steps_after_prologue
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage
@@ -113,13 +116,23 @@ class PlanForwardBackward:
         runtime, rows = self._runtime, batches.rows
         self._check_dispatch(rows)
         runtime.randomness.unpark()
-        runtime.channels.begin(rows, schedule=schedule, owners=batches.owners)
+        runtime.channels.begin(
+            rows,
+            schedule=schedule,
+            owners=batches.owners,
+            sequences=self._sequences(batches),
+        )
         if not schedule.forward_only:
             self._flops.of_rows = sum(
                 sum(map(count_rows, samples)) * runtime.row_facts[name].flops
                 for name, samples in rows.items()
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+
+    def _sequences(self, batches: StepBatches) -> tuple[SampleSequence, ...]:
+        if self._runtime.plan.language.attention is None:
+            return ()
+        return tuple(facts.sequence for facts in batches.facts)
 
     def _walk(
         self, schedule: Schedule, part: Part, batches: StepBatches, hand_out: Callable[..., Works]
@@ -254,10 +267,27 @@ class PlanForwardBackward:
             samples={
                 each: channels.samples_kept(name, each) for each in forward if groups.is_first_stage
             },
+            facts={each: self._facts_of(name, each, batches) for each in forward},
             gradient_to=self._awaiting_gradient(runner.stage) if backward else frozenset(),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )
+
+    def _facts_of(
+        self, name: str, task: tuple[int, ...], batches: StepBatches
+    ) -> Sequence[SampleFacts]:
+        """What is known of the samples that this rank's replica of the language model runs."""
+        if name != LANGUAGE:
+            return ()
+        plan = self._runtime.plan
+        samples = task_samples(
+            plan.language,
+            task,
+            dp=self._runtime.hosted[name].position.dp,
+            samples_per_replica=plan.micro_batch_size,
+            size=plan.micro_batch_size * plan.language.data_parallel_size,
+        )
+        return batches.facts[slice(*samples)]
 
     def _awaiting_gradient(self, stage: Stage) -> frozenset[str]:
         """Modules that wait for the gradient of what they sent a stage."""

@@ -10,7 +10,7 @@ from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts
+from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts, documents_of
 from megatron_mosaic.host.data.items import ItemDeal, StepOwners, deal_step, item_deals
 from megatron_mosaic.host.data.loaders import LoaderSource
 from megatron_mosaic.host.data.position import Position, find_position
@@ -174,6 +174,7 @@ class ReadingByModule:
                 if runtime.row_facts[destination].keeps_parts
             },
             sequence_length=runtime.row_facts[LANGUAGE].sequence_length,
+            documents=documents_of(runtime.plan.language.attention),
         )
 
 

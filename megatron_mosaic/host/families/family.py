@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +18,9 @@ from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
+
+if TYPE_CHECKING:
+    from megatron_mosaic.host.data.facts import SampleFacts
 
 # A mapping or dataclass of tensors, as a script's collate function returns it.
 Batch = Any
@@ -53,6 +56,10 @@ class ModuleBoundary(Protocol):
         """Turns what another stage returned into the hidden state for the next one."""
         ...
 
+    def begin(self, samples: "Sequence[SampleFacts]") -> None:
+        """Takes what is known of the samples of the next forward task, in every stage."""
+        ...
+
     def inputs_of(
         self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
     ) -> Any:
@@ -74,6 +81,17 @@ class ModuleBoundary(Protocol):
 
         Raises:
             HostError: The batch contradicts itself, or lacks what is counted.
+        """
+        ...
+
+    def document_stops(self, batch: Batch) -> Sequence[tuple[int, ...]] | None:
+        """Finds where the documents of every sample end, and padding begins after the last one.
+
+        Returns:
+            The ends, where this module runs under a mask that follows from them.
+
+        Raises:
+            HostError: The batch contradicts the mask that the plan asks for.
         """
         ...
 

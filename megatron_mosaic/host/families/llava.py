@@ -20,9 +20,16 @@ from megatron.core.utils import unwrap_model
 
 from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
 from megatron_mosaic.errors import HostError, PlanError
+from megatron_mosaic.host.attention import with_core_attention
 from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_items, take_samples
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.families.family import Batch, check_edges, facts_of, token_ids
-from megatron_mosaic.host.families.llava_sequence import SequenceMerge, building_on_parts
+from megatron_mosaic.host.families.llava_masks import check_masks, stops_of_batch
+from megatron_mosaic.host.families.llava_sequence import (
+    SequenceMerge,
+    building_on_parts,
+    zigzag_attention,
+)
 from megatron_mosaic.host.families.llava_vision import (
     become_stage,
     check_splittable,
@@ -32,15 +39,20 @@ from megatron_mosaic.host.families.llava_vision import (
     with_gathered_attention,
 )
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.multimodal_attention import check_config, core_attention
 from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops, item_cost
+from megatron_mosaic.host.sequence_parts import (
+    MaskedParts,
+    ZigzagParts,
+)
 from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import check_module
-from megatron_mosaic.layout.ownership import Runs
+from megatron_mosaic.layout.ownership import Runs, sharding_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import MaskedSharding
 
 VISION = "vision"
 
@@ -141,19 +153,41 @@ def _building_language(
         "pre_process": groups.is_first_stage,
         "post_process": groups.is_last_stage,
     }
-    sharding = SequenceSharding.of(
-        groups.placement, sequence_length=arguments["language_max_sequence_length"]
-    )
-    if sharding is None:
+    parts = _parts_of(arguments, groups)
+    if parts is None:
         yield
         return
+    spec = arguments["language_transformer_layer_spec"]
+    if isinstance(parts, ZigzagParts):
+        spec = zigzag_attention(spec, parts.sharding, groups)
+    else:
+        check_config(config, position_embedding_type=arguments["language_position_embedding_type"])
+        spec = with_core_attention(spec, lambda _: core_attention(parts.attention))
+        # Fused kernels take one embedding for all samples.
+        config.apply_rope_fusion = config.fused_single_qkv_rope = False
     whole = copy.copy(config)
     whole.sequence_parallel, whole.context_parallel_size = False, 1
     arguments["language_transformer_config"] = whole
-    spec = arguments["language_transformer_layer_spec"]
-    with building_on_parts(config, spec, sharding, groups):
+    with building_on_parts(config, spec):
         yield
-    model.sequence_merge = SequenceMerge(model, config=config, sharding=sharding, groups=groups)
+    model.sequence_merge = SequenceMerge(model, config=config, parts=parts, groups=groups)
+
+
+def _parts_of(
+    arguments: Mapping[str, Any], groups: ModuleGroups
+) -> ZigzagParts | MaskedParts | None:
+    """Returns how ranks have parts of sequences; None if all have them whole, without a mask.
+
+    Raises:
+        LayoutError: The length cannot be split as Megatron does it.
+    """
+    placement, length = groups.placement, arguments["language_max_sequence_length"]
+    sharding = sharding_of(placement, sequence_length=length)
+    if sharding is None:
+        return None
+    if isinstance(sharding, MaskedSharding):
+        return MaskedParts(sharding, groups)
+    return ZigzagParts(sharding, groups)
 
 
 @contextmanager
@@ -248,6 +282,11 @@ class LlavaBoundary:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
         return output.transpose(0, 1).flatten(0, 1)
 
+    def begin(self, samples: Sequence[SampleFacts]) -> None:
+        """Takes the samples of the next forward task."""
+        if self._merge is not None:
+            self._merge.take(tuple(each.sequence for each in samples))
+
     def rows_beside_loss(self) -> None:
         """Returns None: nothing is fed by the language model."""
         return None
@@ -267,7 +306,6 @@ class LlavaBoundary:
             return received[self._name]
         (embeddings,) = received.values()
         if self._merge is not None:
-            self._merge.take(samples[VISION])
             return embeddings
         if embeddings.shape[0] == 0:
             return embeddings.reshape(0, 0, embeddings.shape[-1])
@@ -289,6 +327,25 @@ class LlavaBoundary:
                 for tokens in image_tokens(batch, image_token=self.image_token)
             ]
         }
+
+    def document_stops(self, batch: Batch) -> Sequence[tuple[int, ...]] | None:
+        """Finds where the documents of every sample end, and checks that its mask can be."""
+        parts = None if self._merge is None else self._merge.parts
+        if not isinstance(parts, MaskedParts):
+            return None
+        stops = stops_of_batch(
+            batch,
+            attention=parts.attention,
+            image_token=self.image_token,
+            rows_per_image=self.rows_per_image,
+            sequence_length=parts.length,
+        )
+        check_masks(
+            list(zip(self.row_runs(batch)[VISION], stops, strict=True)),
+            attention=parts.attention,
+            sequence_length=parts.length,
+        )
+        return stops
 
     def take_samples(self, batch: Batch, samples: Interval) -> Batch:
         """Cuts samples and their images out of a batch that a loader collated."""

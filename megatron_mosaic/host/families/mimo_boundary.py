@@ -18,6 +18,7 @@ from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.rows import Interval
 
 if TYPE_CHECKING:
+    from megatron_mosaic.host.data.facts import SampleFacts
     from megatron_mosaic.host.families.mimo_parts import ModalityPart
 
 
@@ -106,6 +107,9 @@ class MimoBoundary:
         key = LANGUAGE if self._name == LANGUAGE else self._parts[self._name].modality
         return output[key]
 
+    def begin(self, samples: "Sequence[SampleFacts]") -> None:
+        """Needs to know nothing: MimoModel finds all in the batch."""
+
     def inputs_of(
         self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
     ) -> Mapping[str, Any]:
@@ -143,6 +147,10 @@ class MimoBoundary:
         return {
             name: [(Interval(0, number),) for number in numbers] for name, numbers in counts.items()
         }
+
+    def document_stops(self, batch: Batch) -> None:
+        """Returns None: masks that follow from a batch are LLaVAModel's."""
+        return None
 
     def take_samples(self, batch: Batch, samples: Interval) -> Batch:
         """Refuses to cut a batch: what belongs to a sample only the script knows.
