@@ -156,33 +156,25 @@ class BoundaryRoutes:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
                 samples = tuple([runs_of[count] for count in counts])
-            # Rows that are made, but not carried yet, need not know who keeps them.
-            sequences = tuple(of.sequences[own]) or None if self._by_mask else None
-            found = self._place(
-                microbatch, samples, row_offsets(counts), owners=of.owners, sequences=sequences
-            )
+            found = self._place(microbatch, samples, counts, of=of)
             of.microbatches[microbatch] = found
         return found
 
     def _place(
-        self,
-        microbatch: int,
-        samples: Samples,
-        offsets: Sequence[int],
-        *,
-        owners: TaskOwners,
-        sequences: tuple[SampleSequence, ...] | None,
+        self, microbatch: int, samples: Samples, counts: Sequence[int], *, of: "_StepRows"
     ) -> Microbatch:
         """Places a microbatch in its group, or tells to whom its items are dealt."""
         group = self._group_of[microbatch]
+        own = slice(microbatch * self._size, (microbatch + 1) * self._size)
         first, group_size, dealt = (microbatch - group[0]) * self._size, len(group), None
-        if group in owners:
-            own = owners[group][first : first + self._size]
-            dealt = DealtItems.of(own, offsets=offsets)
+        if group in of.owners:
+            dealt = DealtItems.of(of.owners[group][first : first + self._size], of.samples[own])
             first, group_size = 0, 1
+        # Rows that are made, but not carried yet, need not know who keeps them.
+        sequences = tuple(of.sequences[own]) or None if self._by_mask else None
         return Microbatch(
             samples=samples,
-            offsets=offsets,
+            offsets=row_offsets(counts),
             first=first,
             group_size=group_size * self._size,
             dealt=dealt,
