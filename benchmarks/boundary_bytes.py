@@ -14,8 +14,8 @@ Times are of a whole carry, there and back, the slowest rank's, on the same tens
 ratio below 1 means that Mosaic took less than upstream. Mosaic is timed twice: with its routes kept
 from a microbatch with the same rows, and with both routes derived anew each time.
 
-Writes ``results/boundary_bytes.json`` and ``results/boundary_bytes.png``. With ``--add`` results that
-are there stay, and each new one says on what it ran.
+Writes ``results/boundary_bytes.json`` and ``results/boundary_bytes.png``. With ``--add`` results
+that are there stay, and each new one says on what it ran.
 """
 
 import argparse
