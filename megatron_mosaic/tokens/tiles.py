@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.tokens.held import Held, whole
-from megatron_mosaic.tokens.mask import Integers, SequenceMask
-from megatron_mosaic.tokens.ranges import Ranges, counted_from, merged
+from megatron_mosaic.tokens.mask import SequenceMask
+from megatron_mosaic.tokens.ranges import Integers, Ranges, counted_from, merged
 from megatron_mosaic.tokens.visible import VisibleKeys
 
 

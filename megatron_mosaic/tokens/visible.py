@@ -8,10 +8,9 @@ import numpy as np
 from megatron_mosaic.tokens.mask import (
     NO_DOCUMENT,
     NO_GROUP,
-    Integers,
     SequenceMask,
 )
-from megatron_mosaic.tokens.ranges import Ranges, counted_from, merged
+from megatron_mosaic.tokens.ranges import Integers, Ranges, counted_from, merged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
