@@ -49,11 +49,11 @@ from megatron_mosaic.host.sequence_parts import (
 )
 from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import check_module
-from megatron_mosaic.layout.ownership import Runs, sharding_of
+from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sequences import MaskedSharding
+from megatron_mosaic.layout.sequences import MaskedSharding, sharding_of
 
 VISION = "vision"
 
