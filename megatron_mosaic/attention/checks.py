@@ -9,6 +9,7 @@ from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
 
 MAX_HEAD_DIM = 256
+MIN_HEAD_DIM_OF_KERNEL = 16  # torch._inductor, lowering of flex_attention
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,6 +65,11 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     if d > MAX_HEAD_DIM:
         raise LayoutError(
             f"attention: head_dim={d} must be <= {MAX_HEAD_DIM}; use more heads of fewer channels"
+        )
+    if d < MIN_HEAD_DIM_OF_KERNEL and query.device.type != "cpu":
+        raise LayoutError(
+            f"attention: head_dim={d} must be >= {MIN_HEAD_DIM_OF_KERNEL} on a GPU; "
+            f"use fewer heads of more channels"
         )
     if heads % groups:
         raise LayoutError(

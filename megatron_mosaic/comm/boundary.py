@@ -130,12 +130,6 @@ class BoundaryRoutes:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
         return self._sides.items_made(self._microbatch(microbatch, of=self._made), dp=dp)
 
-    def samples(self, microbatch: int, *, dp: int) -> Samples:
-        """Where the rows belong of the samples that a replica of the destination runs."""
-        size = self._sides.samples_per_replica
-        first = microbatch * self._size + dp * size
-        return self._carried.samples[first : first + size]
-
     def route(self, direction: Direction, microbatch: int, *, rank: int) -> Route:
         """A rank's part of the route of a microbatch's rows, or of their gradient back.
 

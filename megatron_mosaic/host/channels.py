@@ -188,15 +188,6 @@ class ChannelSet:
         dp = self._plan.modules[module].coordinates(self._rank).dp
         return sum(routes.items_made(m, dp=dp) for m in microbatches)
 
-    def samples_kept(self, module: str, microbatches: Sequence[int]) -> dict[str, Samples]:
-        """Where the rows belong that reach this rank's replica of a module for one task."""
-        dp = self._plan.modules[module].coordinates(self._rank).dp
-        return {
-            edge.source: tuple(runs for m in microbatches for runs in routes.samples(m, dp=dp))
-            for edge, routes in self.routes.items()
-            if edge.destination == module
-        }
-
     def _create_groups(self, kind: TransferKind, edge: Edge, factory: GroupFactory) -> None:
         for ranks in communicators(self._plan, edge):
             group = factory.group(ranks, scope=f"{kind} {edge}")

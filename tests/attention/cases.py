@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_mosaic.tokens.assign import METHODS
-from megatron_mosaic.tokens.assignment import Method, SequenceCut, TokenAssignment
+from megatron_mosaic.attention.flex import TILE
+from megatron_mosaic.tokens.assign import assign
+from megatron_mosaic.tokens.assignment import Method, TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask, dense
 from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
-from megatron_mosaic.tokens.tiles import tile_counts
 
 PRESETS: tuple[Preset, ...] = (
     "causal",
@@ -46,15 +46,10 @@ class Case:
     dtype: torch.dtype = torch.float32
     exchange: str = "blocks"
 
-    @property
-    def block(self) -> int:
-        """Tokens of a block: few enough that every rank has some of them."""
-        return 128 if self.length > 2000 else 16
-
     def masks(self) -> list[SequenceMask]:
         """Two samples: with items, and with other ones and padding."""
         return [
-            self._mask(ITEMS[self.length], self.length),
+            self._mask(ITEMS.get(self.length, []), self.length),
             self._mask([Item(0, self.length // 3)], self.length - self.length // 5),
         ]
 
@@ -75,9 +70,7 @@ class Case:
 
     def assignments(self, cp) -> list[TokenAssignment]:
         """One for each sample."""
-        cut = SequenceCut(length=self.length, cp=cp, block=self.block)
-        costs = [tile_counts(mask, edges=cut.edges, tile_keys=32) for mask in self.masks()]
-        return [METHODS[self.method](cut, cost) for cost in costs]
+        return [assign(mask, cp=cp, method=self.method, tile=TILE) for mask in self.masks()]
 
     def slots(self, cp) -> int:
         """Slots of every rank."""

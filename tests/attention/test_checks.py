@@ -3,7 +3,7 @@ import torch
 
 from megatron_mosaic.attention.operator import multimodal_attention
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.tokens.assign import METHODS
+from megatron_mosaic.tokens.assign import contiguous
 from megatron_mosaic.tokens.assignment import SequenceCut
 from megatron_mosaic.tokens.presets import preset_mask
 
@@ -12,7 +12,7 @@ MASK = preset_mask("causal", length=10)
 
 def assignment(*, length=10, cp=1):
     cut = SequenceCut(length=length, cp=cp, block=5)
-    return METHODS["contiguous"](cut, cut.sizes)
+    return contiguous(cut)
 
 
 def attend(*, query=(10, 1, 4, 8), key=(10, 1, 2, 8), dtype=torch.float32, **options):

@@ -6,7 +6,7 @@ import torch
 
 from megatron_mosaic.attention.choice import blocks_s, cheaper_exchange
 from megatron_mosaic.attention.needed import NeededKeys
-from megatron_mosaic.attention.plan import rank_plan
+from megatron_mosaic.attention.plan import _log_choice, _rank_plan, rank_plan
 from megatron_mosaic.attention.wire import WireRows
 from megatron_mosaic.cluster.spec import Curve, LinkTier
 from megatron_mosaic.cost.collectives import Group
@@ -98,3 +98,18 @@ def test_blocks_take_latency_and_the_time_of_the_busiest_rank():
 
     assert blocks_s(EVERY * 0, links) == 0.0
     assert blocks_s(EVERY, links) == pytest.approx(1.0 + 90 / 10)
+
+
+def test_choice_is_logged_once(caplog):
+    _log_choice.cache_clear()
+    _rank_plan.cache_clear()
+
+    with caplog.at_level("INFO"):
+        for slots in (4, 5, 6):
+            rank_plan([CAUSAL], [IN_TURN], rank=0, slots=slots, device=CPU)
+
+    # 4 rows are sent, and 4, 5 or 6 gathered.
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention keys: auto -> all_gather: ranks gather all keys",
+        "attention keys: auto -> blocks: the blocks that ranks need travel",
+    ]

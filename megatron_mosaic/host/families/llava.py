@@ -18,7 +18,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
+from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.attention import with_core_attention
 from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_items, take_samples
@@ -42,6 +42,7 @@ from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.multimodal_attention import check_config, core_attention
 from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops, item_cost
+from megatron_mosaic.host.rotary import image_grid
 from megatron_mosaic.host.sequence_parts import (
     MaskedParts,
     ZigzagParts,
@@ -161,7 +162,7 @@ def _building_language(
     if isinstance(parts, ZigzagParts):
         spec = zigzag_attention(spec, parts.sharding, groups)
     else:
-        check_config(config, position_embedding_type=arguments["language_position_embedding_type"])
+        check_config(config)
         spec = with_core_attention(spec, lambda _: core_attention(parts.attention))
         # Fused kernels take one embedding for all samples.
         config.apply_rope_fusion = config.fused_single_qkv_rope = False
@@ -180,13 +181,16 @@ def _parts_of(
 
     Raises:
         LayoutError: The length cannot be split as Megatron does it.
+        PlanError: Rows of images are no patches, and rotary positions count these.
     """
     placement, length = groups.placement, arguments["language_max_sequence_length"]
     sharding = sharding_of(placement, sequence_length=length)
     if sharding is None:
         return None
     if isinstance(sharding, MaskedSharding):
-        return MaskedParts(sharding, groups)
+        counts_patches = arguments["language_position_embedding_type"] == "mrope"
+        grid = image_grid(arguments) if counts_patches else None
+        return MaskedParts(sharding, groups, grid=grid)
     return ZigzagParts(sharding, groups)
 
 
@@ -295,9 +299,7 @@ class LlavaBoundary:
         """Leaves a hidden state as it is."""
         return output
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> torch.Tensor:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``.
 
         Where ranks keep parts of sequences the rows stay as they are, to be merged one by one.

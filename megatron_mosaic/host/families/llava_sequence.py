@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.attention import SplitTokens, gathering, with_core_attention
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.multimodal_attention import RotaryOfSlots
+from megatron_mosaic.host.rotary import embed_slots
 from megatron_mosaic.host.sequence_parts import (
     NOBODY,
     MaskedParts,
@@ -137,9 +137,8 @@ class SequenceMerge:
         model._language_is_pipeline_parallel = True
         model._preprocess_data = self.preprocess
         model._process_embedding_token_parallel = self.split_labels
-        language: Any = model.language_model
-        if isinstance(parts, MaskedParts) and hasattr(language, "rotary_pos_emb"):
-            language.rotary_pos_emb = RotaryOfSlots(language.rotary_pos_emb)
+        if isinstance(parts, MaskedParts):
+            embed_slots(model.language_model)
 
     def take(self, samples: tuple[SampleSequence, ...]) -> None:
         """Takes the samples of the next microbatch."""
