@@ -87,6 +87,7 @@ class _Pieces(NamedTuple):
         last = np.zeros(mask.num_segments, dtype=np.int64)
         np.minimum.at(first, visible.seen.row, visible.seen.start)
         np.maximum.at(last, visible.seen.row, visible.seen.stop)
+        first, last = first[visible.row_of], last[visible.row_of]
         causal = visible.causal_from >= 0
         first[causal] = np.minimum(first, visible.causal_from)[causal]
         own_last = np.where(causal[index], np.minimum(mask.stops[index], ends[row]), 0)
