@@ -1,10 +1,11 @@
 """Encoder items that are dealt by cost: each rank reads its own, a step after their facts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.plan import Plan
 from tests.ranks import run_ranks
 
@@ -68,12 +69,26 @@ class _OneItemTooFew(_SamplesByItem):
 
 
 def _boundary():
+    """The translator of a vision half whose images have one row each."""
     from megatron_mosaic.host.families.llava import LlavaBoundary
 
-    boundary = object.__new__(LlavaBoundary)
-    boundary.rows_per_image, boundary.image_token = 1, IMAGE
-    boundary.item_cost = lambda: ItemCost(item_rows=1, row_flops=1.0, pair_flops=0.0)
-    return boundary
+    config = SimpleNamespace(
+        num_layers=1,
+        hidden_size=8,
+        ffn_hidden_size=32,
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=4,
+        gated_linear_unit=False,
+    )
+    model = SimpleNamespace(
+        img_seq_len=1,
+        image_token_index=IMAGE,
+        config=config,
+        vision_projection=None,
+        vision_model=SimpleNamespace(config=config),
+    )
+    return LlavaBoundary(model, "vision")
 
 
 def _loader_source(dataset, shares, boundaries, first_sample):
@@ -210,10 +225,10 @@ def test_facts_of_a_step_are_known_before_the_tasks_of_the_step_before_it():
         first = [*exchange, *agree, *exchange, "Issue", "tasks"]
         assert events[: len(first)] == first
         # The second step's items, for which nothing but that is waited; facts of the third.
-        assert events[len(first) :][:4] == [*agree, "Wait", "Issue", "tasks"]
+        assert events[len(first) :][:5] == [*agree, "Wait", "Issue", "tasks"]
     # Language reads two steps ahead, of 8 samples each; vision alone, without loader processes,
     # what it is about to run.
-    assert outcomes[0][0] == [5, 13, 21]
+    assert outcomes[0][0] == [2, 10, 18]
     assert outcomes[1][0] == [21, 21, 21]
 
 
