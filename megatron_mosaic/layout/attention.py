@@ -5,8 +5,7 @@ from typing import Literal, get_args
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import nearest, show
-from megatron_mosaic.tokens.assignment import Method
-from megatron_mosaic.tokens.presets import Preset
+from megatron_mosaic.tokens.names import Method, Preset
 
 KeyExchange = Literal["auto", "blocks", "all_gather"]
 """How keys and values reach the ranks whose queries see them."""

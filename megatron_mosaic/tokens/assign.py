@@ -9,8 +9,9 @@ from typing import Final
 
 import numpy as np
 
-from megatron_mosaic.tokens.assignment import Method, SequenceCut, TokenAssignment
+from megatron_mosaic.tokens.assignment import SequenceCut, TokenAssignment
 from megatron_mosaic.tokens.deal import deal, improve
+from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.ranges import Integers
 
 # Blocks of which a rank should have at least as many, so that they can be balanced: at fewer the

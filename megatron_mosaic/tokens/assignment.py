@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.tokens.held import Held
 from megatron_mosaic.tokens.ranges import Integers
-
-Method = Literal["contiguous", "zigzag", "lpt", "balanced", "local"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ several are packed, and how long it is before padding. A preset says what that m
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,11 +26,8 @@ from megatron_mosaic.tokens.mask import (
     padding,
     text,
 )
+from megatron_mosaic.tokens.names import Preset
 from megatron_mosaic.tokens.ranges import Integers
-
-Preset = Literal[
-    "causal", "prefix_lm", "encoder_prepended", "encoder_embedded", "multimodal_packed"
-]
 
 
 class Item(NamedTuple):
