@@ -64,7 +64,10 @@ class CostModel:
         self._modules: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
         self._stages: dict[int, tuple[ModuleCosts, dict[_StageKey, StageCosts]]] = {}
         self.workload = Workload.of(model)
-        self._items: dict[str, DrawnItems | None] = {}
+        self._unlike = frozenset(
+            name for name, it in model.modules.items() if name != LANGUAGE and items_vary(it)
+        )
+        self._items: dict[str, DrawnItems] = {}
         self._imbalances: dict[tuple[object, ...], float] = {}
         self._trains_before = {name: self._upstream_trains(name) for name in model.modules}
 
@@ -133,6 +136,10 @@ class CostModel:
         loads = context_loads(self.workload, cp=sizes.cp, method=sizes.tokens)
         return loads.of_microbatch(round(samples))
 
+    def has_unlike_items(self, name: str) -> bool:
+        """Whether samples of an encoder differ in number or size of their items."""
+        return name in self._unlike
+
     def imbalance(self, name: str, sizes: ParallelSizes, *, samples: float) -> float:
         """Work of the slowest replica of a module over the mean of all, in its tasks.
 
@@ -141,17 +148,13 @@ class CostModel:
             sizes: How it is split.
             samples: Samples of a task on one replica.
         """
-        if name == LANGUAGE or sizes.dp == 1:
+        if sizes.dp == 1 or not self.has_unlike_items(name):
             return 1.0
         if name not in self._items:
-            module = self.model.modules[name]
-            self._items[name] = DrawnItems.of(module) if items_vary(module) else None
-        drawn = self._items[name]
-        if drawn is None:
-            return 1.0
+            self._items[name] = DrawnItems.of(self.model.modules[name])
         key = (name, samples, sizes.dp, sizes.items)
         if key not in self._imbalances:
-            self._imbalances[key] = drawn.imbalance(
+            self._imbalances[key] = self._items[name].imbalance(
                 num_samples=round(samples) * sizes.dp, dp=sizes.dp, items=sizes.items
             )
         return self._imbalances[key]
@@ -224,7 +227,7 @@ class CostModel:
             num_samples: Samples of the task, of all replicas.
             same_ranks: Whether the rows are made on the ranks that take them, place by place.
         """
-        in_place = same_ranks and source.items == "in_order" and self.workload is None
+        in_place = same_ranks and source.items == "in_order"
         if in_place and rows_are_in_place(source, destination):
             return 0.0
         modules = self.model.modules

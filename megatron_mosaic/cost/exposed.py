@@ -174,9 +174,7 @@ def context_exposed(layer: Layer, site: Site, operations: Sequence[Operation]) -
     )
 
 
-def keys_exposed(
-    task: ContextTask, site: Site, core: PassTimes, *, token_bytes: float
-) -> Exposed:
+def keys_exposed(task: ContextTask, site: Site, core: PassTimes, *, token_bytes: float) -> Exposed:
     """Communication of keys and values under a multimodal mask.
 
     They arrive while a rank attends to those that it holds; backward their gradients go back

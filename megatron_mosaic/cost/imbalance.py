@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
 from megatron_mosaic.cost.model_flops import forward_flops_per_token
-from megatron_mosaic.layout.items import balanced_items
 from megatron_mosaic.layout.placement import ItemOrder
 from megatron_mosaic.model.spec import ModuleSpec
 from megatron_mosaic.model.workload import SEED, draw
@@ -123,3 +122,15 @@ def _slowed(part: PartCosts, imbalance: float) -> PartCosts:
         forward_imbalance_s=longer * (part.forward_s - part.forward_communication_s),
         backward_imbalance_s=longer * (back_s - part.backward_communication_s),
     )
+
+
+def balanced_items(work: Floats, *, dp: int) -> Integers:
+    from heapq import heapreplace
+
+    owner = np.empty(len(work), dtype=np.int64)
+    loads = [(0.0, rank) for rank in range(dp)]
+    for item in np.argsort(-work, kind="stable").tolist():
+        load, rank = loads[0]
+        owner[item] = rank
+        heapreplace(loads, (load + float(work[item]), rank))
+    return owner

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from megatron_mosaic.layout.attention import KeyExchange
 from megatron_mosaic.layout.placement import ItemOrder, ModulePlacement, Recompute
-from megatron_mosaic.tokens.assignment import Method
+from megatron_mosaic.tokens.names import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

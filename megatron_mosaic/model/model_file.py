@@ -47,7 +47,7 @@ from megatron_mosaic.model.spec import (
     Projector,
 )
 from megatron_mosaic.model.tokens import Distribution
-from megatron_mosaic.tokens.presets import Preset
+from megatron_mosaic.tokens.names import Preset
 
 FORMAT = 1
 

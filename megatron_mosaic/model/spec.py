@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from megatron_mosaic.model.layers import Layer
 from megatron_mosaic.model.tokens import Distribution
-from megatron_mosaic.tokens.presets import Preset
+from megatron_mosaic.tokens.names import Preset
 
 LANGUAGE = "language"
 """Name of the module that computes the loss."""

@@ -10,7 +10,8 @@ import numpy as np
 from megatron_mosaic.model.spec import LANGUAGE, ModelSpec, ModuleSpec, Projector
 from megatron_mosaic.model.tokens import Distribution
 from megatron_mosaic.tokens.mask import SequenceMask
-from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
+from megatron_mosaic.tokens.names import Preset
+from megatron_mosaic.tokens.presets import Item, preset_mask
 from megatron_mosaic.tokens.ranges import Integers
 
 SEED = 20250711

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, get_args
 
 import yaml
@@ -10,10 +11,13 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.sizes import TrainingSettings
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import nearest, show
-from megatron_mosaic.layout.placement import LANGUAGE, Recompute
+from megatron_mosaic.layout.attention import KeyExchange
+from megatron_mosaic.layout.placement import LANGUAGE, ItemOrder, Recompute
 from megatron_mosaic.layout.plan import ScheduleKind
 from megatron_mosaic.model.layers import Experts
 from megatron_mosaic.model.spec import ModelSpec, ModuleSpec
+from megatron_mosaic.model.workload import Workload
+from megatron_mosaic.tokens.names import Method
 
 _SIZES: Mapping[str, str] = {
     "tensor_model_parallel_size": "tp",
@@ -25,6 +29,14 @@ _SIZES: Mapping[str, str] = {
     "sequence_parallel": "sequence_parallel",
     "recompute": "recompute",
     "layers_per_stage": "layers_per_stage",
+    "attention.tokens": "tokens",
+    "attention.keys": "keys",
+    "items": "items",
+}
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "tokens": get_args(Method),
+    "keys": get_args(KeyExchange),
+    "items": get_args(ItemOrder),
 }
 SIZE_NAMES: Mapping[str, str] = {short: name for name, short in _SIZES.items()}
 """Megatron's names of the sizes by their short ones."""
@@ -87,7 +99,7 @@ class Space:
     recompute: tuple[Recompute | None, ...] = (None, "selective", "full")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a plan is wanted for.
 
@@ -129,6 +141,11 @@ class Problem:
     def memory_bytes(self) -> float:
         """Memory of a GPU that a plan may fill."""
         return self.cluster.gpu.memory_bytes - self.reserved_bytes
+
+    @cached_property
+    def workload(self) -> Workload | None:
+        """Sequences under a multimodal mask; ``None`` if the model's is causal."""
+        return Workload.of(self.model)
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -195,6 +212,8 @@ def _value(key: str, size: str, value: object) -> object:
                 f"set: {key}={show(value)} must be one of none, selective, full; choose one of them"
             )
         return value
+    if size in _WORDS:
+        return _word(key, size, value)
     if size == "sequence_parallel":
         if not isinstance(value, bool):
             raise PlanError(f"set: {key}={show(value)} must be a boolean; write true or false")
@@ -204,6 +223,19 @@ def _value(key: str, size: str, value: object) -> object:
             raise PlanError(f"set: {key}={show(value)} must be a list of layers; write [17, 15]")
         return tuple(value)
     return _count(key, value)
+
+
+def _word(key: str, size: str, value: object) -> object:
+    is_language = key.partition(".")[0] == LANGUAGE
+    if is_language == (size == "items"):
+        where = "an encoder" if size == "items" else LANGUAGE
+        raise PlanError(f"set: {key} must be a field of {where}; remove it")
+    if value not in _WORDS[size]:
+        raise PlanError(
+            f"set: {key}={show(value)} must be one of {', '.join(_WORDS[size])}; "
+            f"{nearest(value, _WORDS[size], otherwise='choose one of them')}"
+        )
+    return value
 
 
 def _count(key: str, value: object) -> int:
