@@ -1,8 +1,9 @@
 """The boundary between two modules over the microbatches of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
@@ -10,10 +11,15 @@ from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.pending import Pending
 from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch, Samples
 from megatron_mosaic.comm.route import NodeOf, Route
+from megatron_mosaic.layout.dealt import DealtItems
+from megatron_mosaic.layout.item_costs import Owners
 from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
-from megatron_mosaic.layout.rows import Interval, Rows
+from megatron_mosaic.layout.rows import Interval
 from megatron_mosaic.layout.sharding import SequenceSharding
+
+# Replica of every item, by task (its microbatches) and sample of the task.
+TaskOwners = Mapping[tuple[int, ...], Owners]
 
 # Microbatches whose samples have equal rows share their routes, in one step and over the steps.
 _CACHED_ROUTES = 4096
@@ -83,37 +89,42 @@ class BoundaryRoutes:
         )
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
-        self._carried = self._made = _StepRows(())
+        self._carried = self._made = _StepRows((), owners={})
         self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
 
-    def begin(self, samples: Samples, *, groups: Sequence[tuple[int, ...]]) -> None:
+    def begin(
+        self,
+        samples: Samples,
+        *,
+        groups: Sequence[tuple[int, ...]],
+        owners: TaskOwners = MappingProxyType({}),
+    ) -> None:
         """Takes what differs between steps.
 
         Args:
             samples: Where the rows of every sample of the step belong.
             groups: Microbatches of every task of the source.
+            owners: Replica of every item of each task, where the source's items are dealt.
         """
-        self._carried = self._made = _StepRows(samples)
+        self._carried = self._made = _StepRows(samples, owners=owners)
         self._group_of = {m: group for group in groups for m in group}
 
-    def begin_ahead(self, samples: Samples) -> None:
+    def begin_ahead(self, samples: Samples, *, owners: TaskOwners = MappingProxyType({})) -> None:
         """Makes the source run on the next step's samples; those of this step are still carried."""
-        self._made = _StepRows(samples)
+        self._made = _StepRows(samples, owners=owners)
 
     def rows_made(self, microbatch: int, *, rank: int) -> int:
         """Rows of a microbatch that a rank of the source makes."""
         made_of, sides = self._microbatch(microbatch, of=self._made), self._sides
         position = sides.source.coordinates(rank)
         selection = Selection(
-            samples=Rows.of([sides.samples_made(made_of, dp=position.dp)]), position=position
+            samples=sides.samples_made(made_of, dp=position.dp), position=position
         )
         return sides.produced(made_of, selection=selection).rows[rank].size
 
     def items_made(self, microbatch: int, *, dp: int) -> int:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
-        made_of = self._microbatch(microbatch, of=self._made)
-        first, stop = self._sides.samples_made(made_of, dp=dp)
-        return (made_of.offsets[stop] - made_of.offsets[first]) // self._sides.item_rows
+        return self._sides.items_made(self._microbatch(microbatch, of=self._made), dp=dp)
 
     def samples(self, microbatch: int, *, dp: int) -> Samples:
         """Where the rows belong of the samples that a replica of the destination runs."""
@@ -141,22 +152,35 @@ class BoundaryRoutes:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
                 samples = tuple([runs_of[count] for count in counts])
-            group = self._group_of[microbatch]
-            found = Microbatch(
-                samples=samples,
-                offsets=row_offsets(counts),
-                first=(microbatch - group[0]) * self._size,
-                group_size=len(group) * self._size,
-            )
+            found = self._place(microbatch, samples, row_offsets(counts), owners=of.owners)
             of.microbatches[microbatch] = found
         return found
+
+    def _place(
+        self, microbatch: int, samples: Samples, offsets: Sequence[int], *, owners: TaskOwners
+    ) -> Microbatch:
+        """Places a microbatch in its group, or tells to whom its items are dealt."""
+        group = self._group_of[microbatch]
+        first, group_size, dealt = (microbatch - group[0]) * self._size, len(group), None
+        if group in owners:
+            own = owners[group][first : first + self._size]
+            dealt = DealtItems.of(own, offsets=offsets)
+            first, group_size = 0, 1
+        return Microbatch(
+            samples=samples,
+            offsets=offsets,
+            first=first,
+            group_size=group_size * self._size,
+            dealt=dealt,
+        )
 
 
 class _StepRows:
     """Rows of one step's samples, and its microbatches as far as they were asked for."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, *, owners: TaskOwners) -> None:
         self.samples = samples
+        self.owners = owners
         self.counts = [count_rows(runs) for runs in samples]
         self.microbatches: dict[int, Microbatch] = {}
 

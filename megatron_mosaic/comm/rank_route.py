@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import Literal
 
 from megatron_mosaic.comm.route import NodeOf, Route, gradient_route, route
+from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
@@ -37,12 +38,15 @@ class Microbatch:
         offsets: ``row_offsets`` of its samples, which follow from them.
         first: Place of its first sample in the group that the source runs in one task.
         group_size: Samples of that group.
+        dealt: Who makes which of its rows, where items are dealt; nothing depends on the group
+            then, and the microbatch is one by itself.
     """
 
     samples: Samples
     offsets: Sequence[int] = field(compare=False)
     first: int
     group_size: int
+    dealt: DealtItems | None = None
 
     @property
     def place(self) -> Interval:
@@ -112,6 +116,7 @@ class BoundarySides:
             item_rows=self.item_rows,
             item_shards=self.item_shards,
             selection=selection,
+            dealt=microbatch.dealt,
         )
 
     def kept(self, microbatch: Microbatch, *, selection: Selection | None = None) -> Ownership:
@@ -126,11 +131,23 @@ class BoundarySides:
             shards=self._shards,
         )
 
-    def samples_made(self, microbatch: Microbatch, *, dp: int) -> Interval:
-        """Samples of a microbatch that a replica of the source runs."""
+    def samples_made(self, microbatch: Microbatch, *, dp: int) -> Rows:
+        """Samples of a microbatch of which a replica of the source runs something."""
+        if microbatch.dealt is not None:
+            return microbatch.dealt.samples.get(dp, Rows())
         size, dp_size = microbatch.group_size, self.source.data_parallel_size
         own = Interval(dp * size // dp_size, (dp + 1) * size // dp_size)
-        return own.clip(microbatch.place).shift(-microbatch.first)
+        return Rows.of([own.clip(microbatch.place).shift(-microbatch.first)])
+
+    def items_made(self, microbatch: Microbatch, *, dp: int) -> int:
+        """Items of a microbatch, such as images, that a replica of the source turns into rows."""
+        if microbatch.dealt is not None:
+            return microbatch.dealt.num_items(dp)
+        offsets = microbatch.offsets
+        rows = sum(
+            offsets[stop] - offsets[first] for first, stop in self.samples_made(microbatch, dp=dp)
+        )
+        return rows // self.item_rows
 
     def _derive(
         self,
@@ -154,7 +171,7 @@ class BoundarySides:
         return derive(Selection(samples=samples), Selection(samples=samples))
 
     def _departures(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
-        samples = Rows.of([self.samples_made(microbatch, dp=own.dp)])
+        samples = self.samples_made(microbatch, dp=own.dp)
         if self._destination_has_replicas:
             samples = self._whole_replicas(samples)
         return derive(Selection(samples=samples), Selection(samples=samples))
@@ -162,7 +179,7 @@ class BoundarySides:
     def _gradient_arrivals(
         self, own: Coordinates, microbatch: Microbatch, derive: "_Derive"
     ) -> Route:
-        samples = Rows.of([self.samples_made(microbatch, dp=own.dp)])
+        samples = self.samples_made(microbatch, dp=own.dp)
         if not (self._source_has_replicas and self._destination_has_replicas):
             return derive(Selection(samples=samples, position=own), Selection(samples=samples))
         samples = self._whole_shares(self._whole_replicas(samples), microbatch)
@@ -208,14 +225,19 @@ class BoundarySides:
         return Rows.of(self._shares(samples, microbatch))
 
     def _shares(self, samples: Rows, microbatch: Microbatch) -> Iterator[Interval]:
+        if microbatch.dealt is not None:
+            dps = {dp for each in samples for dp in microbatch.dealt.replicas(each)}
+            for dp in dps:
+                yield from microbatch.dealt.samples[dp]
+            return
         for each in samples:
             dps = replicas_of(
                 each.shift(microbatch.first),
                 num_samples=microbatch.group_size,
                 data_parallel_size=self.source.data_parallel_size,
             )
-            first, last = (self.samples_made(microbatch, dp=dp) for dp in (dps[0], dps[-1]))
-            yield Interval(first.start, last.stop)
+            for dp in dps:
+                yield from self.samples_made(microbatch, dp=dp)
 
 
 _Derive = Callable[[Selection, Selection], Route]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,13 @@ from megatron_mosaic.comm.boundary import (
     BoundaryShape,
     ItemShape,
     Samples,
+    TaskOwners,
 )
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.groups import GroupFactory, warm_up
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink, Shape
 from megatron_mosaic.engine.walk import Channel
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.sharding import SequenceSharding
@@ -29,6 +32,7 @@ from megatron_mosaic.schedule.steps import (
     edges_of,
     has_gradient,
     participants,
+    tasks_of,
 )
 
 KINDS: tuple[TransferKind, ...] = ("activation", "gradient")
@@ -42,6 +46,7 @@ class RowFacts:
         width: Values of a row that it makes.
         flops: Operations of forward and backward pass behind such a row.
         item: What it turns into rows.
+        item_cost: What this costs, by its rows.
         keeps_parts: Whether a rank with a part of each sequence is sent the rows of its part only.
         sequence_length: Tokens of a sample in the language model, which the script settles when it
             builds a module: ranks without any do not know.
@@ -50,6 +55,7 @@ class RowFacts:
     width: int
     flops: float
     item: ItemShape
+    item_cost: ItemCost
     keeps_parts: bool
     sequence_length: int
 
@@ -131,16 +137,38 @@ class ChannelSet:
                 kind, self.routes[edge], exchange, rank=self._rank
             )
 
-    def begin(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
-        """Takes where the rows belong that each module makes of every sample of the next step."""
-        for edge, routes in self.routes.items():
-            routes.begin(samples[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
+    def begin(
+        self,
+        samples: Mapping[str, Samples],
+        *,
+        schedule: Schedule,
+        owners: Mapping[str, TaskOwners] = MappingProxyType({}),
+    ) -> None:
+        """Takes what differs between steps.
 
-    def begin_ahead(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
+        Args:
+            samples: Where the rows belong that each module makes of every sample of the step.
+            schedule: The step's.
+            owners: Replica of every item, of modules whose items are dealt.
+        """
+        for edge, routes in self.routes.items():
+            routes.begin(
+                samples[edge.source],
+                groups=tasks_of(schedule, self._plan, edge.source),
+                owners=owners.get(edge.source, {}),
+            )
+
+    def begin_ahead(
+        self,
+        samples: Mapping[str, Samples],
+        *,
+        schedule: Schedule,
+        owners: Mapping[str, TaskOwners] = MappingProxyType({}),
+    ) -> None:
         """Makes the modules that run ahead take the next step's samples."""
         for edge, routes in self.routes.items():
             if edge.source in schedule.ahead:
-                routes.begin_ahead(samples[edge.source])
+                routes.begin_ahead(samples[edge.source], owners=owners.get(edge.source, {}))
 
     def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
         """Boundary rows that this rank makes in one task of an encoder's last stage."""
@@ -227,14 +255,3 @@ class ChannelSet:
             dtype=dtype,
             device=device,
         )
-
-
-def _tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[tuple[int, ...]]:
-    """Microbatches of every forward task of a module's last stage."""
-    last = plan.modules[module].num_stages - 1
-    rank = plan.modules[module].stage_ranks(last)[0]
-    return [
-        task.microbatches
-        for task in schedule.tasks[rank]
-        if task.module == module and task.stage == last and task.kind == "F"
-    ]

@@ -1,6 +1,6 @@
 """Runs the tasks of one stage of a module through upstream's forward and backward step."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from megatron.core.utils import get_model_config, make_viewless_tensor
 
 from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.host.agreement import RankError
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.loss import with_loss_over_context
@@ -41,6 +42,7 @@ class StepWork:
         items: Items, such as images, that this rank's replica of an encoder takes in each task; a
             module with a loss has none, it runs without rows too.
         samples: Where the rows belong that arrive for each task, by the module that made them.
+        facts: What is known of the samples of this rank's replica in each task.
         gradient_to: Modules that wait for the gradient of what they sent this one; its own name
             stands for its previous stage.
         last_backward: The stage's last backward task.
@@ -55,6 +57,7 @@ class StepWork:
     rows: Mapping[tuple[int, ...], int]
     items: Mapping[tuple[int, ...], int]
     samples: Mapping[tuple[int, ...], Mapping[str, Samples]]
+    facts: Mapping[tuple[int, ...], Sequence[SampleFacts]]
     gradient_to: frozenset[str]
     last_backward: Task | None
     first_val_step: bool | None = None
@@ -133,6 +136,7 @@ class ModuleRunner:
             # No image among the samples of this replica: the others run without it.
             self._keep(task, None)
             return None
+        self.boundary.begin(work.facts.get(task.microbatches, ()))
         leaves = {source: self._leaf(source, values) for source, values in received.items()}
         with self.as_process(), self._gradient_sync(task):
             output, num_tokens = forward_step(

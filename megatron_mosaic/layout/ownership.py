@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
 from megatron_mosaic.layout.sharding import SequenceSharding
@@ -106,6 +107,7 @@ def produced(
     item_rows: int = 1,
     item_shards: Sequence[Interval] | None = None,
     selection: Selection | None = None,
+    dealt: DealtItems | None = None,
 ) -> Ownership:
     """Rows of one microbatch that the last pipeline stage of an encoder produces.
 
@@ -121,6 +123,7 @@ def produced(
             size is 1.
         selection: What is needed of it; None is everything. Replicas are there with all the
             rows that they have.
+        dealt: Which replica runs which items, if not equally many consecutive samples each.
 
     Raises:
         LayoutError: The microbatch is not inside the group, or has not as many samples.
@@ -130,18 +133,23 @@ def produced(
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
 
-    def running(samples: Interval) -> range:
+    def running(samples: Interval) -> Iterable[int]:
+        if dealt is not None:
+            return dealt.replicas(samples)
         own = samples.shift(microbatch.start)
         return replicas_of(own, num_samples=group_size, data_parallel_size=dp_size)
 
     for dp in _replicas(selection, dp_size, running=running):
-        own = Interval(dp * group_size // dp_size, (dp + 1) * group_size // dp_size)
-        inside = own.clip(microbatch).shift(-microbatch.start)
-        whole = Interval(offsets[inside.start], offsets[inside.stop])
+        if dealt is not None:
+            whole = dealt.rows.get(dp, Rows())
+        else:
+            own = Interval(dp * group_size // dp_size, (dp + 1) * group_size // dp_size)
+            inside = own.clip(microbatch).shift(-microbatch.start)
+            whole = Rows.of([Interval(offsets[inside.start], offsets[inside.stop])])
         for cp in _chosen(selection, "cp", source.context_parallel_size):
-            made = [whole]
+            made: Iterable[Interval] = whole
             if item_shards is not None:
-                made = list(_shards(whole, item_rows=item_rows, shard=item_shards[cp]))
+                made = _shards(whole, item_rows=item_rows, shard=item_shards[cp])
             replicas.append(_tensor_parallel_ranks(source, cp=cp, dp=dp, stage=stage))
             rows |= dict.fromkeys(replicas[-1], Rows.of(made))
     return Ownership(rows=rows, replicas=tuple(replicas))
@@ -355,9 +363,10 @@ def _chosen(selection: Selection | None, axis: Literal["cp", "tp"], size: int) -
     return (getattr(selection.position, axis),)
 
 
-def _shards(whole: Interval, *, item_rows: int, shard: Interval) -> Iterator[Interval]:
-    for first in range(whole.start, whole.stop, item_rows):
-        yield shard.shift(first)
+def _shards(whole: Rows, *, item_rows: int, shard: Interval) -> Iterator[Interval]:
+    for start, stop in whole:
+        for first in range(start, stop, item_rows):
+            yield shard.shift(first)
 
 
 def _tensor_parallel_ranks(

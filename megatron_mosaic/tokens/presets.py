@@ -29,6 +29,9 @@ from megatron_mosaic.tokens.mask import (
 from megatron_mosaic.tokens.names import Preset
 from megatron_mosaic.tokens.ranges import Integers
 
+# Masks of sequences that are not packed.
+ONE_DOCUMENT: frozenset[Preset] = frozenset(("encoder_prepended", "encoder_embedded"))
+
 
 class Item(NamedTuple):
     """Tokens of an image or a sound.
@@ -150,7 +153,7 @@ def _check_documents(preset: Preset, stops: Sequence[int], *, length: int) -> No
             f"mask: document_stop={stops[-1]} must be <= length={length} of the sequence; "
             f"count the tokens that images become"
         )
-    if len(stops) > 1 and preset in ("encoder_prepended", "encoder_embedded"):
+    if len(stops) > 1 and preset in ONE_DOCUMENT:
         raise LayoutError(
             f"mask: documents={len(stops)} must be 1 with mask={preset}; use mask=multimodal_packed"
         )
