@@ -3,30 +3,77 @@
 The cost of a piece is the number of tiles that the attention kernel computes for its queries.
 """
 
-from collections.abc import Callable, Mapping
 from heapq import heapify, heapreplace
-from typing import Final
 
 import numpy as np
 
 from megatron_mosaic.tokens.assignment import SequenceCut, TokenAssignment
-from megatron_mosaic.tokens.deal import deal, improve
+from megatron_mosaic.tokens.deal import deal
+from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.ranges import Integers
+from megatron_mosaic.tokens.tiles import Tile, tile_counts
 
 # Blocks of which a rank should have at least as many, so that they can be balanced: at fewer the
 # imbalance grows fast (256 tokens at 32k and CP 32: 1.39, 512: 2.42).
 BLOCKS_PER_RANK = 8
+# Rows of the smallest matrix instruction of tensor cores: shorter blocks only scatter a rank's
+# tokens.
+LEAST_BLOCK = 16
 
 
-def contiguous(cut: SequenceCut, costs: Integers) -> TokenAssignment:
+def assign(mask: SequenceMask, *, cp: int, method: Method, tile: Tile) -> TokenAssignment:
+    """Decides which rank keeps which tokens of a sequence.
+
+    The same mask has the same assignment, on every rank and in every run. Callers that ask again
+    and again keep the answer.
+
+    Args:
+        mask: Mask of the sequence.
+        cp: Ranks.
+        method: ``contiguous`` and ``zigzag`` go by position alone, ``lpt`` by cost alone;
+            ``balanced`` equals tokens and cost.
+        tile: Tiles of the attention kernel.
+
+    Raises:
+        LayoutError: The sequence has no tokens, or there are no ranks.
+    """
+    cut = SequenceCut(length=mask.length, cp=cp, block=block_size(mask.length, cp=cp, tile=tile))
+    if method == "contiguous":
+        return contiguous(cut)
+    if method == "zigzag":
+        return zigzag(cut)
+    costs = tile_counts(mask, edges=cut.edges, tile_keys=tile.keys)
+    return longest_first(cut, costs) if method == "lpt" else balanced(cut, costs)
+
+
+def block_size(length: int, *, cp: int, tile: Tile) -> int:
+    """Chooses how many tokens stay together.
+
+    A block is a row of the kernel's tiles: then each row of tiles that a rank computes is one
+    block, and its cost is known exactly. Where that leaves a rank too few blocks to be balanced, a
+    block is half of it, and so on; such a row of tiles has several blocks, and computes the tiles
+    that any of them needs.
+
+    Args:
+        length: Tokens of the sequence.
+        cp: Ranks.
+        tile: Tiles of the attention kernel.
+    """
+    block = tile.queries
+    while block > LEAST_BLOCK and length // (cp * block) < BLOCKS_PER_RANK:
+        block = max(LEAST_BLOCK, block // 2)
+    return block
+
+
+def contiguous(cut: SequenceCut) -> TokenAssignment:
     """Gives every rank consecutive blocks, whatever they cost."""
     per_rank = cut.num_blocks // cut.cp
     blocks = np.repeat(np.arange(cut.cp), per_rank)
     return TokenAssignment(cut=cut, owner=np.concatenate((blocks, _rest(cut))))
 
 
-def zigzag(cut: SequenceCut, costs: Integers) -> TokenAssignment:
+def zigzag(cut: SequenceCut) -> TokenAssignment:
     """Gives rank ``i`` of ``2 * cp`` chunks the chunks ``i`` and ``2 * cp - 1 - i``, as Megatron.
 
     Chunks differ by a block where their number does not divide.
@@ -57,24 +104,16 @@ def longest_first(cut: SequenceCut, costs: Integers) -> TokenAssignment:
 def balanced(cut: SequenceCut, costs: Integers) -> TokenAssignment:
     """Gives every rank as many tokens as any other, and as equal a cost as can be.
 
-    Blocks are dealt in rounds of equally expensive ones, one for each rank, and then swapped
-    between the most loaded rank and others.
+    No rank has more than a token more than another: blocks are dealt one for one, and each rank
+    has one of the small pieces at the end.
     """
     rest = _rest(cut)
-    loads = np.bincount(rest, weights=costs[cut.num_blocks :], minlength=cut.cp)
+    loads = np.zeros(cut.cp)
+    loads[rest] = costs[cut.num_blocks :]
     blocks = np.empty(0, dtype=np.int64)
     if cut.num_blocks:
-        dealt = deal(costs[: cut.num_blocks], loads)
-        blocks = improve(dealt).owner()
+        blocks = deal(costs[: cut.num_blocks], loads).owner()
     return TokenAssignment(cut=cut, owner=np.concatenate((blocks, rest)))
-
-
-METHODS: Final[Mapping[Method, Callable[[SequenceCut, Integers], TokenAssignment]]] = {
-    "contiguous": contiguous,
-    "zigzag": zigzag,
-    "lpt": longest_first,
-    "balanced": balanced,
-}
 
 
 def _rest(cut: SequenceCut) -> Integers:
