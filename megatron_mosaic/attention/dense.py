@@ -93,7 +93,11 @@ def _chunks(query: torch.Tensor, key: torch.Tensor) -> list[slice]:
 
 
 def _scores(
-    query: torch.Tensor, key: torch.Tensor, query_codes: SlotCodes, key_codes: SlotCodes, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_codes: SlotCodes,
+    key_codes: SlotCodes,
+    scale: float,
 ) -> torch.Tensor:
     """Scores ``[b, groups, heads of a group, queries, keys]``; ``-inf`` where nothing is seen."""
     seen = visible(

@@ -86,9 +86,7 @@ def _post(
     work = dist.all_to_all_single(
         buffer, outgoing, list(receive_counts), list(send_counts), group=group, async_op=True
     )
-    return PendingRows(
-        work=work, buffer=buffer, outgoing=outgoing, chosen=None, device=rows.device
-    )
+    return PendingRows(work=work, buffer=buffer, outgoing=outgoing, chosen=None, device=rows.device)
 
 
 def _post_gather(

@@ -20,7 +20,7 @@ from megatron_mosaic.attention.choice import ExchangeWish
 from megatron_mosaic.attention.exchange import PendingRows, post_gradients, post_keys
 from megatron_mosaic.attention.merge import Computed, merge, merge_grads
 from megatron_mosaic.attention.part import Kernel
-from megatron_mosaic.attention.plan import RankPlan, Received, rank_plan
+from megatron_mosaic.attention.plan import Received, rank_plan
 from megatron_mosaic.cost.collectives import Group
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.model.workload import Workload, draw_masks
-from megatron_mosaic.tokens.assign import METHODS
-from megatron_mosaic.tokens.assignment import SequenceCut, TokenAssignment
+from megatron_mosaic.tokens.assign import assign
+from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.held import whole
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
@@ -141,12 +141,9 @@ class _Loads(NamedTuple):
 def _loads(
     mask: SequenceMask, visible: VisibleKeys, *, cp: int, method: Method, count_own: bool
 ) -> _Loads:
-    cut = SequenceCut(
-        length=mask.length, cp=cp, block=min(TILE.queries, max(1, mask.length // cp // 8))
-    )
-    edges = cut.edges
+    assignment = assign(mask, cp=cp, method=method, tile=TILE)
+    edges = assignment.cut.edges
     tiles = tile_counts(mask, edges=edges, tile_keys=TILE.keys, visible=visible)
-    assignment = METHODS[method](cut, tiles)
     area = TILE.keys * assignment.cut.sizes
     return _Loads(
         pairs=np.bincount(assignment.owner, weights=tiles * area, minlength=cp),

@@ -178,7 +178,7 @@ def keys_exposed(task: ContextTask, site: Site, core: PassTimes, *, token_bytes:
     """Communication of keys and values under a multimodal mask.
 
     They arrive while a rank attends to those that it holds; backward their gradients go back
-    while it does the same.
+    while it does the same, always as blocks, so that they are added in a known order.
 
     Args:
         task: What the rank has to do.
@@ -187,15 +187,18 @@ def keys_exposed(task: ContextTask, site: Site, core: PassTimes, *, token_bytes:
         token_bytes: Of keys and values of a token.
     """
     cost, own = site.cluster.gpu.overlap_cost, task.own_share
-    moved_s = keys_s(task, site.context, kind=site.place.sizes.keys, token_bytes=token_bytes)
+    there_s = keys_s(task, site.context, kind=site.place.sizes.keys, token_bytes=token_bytes)
+    back_s = keys_s(task, site.context, kind="blocks", token_bytes=token_bytes)
     return Exposed(
-        waited_s(moved_s, behind_s=own * core.forward_s, cost=cost),
-        waited_s(moved_s, behind_s=own * core.input_gradient_s, cost=cost),
+        waited_s(there_s, behind_s=own * core.forward_s, cost=cost),
+        waited_s(back_s, behind_s=own * core.input_gradient_s, cost=cost),
     )
 
 
 def keys_s(task: ContextTask, group: Group, *, kind: KeyExchange, token_bytes: float) -> float:
     """Time in which keys and values reach the ranks whose queries see them.
+
+    Blocks come from all ranks alike: where most of them come from near ones, it is less.
 
     Args:
         task: What a rank has to do.
@@ -205,7 +208,7 @@ def keys_s(task: ContextTask, group: Group, *, kind: KeyExchange, token_bytes: f
     """
     others = group.size / max(group.size - 1, 1)
     blocks_s = all_to_all_s(group, sent_bytes=others * task.received * token_bytes)
-    gather_s = all_gather_s(group, total_bytes=task.length * token_bytes)
+    gather_s = all_gather_s(group, total_bytes=group.size * task.tokens * token_bytes)
     return {"blocks": blocks_s, "all_gather": gather_s, "auto": min(blocks_s, gather_s)}[kind]
 
 

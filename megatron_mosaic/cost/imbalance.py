@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
 from megatron_mosaic.cost.model_flops import forward_flops_per_token
+from megatron_mosaic.layout.items import balanced_items
 from megatron_mosaic.layout.placement import ItemOrder
 from megatron_mosaic.model.spec import ModuleSpec
 from megatron_mosaic.model.workload import SEED, draw
@@ -80,7 +81,8 @@ class DrawnItems:
         num_items = 0
         for first in range(0, max(_POOL - num_samples, 0) + 1, num_samples):
             work = self.work[stops[first] : stops[min(first + num_samples, _POOL)]]
-            owner = balanced_items(work, dp=dp)
+            samples = self.number[first : first + num_samples]
+            owner = balanced_items(work.tolist(), dp=dp, samples=samples.tolist())
             loads.append(np.bincount(owner, weights=work, minlength=dp))
             num_items += len(work)
             if num_items > _BALANCED_ITEMS or len(loads) == _BALANCED_TASKS:
@@ -122,15 +124,3 @@ def _slowed(part: PartCosts, imbalance: float) -> PartCosts:
         forward_imbalance_s=longer * (part.forward_s - part.forward_communication_s),
         backward_imbalance_s=longer * (back_s - part.backward_communication_s),
     )
-
-
-def balanced_items(work: Floats, *, dp: int) -> Integers:
-    from heapq import heapreplace
-
-    owner = np.empty(len(work), dtype=np.int64)
-    loads = [(0.0, rank) for rank in range(dp)]
-    for item in np.argsort(-work, kind="stable").tolist():
-        load, rank = loads[0]
-        owner[item] = rank
-        heapreplace(loads, (load + float(work[item]), rank))
-    return owner
