@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,9 @@ TILE = Tile(128, 128)
 """Tile of the kernel. Source: torch 2.11, torch/nn/attention/flex_attention.py,
 ``_DEFAULT_SPARSE_BLOCK_SIZE``."""
 
-NUM_OWN = 2
-"""Sequences of which the share of tiles with own keys is counted: it hardly differs."""
+NUM_EXCHANGED = 4
+"""Sequences of which it is counted which keys are a rank's own, and which it receives: that takes
+longer to count, and differs less."""
 
 Floats = NDArray[np.float64]
 
@@ -37,14 +38,15 @@ class ContextLoads:
         pairs: Pairs of a query and a key in the tiles that a rank computes ``[sequences, cp]``.
         slots: Tokens that every rank's tensors have room for ``[sequences]``.
         lengths: Tokens ``[sequences]``.
-        received: Keys that a rank's queries see and others hold ``[sequences, cp]``.
+        received: Keys that others hold and queries of a rank see, of the rank that receives
+            most of a sequence, on average.
         own_share: Share of a rank's tiles whose keys it holds, on average.
     """
 
     pairs: Floats
     slots: Floats
     lengths: Floats
-    received: Floats
+    received: float
     own_share: float
 
     @property
@@ -67,7 +69,7 @@ class ContextLoads:
             tokens=float(self.slots[groups].sum(axis=1).mean()),
             length=float(self.lengths[groups].sum(axis=1).mean()),
             all_pairs=float((self.slots * self.lengths)[groups].sum(axis=1).mean()),
-            received=float(self.received[groups].sum(axis=1).max(axis=1).mean()),
+            received=samples * self.received,
             own_share=self.own_share,
         )
 
@@ -108,70 +110,72 @@ def context_loads(workload: Workload, *, cp: int, method: Method) -> ContextLoad
         cp: Ranks of the group.
         method: How tokens are assigned.
     """
-    rows = [
-        _loads(mask, visible, cp=cp, method=method, count_own=number < NUM_OWN)
-        for number, (mask, visible) in enumerate(_sequences(workload))
-    ]
-    own = [row.own_share for row in rows if row.own_share is not None]
+    sequences = [_Assigned.of(each, cp=cp, method=method) for each in _sequences(workload)]
+    exchanged = sequences[:NUM_EXCHANGED]
     return ContextLoads(
-        pairs=np.stack([row.pairs for row in rows]),
-        slots=np.array([row.slots for row in rows]),
-        lengths=np.array([row.length for row in rows]),
-        received=np.stack([row.received for row in rows]),
-        own_share=sum(own) / len(own),
+        pairs=np.stack([each.pairs() for each in sequences]),
+        slots=np.array([each.assignment.local_length() for each in sequences], dtype=np.float64),
+        lengths=np.array([each.mask.length for each in sequences], dtype=np.float64),
+        received=float(np.mean([each.most_received() for each in exchanged])),
+        own_share=float(np.mean([each.own_share() for each in exchanged])),
     )
+
+
+class _Sequence(NamedTuple):
+    """A sequence that was drawn."""
+
+    mask: SequenceMask
+    visible: VisibleKeys
 
 
 @lru_cache(maxsize=8)
-def _sequences(workload: Workload) -> tuple[tuple[SequenceMask, VisibleKeys], ...]:
+def _sequences(workload: Workload) -> tuple[_Sequence, ...]:
     masks = draw_masks(workload, count=NUM_SEQUENCES)
-    return tuple((mask, VisibleKeys.of(mask)) for mask in masks)
+    return tuple(_Sequence(mask, VisibleKeys.of(mask)) for mask in masks)
 
 
-class _Loads(NamedTuple):
-    """Of one sequence."""
+class _Assigned(NamedTuple):
+    """A sequence whose tokens are assigned to ranks."""
 
-    pairs: Floats
-    slots: float
-    length: float
-    received: Floats
-    own_share: float | None
+    mask: SequenceMask
+    visible: VisibleKeys
+    assignment: TokenAssignment
 
+    @classmethod
+    def of(cls, sequence: _Sequence, *, cp: int, method: Method) -> Self:
+        return cls(*sequence, assign(sequence.mask, cp=cp, method=method, tile=TILE))
 
-def _loads(
-    mask: SequenceMask, visible: VisibleKeys, *, cp: int, method: Method, count_own: bool
-) -> _Loads:
-    assignment = assign(mask, cp=cp, method=method, tile=TILE)
-    edges = assignment.cut.edges
-    tiles = tile_counts(mask, edges=edges, tile_keys=TILE.keys, visible=visible)
-    area = TILE.keys * assignment.cut.sizes
-    return _Loads(
-        pairs=np.bincount(assignment.owner, weights=tiles * area, minlength=cp),
-        slots=assignment.local_length(),
-        length=mask.length,
-        received=np.array([_received(mask, visible, assignment, rank) for rank in range(cp)]),
-        own_share=_own_share(mask, visible, assignment) if count_own else None,
-    )
+    def pairs(self) -> Floats:
+        """Pairs in the tiles of each rank, whose rows are its pieces."""
+        cut = self.assignment.cut
+        tiles = tile_counts(self.mask, edges=cut.edges, tile_keys=TILE.keys, visible=self.visible)
+        pairs = tiles * TILE.keys * cut.sizes
+        return np.bincount(self.assignment.owner, weights=pairs, minlength=cut.cp)
 
+    def most_received(self) -> int:
+        """Keys of others in pieces that some query sees, of the rank that receives most."""
+        cut, owner = self.assignment.cut, self.assignment.owner
+        most = 0
+        for rank in range(cut.cp):
+            queries = self.assignment.held(rank)
+            seen = needed(self.mask, edges=cut.edges, queries=queries, visible=self.visible)
+            most = max(most, int(cut.sizes[seen & (owner != rank)].sum()))
+        return most
 
-def _received(
-    mask: SequenceMask, visible: VisibleKeys, assignment: TokenAssignment, rank: int
-) -> int:
-    """Keys of pieces that some query of a rank sees and that it does not hold."""
-    cut = assignment.cut
-    seen = needed(mask, edges=cut.edges, queries=assignment.held(rank), visible=visible)
-    return int(cut.sizes[seen & (assignment.owner != rank)].sum())
-
-
-def _own_share(mask: SequenceMask, visible: VisibleKeys, assignment: TokenAssignment) -> float:
-    """Share of tiles whose keys their rank holds, over all ranks."""
-    tiles = {True: 0, False: 0}
-    for rank in range(assignment.cut.cp):
-        held = assignment.held(rank)
-        edges = np.append(np.arange(0, held.size, TILE.queries), held.size)
-        for own, keys in ((True, held), (False, whole(mask.length))):
-            counts = tile_counts(
-                mask, edges=edges, tile_keys=TILE.keys, queries=held, keys=keys, visible=visible
-            )
-            tiles[own] += int(counts.sum())
-    return tiles[True] / tiles[False] if tiles[False] else 1.0
+    def own_share(self) -> float:
+        """Share of tiles whose keys their rank holds, over all ranks."""
+        tiles = {True: 0, False: 0}
+        for rank in range(self.assignment.cut.cp):
+            held = self.assignment.held(rank)
+            edges = np.append(np.arange(0, held.size, TILE.queries), held.size)
+            for own, keys in ((True, held), (False, whole(self.mask.length))):
+                counts = tile_counts(
+                    self.mask,
+                    edges=edges,
+                    tile_keys=TILE.keys,
+                    queries=held,
+                    keys=keys,
+                    visible=self.visible,
+                )
+                tiles[own] += int(counts.sum())
+        return tiles[True] / tiles[False] if tiles[False] else 1.0

@@ -1,6 +1,5 @@
 """How a layout's loads are evened out: tokens over context-parallel ranks, items over replicas."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -22,33 +21,29 @@ than one of these."""
 EXCHANGES: Final[tuple[KeyExchange, ...]] = ("blocks", "all_gather")
 
 
-def with_tokens(
+def fastest_tokens(
     sizes: ParallelSizes, problem: Problem, cost_model: CostModel, *, samples: float
-) -> ParallelSizes:
-    """Sizes of the language model with the assignment of tokens that is fastest with them.
+) -> tuple[Method, KeyExchange]:
+    """Finds the assignment of tokens, and the way of keys, that is fastest with some sizes.
 
     Args:
-        sizes: Its sizes.
+        sizes: Of the language model, with context parallelism.
         problem: What is asked, and what is pinned.
         cost_model: What things cost.
         samples: Samples of a task of one replica.
     """
-    if cost_model.workload is None or sizes.cp == 1:
-        return sizes
-    upstream = cost_model.trains_before(LANGUAGE)
+    pinned = problem.pins.modules.get(LANGUAGE, {})
 
-    def time_s(choice: ParallelSizes) -> float:
+    def time_s(tokens: Method, keys: KeyExchange) -> float:
+        choice = replace(sizes, tokens=tokens, keys=keys)
         costs = cost_model.module(LANGUAGE, choice, samples=samples)
+        upstream = cost_model.trains_before(LANGUAGE)
         return module_times(costs, trainable_upstream=upstream).total_s
 
-    return min(_assignments(sizes, problem), key=time_s)
-
-
-def _assignments(sizes: ParallelSizes, problem: Problem) -> Iterator[ParallelSizes]:
-    pinned = problem.pins.modules.get(LANGUAGE, {})
-    for tokens in (pinned["tokens"],) if "tokens" in pinned else COMPARED:
-        for keys in (pinned["keys"],) if "keys" in pinned else EXCHANGES:
-            yield replace(sizes, tokens=tokens, keys=keys)
+    methods = (pinned["tokens"],) if "tokens" in pinned else COMPARED
+    tokens = min(methods, key=lambda each: time_s(each, "auto"))
+    ways = (pinned["keys"],) if "keys" in pinned else EXCHANGES
+    return tokens, min(ways, key=lambda each: time_s(tokens, each))
 
 
 def stock_tokens(sizes: ParallelSizes, workload: Workload | None) -> ParallelSizes:

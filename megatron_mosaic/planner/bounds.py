@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost.costs import ModuleCosts, PartRun
 from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.layout.attention import KeyExchange
 from megatron_mosaic.layout.placement import LANGUAGE
-from megatron_mosaic.planner.balance import with_tokens
+from megatron_mosaic.planner.balance import fastest_tokens
 from megatron_mosaic.planner.estimate import Estimator
 from megatron_mosaic.planner.legal_sizes import context_sizes, language_sizes, tensor_sizes
 from megatron_mosaic.planner.module_times import ModuleTimes, module_times
+from megatron_mosaic.tokens.names import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,18 +94,21 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
     if problem.pins.micro_batch_size is not None:
         sizes_of_microbatch = (problem.pins.micro_batch_size,)
     times: dict[tuple[object, ...], ModuleTimes] = {}
-    assigned: dict[tuple[object, ...], ParallelSizes] = {}
+    assigned: dict[tuple[int, int], tuple[Method, KeyExchange]] = {}
     options = []
     for micro_batch_size in sizes_of_microbatch:
         for sizes in language_sizes(problem, micro_batch_size=micro_batch_size):
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.etp, sizes.sequence_parallel)
             key = (*key, sizes.recompute, micro_batch_size)
             if problem.workload is not None and sizes.cp > 1:
-                if key not in assigned:
-                    assigned[key] = with_tokens(
+                # What is recomputed, and how experts are split, matters little to this choice.
+                at = (sizes.tp, sizes.cp)
+                if at not in assigned:
+                    assigned[at] = fastest_tokens(
                         sizes, problem, estimator.cost_model, samples=micro_batch_size
                     )
-                sizes = replace(sizes, tokens=assigned[key].tokens, keys=assigned[key].keys)
+                tokens, keys = assigned[at]
+                sizes = replace(sizes, tokens=tokens, keys=keys)
             costs = estimator.cost_model.module(LANGUAGE, sizes, samples=micro_batch_size)
             if key not in times:
                 upstream = estimator.cost_model.trains_before(LANGUAGE)
