@@ -122,8 +122,8 @@ class CostModel:
             module,
             sizes=sizes,
             settings=self.settings,
-            # Tensors have room for the most tokens that a rank may have.
-            samples=samples * (context.tokens * sizes.cp / context.length if context else 1),
+            samples=samples,
+            context=context,
             precision=self.model.precision,
             gradient_arrives=self.trains_before(name),
         )
