@@ -146,11 +146,7 @@ class _Assigned(NamedTuple):
         return cls(*sequence, assign(sequence.mask, cp=cp, method=method, tile=TILE))
 
     def pairs(self) -> Floats:
-        """Pairs in the tiles of each rank, whose rows are its pieces."""
-        cut = self.assignment.cut
-        tiles = tile_counts(self.mask, edges=cut.edges, tile_keys=TILE.keys, visible=self.visible)
-        pairs = tiles * TILE.keys * cut.sizes
-        return np.bincount(self.assignment.owner, weights=pairs, minlength=cut.cp)
+        return rank_pairs(self.mask, self.assignment, visible=self.visible)
 
     def most_received(self) -> int:
         """Keys of others in pieces that some query sees, of the rank that receives most."""
@@ -179,3 +175,19 @@ class _Assigned(NamedTuple):
                 )
                 tiles[own] += int(counts.sum())
         return tiles[True] / tiles[False] if tiles[False] else 1.0
+
+
+def rank_pairs(
+    mask: SequenceMask, assignment: TokenAssignment, *, visible: VisibleKeys | None = None
+) -> Floats:
+    """Counts pairs of a query and a key in the tiles of each rank, whose rows are its pieces.
+
+    Args:
+        mask: Mask of the sequence.
+        assignment: Who keeps which tokens.
+        visible: ``VisibleKeys.of(mask)``, if it is known.
+    """
+    cut = assignment.cut
+    tiles = tile_counts(mask, edges=cut.edges, tile_keys=TILE.keys, visible=visible)
+    pairs = tiles * TILE.keys * cut.sizes
+    return np.bincount(assignment.owner, weights=pairs, minlength=cut.cp)

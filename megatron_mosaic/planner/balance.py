@@ -68,11 +68,11 @@ def with_items(
         num_samples: Samples of one of its tasks, of all replicas.
     """
     pinned = estimator.problem.pins.modules.get(choice.name, {}).get("items")
+    if pinned != "balanced" and not estimator.cost_model.has_unlike_items(choice.name):
+        return choice
     balanced = replace(choice, sizes=replace(choice.sizes, items="balanced"))
     if choice.sizes.dp == 1 or pinned is not None:
         return balanced if pinned == "balanced" else choice
-    if not estimator.cost_model.has_unlike_items(choice.name):
-        return choice
 
     def time_s(each: EncoderChoice) -> float:
         costs = estimator.encoder_costs(each, num_samples)
