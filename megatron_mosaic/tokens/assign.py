@@ -9,10 +9,12 @@ import numpy as np
 
 from megatron_mosaic.tokens.assignment import SequenceCut, TokenAssignment
 from megatron_mosaic.tokens.deal import deal
+from megatron_mosaic.tokens.local import owners
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.ranges import Integers
 from megatron_mosaic.tokens.tiles import Tile, tile_counts
+from megatron_mosaic.tokens.visible import VisibleKeys
 
 # Blocks of which a rank should have at least as many, so that they can be balanced: at fewer the
 # imbalance grows fast (256 tokens at 32k and CP 32: 1.39, 512: 2.42).
@@ -20,6 +22,8 @@ BLOCKS_PER_RANK = 8
 # Rows of the smallest matrix instruction of tensor cores: shorter blocks only scatter a rank's
 # tokens.
 LEAST_BLOCK = 16
+# Blocks of a rank, less than twice as many, that ``local`` moves about.
+MOST_LOCAL_BLOCKS = 32
 
 
 def assign(mask: SequenceMask, *, cp: int, method: Method, tile: Tile) -> TokenAssignment:
@@ -32,18 +36,22 @@ def assign(mask: SequenceMask, *, cp: int, method: Method, tile: Tile) -> TokenA
         mask: Mask of the sequence.
         cp: Ranks.
         method: ``contiguous`` and ``zigzag`` go by position alone, ``lpt`` by cost alone;
-            ``balanced`` equals tokens and cost.
+            ``balanced`` equals tokens and cost, ``local`` nearly so, with less traffic of keys.
         tile: Tiles of the attention kernel.
 
     Raises:
         LayoutError: The sequence has no tokens, or there are no ranks.
     """
-    cut = SequenceCut(length=mask.length, cp=cp, block=block_size(mask.length, cp=cp, tile=tile))
+    block = block_size(mask.length, cp=cp, tile=tile)
+    cut = SequenceCut(length=mask.length, cp=cp, block=block)
     if method == "contiguous":
         return contiguous(cut)
     if method == "zigzag":
         return zigzag(cut)
-    costs = tile_counts(mask, edges=cut.edges, tile_keys=tile.keys)
+    visible = VisibleKeys.of(mask)
+    if method == "local":
+        return local(mask, cp=cp, block=block, tile=tile, visible=visible)
+    costs = tile_counts(mask, edges=cut.edges, tile_keys=tile.keys, visible=visible)
     return longest_first(cut, costs) if method == "lpt" else balanced(cut, costs)
 
 
@@ -114,6 +122,22 @@ def balanced(cut: SequenceCut, costs: Integers) -> TokenAssignment:
     if cut.num_blocks:
         blocks = deal(costs[: cut.num_blocks], loads).owner()
     return TokenAssignment(cut=cut, owner=np.concatenate((blocks, rest)))
+
+
+def local(
+    mask: SequenceMask, *, cp: int, block: int, tile: Tile, visible: VisibleKeys
+) -> TokenAssignment:
+    """Keeps documents together as far as cost and tokens allow: see :mod:`tokens.local`.
+
+    Blocks of long sequences are several rows of tiles: their number decides how long this takes.
+    """
+    while mask.length // (cp * block) >= 2 * MOST_LOCAL_BLOCKS:
+        block *= 2
+    cut = SequenceCut(length=mask.length, cp=cp, block=block)
+    edges = np.union1d(cut.edges, np.arange(0, mask.length, tile.queries))
+    rows = tile_counts(mask, edges=edges, tile_keys=tile.keys, visible=visible)
+    costs = np.add.reduceat(rows, np.searchsorted(edges, cut.edges[:-1]))
+    return TokenAssignment(cut=cut, owner=owners(mask, cut=cut, costs=costs, visible=visible))
 
 
 def _rest(cut: SequenceCut) -> Integers:

@@ -13,7 +13,7 @@ from megatron_mosaic.tokens.mask import SequenceMask, modality_tokens, text
 from megatron_mosaic.tokens.tiles import Tile, tile_counts
 from tests.tokens.masks import masks
 
-METHODS = ("contiguous", "zigzag", "lpt", "balanced")
+METHODS = ("contiguous", "zigzag", "lpt", "balanced", "local")
 LENGTHS = (1, 5, 57, 127, 283, 1000, 2003, 2176, 4096)
 TILE = Tile(128, 32)
 
