@@ -80,11 +80,11 @@ def _block_mask(part: Part) -> BlockMask:
         full_q_num_blocks=full_q_num_blocks,
         full_q_indices=full_q_indices,
         BLOCK_SIZE=(TILE.queries, TILE.keys),
-        mask_mod=_mask_mod(*part.codes),
+        mask_mod=mask_mod_of(*part.codes),
     )
 
 
-def _mask_mod(query: SlotCodes, key: SlotCodes) -> Callable[..., torch.Tensor]:
+def mask_mod_of(query: SlotCodes, key: SlotCodes) -> Callable[..., torch.Tensor]:
     """The rule as FlexAttention asks for it."""
     # Tensors and nothing else are closed over: a mask of other values is no new compilation.
     q_position, q_document, q_group, q_classes = query

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_mosaic.tokens.assign import METHODS
-from megatron_mosaic.tokens.assignment import Method, SequenceCut, TokenAssignment
+from megatron_mosaic.attention.flex import TILE
+from megatron_mosaic.tokens.assign import assign
+from megatron_mosaic.tokens.assignment import Method, TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask, dense
 from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
-from megatron_mosaic.tokens.tiles import tile_counts
 
 PRESETS: tuple[Preset, ...] = (
     "causal",
@@ -45,11 +46,6 @@ class Case:
     dtype: torch.dtype = torch.float32
     exchange: str = "blocks"
 
-    @property
-    def block(self) -> int:
-        """Tokens of a block: few enough that every rank has some of them."""
-        return 128 if self.length > 2000 else 16
-
     def masks(self) -> list[SequenceMask]:
         """Two samples: with items, and with other ones and padding."""
         return [
@@ -68,15 +64,13 @@ class Case:
             items = [
                 item
                 for item in items
-                if any(a <= item.start and item.stop <= b for a, b in zip([0, *stops], stops))
+                if any(a <= item.start and item.stop <= b for a, b in pairwise([0, *stops]))
             ]
         return preset_mask(self.preset, length=self.length, items=items, document_stops=stops)
 
     def assignments(self, cp) -> list[TokenAssignment]:
         """One for each sample."""
-        cut = SequenceCut(length=self.length, cp=cp, block=self.block)
-        costs = [tile_counts(mask, edges=cut.edges, tile_keys=32) for mask in self.masks()]
-        return [METHODS[self.method](cut, cost) for cost in costs]
+        return [assign(mask, cp=cp, method=self.method, tile=TILE) for mask in self.masks()]
 
     def slots(self, cp) -> int:
         """Slots of every rank."""
