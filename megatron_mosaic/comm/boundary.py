@@ -13,10 +13,10 @@ from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch
 from megatron_mosaic.comm.route import NodeOf, Route
 from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.item_costs import Owners
-from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
+from megatron_mosaic.layout.ownership import Selection, Sharding, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
 
 # Replica of every item, by task (its microbatches) and sample of the task.
 TaskOwners = Mapping[tuple[int, ...], Owners]
@@ -56,7 +56,7 @@ class BoundaryShape:
     """
 
     samples_per_replica: int
-    sharding: SequenceSharding | None = None
+    sharding: Sharding | None = None
     item: ItemShape = ONE_ROW
 
 
@@ -90,6 +90,7 @@ class BoundaryRoutes:
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
         self._carried = self._made = _StepRows((), owners={})
+        self._by_mask = isinstance(shape.sharding, MaskedSharding)
         self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
 
     def begin(
@@ -98,6 +99,7 @@ class BoundaryRoutes:
         *,
         groups: Sequence[tuple[int, ...]],
         owners: TaskOwners = MappingProxyType({}),
+        sequences: Sequence[SampleSequence] = (),
     ) -> None:
         """Takes what differs between steps.
 
@@ -105,8 +107,10 @@ class BoundaryRoutes:
             samples: Where the rows of every sample of the step belong.
             groups: Microbatches of every task of the source.
             owners: Replica of every item of each task, where the source's items are dealt.
+            sequences: What decides which rank of the destination keeps which tokens of every
+                sample, where their masks do.
         """
-        self._carried = self._made = _StepRows(samples, owners=owners)
+        self._carried = self._made = _StepRows(samples, owners=owners, sequences=sequences)
         self._group_of = {m: group for group in groups for m in group}
 
     def begin_ahead(self, samples: Samples, *, owners: TaskOwners = MappingProxyType({})) -> None:
@@ -152,12 +156,22 @@ class BoundaryRoutes:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
                 samples = tuple([runs_of[count] for count in counts])
-            found = self._place(microbatch, samples, row_offsets(counts), owners=of.owners)
+            # Rows that are made, but not carried yet, need not know who keeps them.
+            sequences = tuple(of.sequences[own]) or None if self._by_mask else None
+            found = self._place(
+                microbatch, samples, row_offsets(counts), owners=of.owners, sequences=sequences
+            )
             of.microbatches[microbatch] = found
         return found
 
     def _place(
-        self, microbatch: int, samples: Samples, offsets: Sequence[int], *, owners: TaskOwners
+        self,
+        microbatch: int,
+        samples: Samples,
+        offsets: Sequence[int],
+        *,
+        owners: TaskOwners,
+        sequences: tuple[SampleSequence, ...] | None,
     ) -> Microbatch:
         """Places a microbatch in its group, or tells to whom its items are dealt."""
         group = self._group_of[microbatch]
@@ -172,14 +186,18 @@ class BoundaryRoutes:
             first=first,
             group_size=group_size * self._size,
             dealt=dealt,
+            sequences=sequences,
         )
 
 
 class _StepRows:
     """Rows of one step's samples, and its microbatches as far as they were asked for."""
 
-    def __init__(self, samples: Samples, *, owners: TaskOwners) -> None:
+    def __init__(
+        self, samples: Samples, *, owners: TaskOwners, sequences: Sequence[SampleSequence] = ()
+    ) -> None:
         self.samples = samples
+        self.sequences = sequences
         self.owners = owners
         self.counts = [count_rows(runs) for runs in samples]
         self.microbatches: dict[int, Microbatch] = {}

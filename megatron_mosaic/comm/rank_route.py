@@ -16,13 +16,15 @@ from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
     Selection,
-    ShardTable,
+    Sharding,
     kept,
     produced,
     replicas_of,
 )
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.shard_table import ShardTable
 from megatron_mosaic.layout.sharding import SequenceSharding
 
 Direction = Literal["activation", "gradient"]
@@ -40,6 +42,7 @@ class Microbatch:
         group_size: Samples of that group.
         dealt: Who makes which of its rows, where items are dealt; nothing depends on the group
             then, and the microbatch is one by itself.
+        sequences: What decides which rank keeps which tokens of its samples, where their masks do.
     """
 
     samples: Samples
@@ -47,6 +50,7 @@ class Microbatch:
     first: int
     group_size: int
     dealt: DealtItems | None = None
+    sequences: tuple[SampleSequence, ...] | None = None
 
     @property
     def place(self) -> Interval:
@@ -62,7 +66,8 @@ class BoundarySides:
         source: The module that makes the rows.
         destination: The module that keeps them.
         samples_per_replica: Samples of a microbatch of one replica of the destination.
-        sharding: How the destination splits its sequences, if it does.
+        sharding: How the destination splits its sequences, if it does; by their masks, where
+            microbatches have sequences.
         item_rows: Rows of one item, such as an image, of the source.
         item_shards: Rows of every item that each context-parallel rank of the source makes; None
             where that size is 1.
@@ -73,7 +78,7 @@ class BoundarySides:
     source: ModulePlacement
     destination: ModulePlacement
     samples_per_replica: int
-    sharding: SequenceSharding | None = None
+    sharding: Sharding | None = None
     item_rows: int = 1
     item_shards: tuple[Interval, ...] | None = None
     node_of: NodeOf | None = None
@@ -128,7 +133,7 @@ class BoundarySides:
             sharding=self.sharding,
             selection=selection,
             offsets=microbatch.offsets,
-            shards=self._shards,
+            table_of=partial(self._table_of, microbatch),
         )
 
     def samples_made(self, microbatch: Microbatch, *, dp: int) -> Rows:
@@ -194,9 +199,20 @@ class BoundarySides:
         samples = self._whole_shares(samples, microbatch)
         return derive(Selection(samples=samples), Selection(samples=samples))
 
+    def _table_of(self, microbatch: Microbatch, sample: int) -> ShardTable:
+        """Who keeps which positions of a sample."""
+        if not isinstance(self.sharding, MaskedSharding):
+            return self._table
+        assert microbatch.sequences is not None, "sequences follow from the facts of samples"
+        first = sample // self.samples_per_replica * self.samples_per_replica
+        of_replica = microbatch.sequences[first : first + self.samples_per_replica]
+        local_length = self.sharding.local_length(of_replica)
+        return self.sharding.table(microbatch.sequences[sample], local_length=local_length)
+
     @cached_property
-    def _shards(self) -> ShardTable | None:
-        return None if self.sharding is None else ShardTable(self.sharding)
+    def _table(self) -> ShardTable:
+        assert isinstance(self.sharding, SequenceSharding), "whole sequences have no table"
+        return ShardTable.of(self.sharding)
 
     @property
     def _source_has_replicas(self) -> bool:

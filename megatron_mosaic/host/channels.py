@@ -21,9 +21,10 @@ from megatron_mosaic.comm.groups import GroupFactory, warm_up
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink, Shape
 from megatron_mosaic.engine.walk import Channel
 from megatron_mosaic.layout.item_costs import ItemCost
+from megatron_mosaic.layout.ownership import sharding_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import (
     Edge,
@@ -98,6 +99,7 @@ class ChannelSet:
         self._node_of = nodes.__getitem__ if len(set(nodes)) > 1 else None
         self._groups: dict[tuple[TransferKind, Edge], dist.ProcessGroup] = {}
         self._replicas: dict[str, dist.ProcessGroup] = {}
+        self._sequences: Sequence[SampleSequence] = ()
         self.routes: dict[Edge, BoundaryRoutes] = {}
         self.open: dict[tuple[TransferKind, Edge], Channel] = {}
         for edge in edges_of(plan):
@@ -143,6 +145,7 @@ class ChannelSet:
         *,
         schedule: Schedule,
         owners: Mapping[str, TaskOwners] = MappingProxyType({}),
+        sequences: Sequence[SampleSequence] = (),
     ) -> None:
         """Takes what differs between steps.
 
@@ -150,12 +153,16 @@ class ChannelSet:
             samples: Where the rows belong that each module makes of every sample of the step.
             schedule: The step's.
             owners: Replica of every item, of modules whose items are dealt.
+            sequences: What decides which rank of the language model keeps which tokens of every
+                sample, where their masks do.
         """
+        self._sequences = sequences
         for edge, routes in self.routes.items():
             routes.begin(
                 samples[edge.source],
                 groups=tasks_of(schedule, self._plan, edge.source),
                 owners=owners.get(edge.source, {}),
+                sequences=sequences,
             )
 
     def begin_ahead(
@@ -215,7 +222,7 @@ class ChannelSet:
         source, destination = modules[edge.source], modules[edge.destination]
         sharding = None
         if sizes.rows[edge.destination].keeps_parts:
-            sharding = SequenceSharding.of(destination, sequence_length=sizes.sequence_length)
+            sharding = sharding_of(destination, sequence_length=sizes.sequence_length)
         shape = BoundaryShape(
             samples_per_replica=self._plan.micro_batch_size,
             sharding=sharding,
@@ -228,9 +235,19 @@ class ChannelSet:
         if module != LANGUAGE:
             item = sizes.rows[module].item
             return (item.tokens, self.items_made(module, (microbatch,)), item.hidden_size)
-        sharding = SequenceSharding.of(self._plan.language, sequence_length=sizes.sequence_length)
-        tokens = sizes.sequence_length if sharding is None else sharding.local_length
+        sharding = sharding_of(self._plan.language, sequence_length=sizes.sequence_length)
+        tokens = sizes.sequence_length
+        if isinstance(sharding, MaskedSharding):
+            tokens = sharding.local_length(self._own_sequences(microbatch))
+        elif sharding is not None:
+            tokens = sharding.local_length
         return (tokens, self._plan.micro_batch_size, sizes.hidden_size)
+
+    def _own_sequences(self, microbatch: int) -> Sequence[SampleSequence]:
+        """Sequences of a microbatch that this rank's replica of the language model has."""
+        language, size = self._plan.language, self._plan.micro_batch_size
+        replica = microbatch * language.data_parallel_size + language.coordinates(self._rank).dp
+        return self._sequences[replica * size : (replica + 1) * size]
 
     def _link(
         self,

@@ -30,6 +30,7 @@ from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.schedule.ahead import Part, prologue_of, steps_after_prologue
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage
@@ -115,13 +116,23 @@ class PlanForwardBackward:
         runtime, rows = self._runtime, batches.rows
         self._check_dispatch(rows)
         runtime.randomness.unpark()
-        runtime.channels.begin(rows, schedule=schedule, owners=batches.owners)
+        runtime.channels.begin(
+            rows,
+            schedule=schedule,
+            owners=batches.owners,
+            sequences=self._sequences(batches),
+        )
         if not schedule.forward_only:
             self._flops.of_rows = sum(
                 sum(map(count_rows, samples)) * runtime.row_facts[name].flops
                 for name, samples in rows.items()
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+
+    def _sequences(self, batches: StepBatches) -> tuple[SampleSequence, ...]:
+        if self._runtime.plan.language.attention is None:
+            return ()
+        return tuple(facts.sequence for facts in batches.facts)
 
     def _walk(
         self, schedule: Schedule, part: Part, batches: StepBatches, hand_out: Callable[..., Works]

@@ -72,7 +72,7 @@ class MultimodalCoreAttention(torch.nn.Module):
         self._group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             self._group = pg_collection.cp
-        self._exchange = attention.keys
+        self._attention = attention
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class MultimodalCoreAttention(torch.nn.Module):
             assignments=packed_seq_params.assignments,
             group=self._group,
             scale=self._scale,
-            exchange=self._exchange,
+            exchange=self._attention.keys,
         )
         return output.flatten(2)
 

@@ -4,17 +4,24 @@ A boundary tensor has rows ``[rows, hidden]``, sample after sample in global ord
 are counted within one microbatch's boundary tensor, from 0.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
+from megatron_mosaic.layout.sequences import MaskedSharding
+from megatron_mosaic.layout.shard_table import Part, ShardTable, add_rows
 from megatron_mosaic.layout.sharding import SequenceSharding
+
+Sharding = SequenceSharding | MaskedSharding
+"""How sequences are split: all alike, or each by its mask."""
+
+TableOf = Callable[[int], ShardTable]
+"""Returns who keeps which positions of a sample of a microbatch."""
 
 _Owners = tuple[tuple[int, ...], Rows]  # a set of true replicas, and what each of them has
 
@@ -66,6 +73,16 @@ def language_samples(samples_per_replica: int, *, data_parallel_size: int) -> tu
         Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         for dp in range(data_parallel_size)
     )
+
+
+def sharding_of(placement: ModulePlacement, *, sequence_length: int) -> Sharding | None:
+    """Returns how a placement splits sequences, or None if every rank keeps them whole.
+
+    Raises:
+        LayoutError: The length cannot be split as Megatron does it.
+    """
+    by_mask = MaskedSharding.of(placement, sequence_length=sequence_length)
+    return by_mask or SequenceSharding.of(placement, sequence_length=sequence_length)
 
 
 def row_offsets(counts: Sequence[int]) -> list[int]:
@@ -175,10 +192,10 @@ def kept(
     *,
     samples: Sequence[Runs],
     samples_per_replica: int,
-    sharding: SequenceSharding | None = None,
+    sharding: Sharding | None = None,
     selection: Selection | None = None,
     offsets: Sequence[int] | None = None,
-    shards: "ShardTable | None" = None,
+    table_of: TableOf | None = None,
 ) -> Ownership:
     """Rows of one microbatch that the first pipeline stage of a destination keeps.
 
@@ -193,7 +210,8 @@ def kept(
         sharding: How sequences are split over the ranks of a replica, if they are.
         selection: What is needed of it; None is everything. Only rows of its samples are there.
         offsets: ``row_offsets`` of the samples, if they are known already.
-        shards: Table of the sharding, if there is one already.
+        table_of: Returns who keeps which positions of a sample of the microbatch; needed where
+            sequences are not all split alike.
 
     Raises:
         LayoutError: The samples are not those of one microbatch.
@@ -201,8 +219,8 @@ def kept(
     _check_microbatch(destination, len(samples), samples_per_replica=samples_per_replica)
     if offsets is None:
         offsets = row_offsets([count_rows(runs) for runs in samples])
-    if sharding is not None and shards is None:
-        shards = ShardTable(sharding)
+    if isinstance(sharding, SequenceSharding) and table_of is None:
+        table_of = _always(ShardTable.of(sharding))
 
     def running(samples: Interval) -> range:
         start, stop = samples
@@ -212,11 +230,18 @@ def kept(
     for dp in _replicas(selection, destination.data_parallel_size, running=running):
         share = Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         inside = [share] if selection is None else list(selection.samples.inside(share))
-        if sharding is None or shards is None:
+        if sharding is None or table_of is None:
             whole = Rows.of(Interval(offsets[start], offsets[stop]) for start, stop in inside)
             owners += _kept_whole(destination, whole, dp=dp, selection=selection)
         else:
-            parts = shards.rows(samples, inside, offsets=offsets, selection=selection)
+            parts = _parts(
+                samples,
+                inside,
+                sharding=sharding,
+                table_of=table_of,
+                offsets=offsets,
+                selection=selection,
+            )
             owners += _kept_parts(destination, parts, dp=dp, splits_tp=sharding.tp > 1)
     return Ownership(
         rows={rank: rows for ranks, rows in owners for rank in ranks},
@@ -246,7 +271,7 @@ def _kept_whole(
 
 def _kept_parts(
     destination: ModulePlacement,
-    parts: Mapping[tuple[int, int], Rows],
+    parts: Mapping[Part, Rows],
     *,
     dp: int,
     splits_tp: bool,
@@ -264,75 +289,39 @@ def _kept_parts(
         yield (ranks[tp],) if splits_tp else ranks, rows
 
 
-class ShardTable:
-    """Finds who keeps which rows of a sample, from the positions where its rows belong.
+def _always(table: ShardTable) -> TableOf:
+    return lambda sample: table
+
+
+def _parts(
+    samples: Sequence[Runs],
+    inside: Iterable[Interval],
+    *,
+    sharding: Sharding,
+    table_of: TableOf,
+    offsets: Sequence[int],
+    selection: Selection | None,
+) -> dict[Part, Rows]:
+    """Rows of some samples that each context- and tensor-parallel rank keeps.
 
     Args:
+        samples: Those of a microbatch.
+        inside: Which of them.
         sharding: How sequences are split.
+        table_of: Returns who keeps which positions of a sample.
+        offsets: ``row_offsets`` of the samples.
+        selection: Names the one rank whose rows matter, if it does.
     """
-
-    def __init__(self, sharding: SequenceSharding) -> None:
-        self._sharding = sharding
-        self._keys = [(cp, tp) for cp in range(sharding.cp) for tp in range(sharding.tp)]
-        table = [
-            (start, stop, key)
-            for key in self._keys
-            for start, stop in sharding.positions(cp=key[0], tp=key[1])
-        ]
-        self._whole = _Columns.of(table)
-        self._of_one = {
-            key: _Columns.of([row for row in table if row[2] == key]) for key in self._keys
-        }
-
-    def rows(
-        self,
-        samples: Sequence[Runs],
-        inside: Sequence[Interval],
-        *,
-        offsets: Sequence[int],
-        selection: Selection | None = None,
-    ) -> dict[tuple[int, int], Rows]:
-        """Rows of some samples that each context- and tensor-parallel rank keeps.
-
-        Args:
-            samples: Those of a microbatch.
-            inside: Which of them.
-            offsets: Their ``row_offsets``.
-            selection: Names the one rank whose rows matter, if it does.
-        """
-        keys, columns = self._keys, self._whole
-        if selection is not None and selection.position is not None:
-            position = selection.position
-            keys = [(position.cp, position.tp if self._sharding.tp > 1 else 0)]
-            columns = self._of_one[keys[0]]
-        starts, stops, key_at = columns
-        num = len(starts)
-        found: dict[tuple[int, int], list[Interval]] = {key: [] for key in keys}
-        for sample in (sample for span in inside for sample in range(*span)):
-            before = offsets[sample]
-            for start, stop in samples[sample]:
-                if start == stop:
-                    continue
-                index, shift = bisect_right(stops, start), before - start
-                while index < num and starts[index] < stop:
-                    first, last = max(start, starts[index]), min(stop, stops[index])
-                    found[key_at[index]].append(Interval(first + shift, last + shift))
-                    index += 1
-                before += stop - start
-        return {key: Rows.of_sorted(intervals) for key, intervals in found.items()}
-
-
-class _Columns(NamedTuple):
-    """Where stretches of positions start and stop, and who has them; ascending."""
-
-    starts: list[int]
-    stops: list[int]
-    keys: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, table: list[tuple[int, int, tuple[int, int]]]) -> "_Columns":
-        starts, stops, keys = (list(column) for column in zip(*sorted(table), strict=True))
-        return cls(starts, stops, keys)
+    key = None
+    if selection is not None and selection.position is not None:
+        key = (selection.position.cp, selection.position.tp if sharding.tp > 1 else 0)
+    keys = [key] if key else [(cp, tp) for cp in range(sharding.cp) for tp in range(sharding.tp)]
+    found: dict[Part, list[Interval]] = {key: [] for key in keys}
+    for sample in (sample for span in inside for sample in range(*span)):
+        if samples[sample]:
+            columns = table_of(sample).columns(key)
+            add_rows(found, columns, samples[sample], before=offsets[sample])
+    return {key: Rows.of_sorted(intervals) for key, intervals in found.items()}
 
 
 def _replicas(

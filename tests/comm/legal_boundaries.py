@@ -4,7 +4,7 @@ Everything is drawn with the ranks of one world in mind: modules may share all r
 in any order.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
@@ -12,7 +12,13 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape, ItemShape, Samples
+from megatron_mosaic.comm.boundary import (
+    BoundaryRoutes,
+    BoundaryShape,
+    ItemShape,
+    Samples,
+    TaskOwners,
+)
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, split_evenly
@@ -31,6 +37,7 @@ class Boundary:
     shape: BoundaryShape
     samples: Samples
     groups: tuple[tuple[int, ...], ...]  # microbatches of the source's tasks
+    owners: TaskOwners = field(default_factory=dict)  # where the source's items are dealt
 
     @property
     def num_samples(self) -> int:
@@ -49,7 +56,7 @@ class Boundary:
     def routes(self) -> BoundaryRoutes:
         """The routes of the step."""
         routes = BoundaryRoutes(self.source, self.destination, shape=self.shape)
-        routes.begin(self.samples, groups=self.groups)
+        routes.begin(self.samples, groups=self.groups, owners=self.owners)
         return routes
 
     def made_by(self, rank: int) -> list[list[int]]:
@@ -63,12 +70,15 @@ class Boundary:
             size = len(group) * self.num_samples
             for place in range(size):
                 sample = group[0] * self.num_samples + place
-                dp = max(
+                in_order = max(
                     dp
                     for dp in range(source.data_parallel_size)
                     if dp * size // source.data_parallel_size <= place
                 )
                 for number in range(count_rows(self.samples[sample])):
+                    dp = in_order
+                    if self.owners:
+                        dp = self.owners[group][place][number // self.shape.item.rows]
                     if dp == position.dp and self._has_item_row(number, position.cp):
                         numbers[sample // self.num_samples].append(row)
                     row += 1
@@ -170,15 +180,31 @@ def boundaries(draw, max_world_size=8, world_size=None, source=None, destination
     item = _item(draw, source)
     length, sharding = _length(draw, destination)
     samples = tuple(_runs(draw, item.rows, length) for _ in range(num_samples))
+    groups = tuple(tuple(range(index * group, (index + 1) * group)) for index in range(num_groups))
     return Boundary(
         source=source,
         destination=destination,
         shape=BoundaryShape(samples_per_replica=size, sharding=sharding, item=item),
         samples=samples,
-        groups=tuple(
-            tuple(range(index * group, (index + 1) * group)) for index in range(num_groups)
-        ),
+        groups=groups,
+        owners=_owners(draw, groups, samples, dp=source.data_parallel_size),
     )
+
+
+def _owners(draw, groups, samples, *, dp):
+    """In half of the boundaries any replica runs any item; the runs of a sample are its items."""
+    if draw(st.booleans()):
+        return {}
+    seed = draw(st.integers(0, 99))
+    size = len(samples) // sum(map(len, groups))
+    owners = {}
+    for group in groups:
+        own = samples[group[0] * size : (group[-1] + 1) * size]
+        numbers = np.random.default_rng((seed, group[0])).integers(dp, size=(len(own), 3)).tolist()
+        owners[group] = tuple(
+            tuple(row[: len(runs)]) for row, runs in zip(numbers, own, strict=True)
+        )
+    return owners
 
 
 def _item(draw, source):

@@ -47,13 +47,13 @@ def _places(mask, index, num_images, length):
     if mask == "encoder_prepended":
         first = 0
     if first is None:
-        return [1 + 3 * image for image in range(num_images)]
+        return [1 + 2 * image for image in range(num_images)]
     return list(range(first, first + num_images))
 
 
 def _documents(index, length):
     """Two documents and padding, three, or one."""
-    ends = ((3, length - 1), (1, 4, length), (length,))[index % 3]
+    ends = ((4, length - 1), (1, 6, length), (length,))[index % 3]
     ids = np.searchsorted(ends, np.arange(length), side="right")
     return np.where(ids < len(ends), ids, -1)
 

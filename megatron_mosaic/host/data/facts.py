@@ -12,6 +12,7 @@ from megatron_mosaic.host.families.family import Batch, ModuleBoundary, token_id
 from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.ownership import Runs, count_rows
 from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.tokens.presets import ONE_DOCUMENT
 
 UNREAD = torch.iinfo(torch.int64).min
@@ -36,6 +37,12 @@ class SampleFacts:
     text_checksum: int
     rows: Mapping[str, Runs]
     document_stops: tuple[int, ...] | None = None
+
+    @property
+    def sequence(self) -> SampleSequence:
+        """What decides where the tokens of the sample go, if its mask does."""
+        items = sorted(run for runs in self.rows.values() for run in runs if run.size)
+        return SampleSequence(tuple(items), self.document_stops)
 
 
 def sample_facts(batch: Batch, boundary: ModuleBoundary) -> list[SampleFacts]:

@@ -44,17 +44,15 @@ from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops, item_cost
 from megatron_mosaic.host.sequence_parts import (
     MaskedParts,
-    SampleSequence,
-    SequenceParts,
     ZigzagParts,
 )
 from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import check_module
-from megatron_mosaic.layout.ownership import Runs
+from megatron_mosaic.layout.ownership import Runs, sharding_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import MaskedSharding
 
 VISION = "vision"
 
@@ -175,17 +173,21 @@ def _building_language(
     model.sequence_merge = SequenceMerge(model, config=config, parts=parts, groups=groups)
 
 
-def _parts_of(arguments: Mapping[str, Any], groups: ModuleGroups) -> SequenceParts | None:
+def _parts_of(
+    arguments: Mapping[str, Any], groups: ModuleGroups
+) -> ZigzagParts | MaskedParts | None:
     """Returns how ranks have parts of sequences; None if all have them whole, without a mask.
 
     Raises:
         LayoutError: The length cannot be split as Megatron does it.
     """
     placement, length = groups.placement, arguments["language_max_sequence_length"]
-    if placement.attention is not None:
-        return MaskedParts(placement.attention, length=length, groups=groups)
-    sharding = SequenceSharding.of(placement, sequence_length=length)
-    return None if sharding is None else ZigzagParts(sharding, groups)
+    sharding = sharding_of(placement, sequence_length=length)
+    if sharding is None:
+        return None
+    if isinstance(sharding, MaskedSharding):
+        return MaskedParts(sharding, groups)
+    return ZigzagParts(sharding, groups)
 
 
 @contextmanager
@@ -283,9 +285,7 @@ class LlavaBoundary:
     def begin(self, samples: Sequence[SampleFacts]) -> None:
         """Takes the samples of the next forward task."""
         if self._merge is not None:
-            self._merge.take(
-                tuple(SampleSequence(each.rows[VISION], each.document_stops) for each in samples)
-            )
+            self._merge.take(tuple(each.sequence for each in samples))
 
     def rows_beside_loss(self) -> None:
         """Returns None: nothing is fed by the language model."""

@@ -239,8 +239,12 @@ class SequenceMerge:
             text_from.append(sample * text_length + token[token >= 0])
             text_to.append(flat[token >= 0])
             rows_to.append(flat[is_row[positions[slots]]])
-        tables = (np.concatenate(each) for each in (text_from, text_to, rows_to))
-        return _Tables(*(to_device(each, device) for each in tables), own.shape[1])
+        return _Tables(
+            text_from=to_device(np.concatenate(text_from), device),
+            text_to=to_device(np.concatenate(text_to), device),
+            rows_to=to_device(np.concatenate(rows_to), device),
+            num_slots=own.shape[1],
+        )
 
     def _make_label_tables(
         self, samples: tuple[SampleSequence, ...], device: torch.device
