@@ -16,8 +16,8 @@ from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.tiles import Tile, needed, tile_counts
 from megatron_mosaic.tokens.visible import VisibleKeys
 
-NUM_SEQUENCES = 16
-"""Sequences that are drawn: microbatches of up to 8 samples have at least two unlike ones."""
+NUM_SEQUENCES = 8
+"""Sequences that are drawn: as many as samples of the largest microbatch that is searched."""
 
 TILE = Tile(128, 128)
 """Tile of the kernel. Source: torch 2.11, torch/nn/attention/flex_attention.py,

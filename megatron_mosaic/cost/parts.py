@@ -107,25 +107,36 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
         etp=sizes.etp,
     )
     times = PassTimes(*(a + b for a, b in zip(mixer_times, mlp_times, strict=True)))
+    evened = _evened(times, mixer, site)
+    launched = _launched(times, exposed, (*mixer, *mlp), site)
     return _part(
-        _launched(times, exposed, (*mixer, *mlp), site),
+        launched,
         exposed,
         operations=(*mixer, *mlp),
         recompute=sizes.recompute,
         parameters=weights.dense,
         expert_parameters=weights.experts,
         trainable=_layer_share(layer, module, weights.total, tp=sizes.tp),
-        waits=_waits(mixer, site),
+        waits=_waits(launched, _launched(evened, exposed, (*mixer, *mlp), site)),
     )
 
 
-def _waits(mixer: Sequence[Operation], site: Site) -> Exposed:
-    """Time in which the mean rank waits for the attention of the slowest one."""
+def _waits(slowest: PassTimes, mean: PassTimes) -> Exposed:
+    return Exposed(
+        slowest.forward_s - mean.forward_s, slowest.input_gradient_s - mean.input_gradient_s
+    )
+
+
+def _evened(times: PassTimes, mixer: Sequence[Operation], site: Site) -> PassTimes:
+    """Times of a layer if attention took the slowest rank no longer than the mean of all."""
     task = site.place.task.context
     if task is None or site.place.sizes.cp == 1:
-        return Exposed()
+        return times
     core = site.times([it for it in mixer if it.core])
-    return Exposed(task.wait_share * core.forward_s, task.wait_share * core.input_gradient_s)
+    return times._replace(
+        forward_s=times.forward_s - task.wait_share * core.forward_s,
+        input_gradient_s=times.input_gradient_s - task.wait_share * core.input_gradient_s,
+    )
 
 
 def _launched(
