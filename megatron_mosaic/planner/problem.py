@@ -190,6 +190,11 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
         name, _, size = key.partition(".")
         if name in model.modules and size:
             modules.setdefault(name, {})[_size(key, size)] = _value(key, size, value)
+            if size.startswith("attention.") and Workload.of(model) is None:
+                raise PlanError(
+                    f"set: {key} must go with a mask in model {model.name}, whose attention is "
+                    f"causal; remove it, or add mask to the model"
+                )
         else:
             field_name = _plan_field(key, model)
             rest[field_name] = _plan_value(key, value)
@@ -212,7 +217,7 @@ def _value(key: str, size: str, value: object) -> object:
                 f"set: {key}={show(value)} must be one of none, selective, full; choose one of them"
             )
         return value
-    if size in _WORDS:
+    if _SIZES[size] in _WORDS:
         return _word(key, size, value)
     if size == "sequence_parallel":
         if not isinstance(value, bool):
@@ -226,14 +231,14 @@ def _value(key: str, size: str, value: object) -> object:
 
 
 def _word(key: str, size: str, value: object) -> object:
-    is_language = key.partition(".")[0] == LANGUAGE
+    is_language, words = key.partition(".")[0] == LANGUAGE, _WORDS[_SIZES[size]]
     if is_language == (size == "items"):
         where = "an encoder" if size == "items" else LANGUAGE
         raise PlanError(f"set: {key} must be a field of {where}; remove it")
-    if value not in _WORDS[size]:
+    if value not in words:
         raise PlanError(
-            f"set: {key}={show(value)} must be one of {', '.join(_WORDS[size])}; "
-            f"{nearest(value, _WORDS[size], otherwise='choose one of them')}"
+            f"set: {key}={show(value)} must be one of {', '.join(words)}; "
+            f"{nearest(value, words, otherwise='choose one of them')}"
         )
     return value
 
