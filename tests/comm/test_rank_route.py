@@ -44,6 +44,7 @@ def _microbatches(boundary):
                 first=index * size,
                 group_size=len(group) * size,
                 dealt=dealt,
+                sequences=boundary.sequences[own] or None,
             )
 
 
