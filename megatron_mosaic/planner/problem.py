@@ -14,8 +14,8 @@ from megatron_mosaic.fields import nearest, show
 from megatron_mosaic.layout.attention import KeyExchange
 from megatron_mosaic.layout.placement import LANGUAGE, ItemOrder, Recompute
 from megatron_mosaic.layout.plan import ScheduleKind
-from megatron_mosaic.model.layers import Experts
-from megatron_mosaic.model.spec import ModelSpec, ModuleSpec
+from megatron_mosaic.model.layers import Experts, SelfAttention
+from megatron_mosaic.model.spec import LanguageHead, ModelSpec, ModuleSpec
 from megatron_mosaic.model.workload import Workload
 from megatron_mosaic.tokens.names import Method
 
@@ -136,6 +136,7 @@ class Problem:
                 f"{self.cluster.name}; lower it or add nodes to the cluster file"
             )
         _check_edges(self.model)
+        _check_mask(self.model)
 
     @property
     def memory_bytes(self) -> float:
@@ -171,6 +172,25 @@ def _check_edges(model: ModelSpec) -> None:
                 f"for other modules that take its rows are not searched yet; remove the edge, or "
                 f"write the plan by hand"
             )
+
+
+def _check_mask(model: ModelSpec) -> None:
+    if Workload.of(model) is None:
+        return
+    language = model.language
+    for run in language.layers:
+        mixer = run.layer.mixer
+        if not isinstance(mixer, SelfAttention) or mixer.window is not None:
+            kind = "sliding windows" if isinstance(mixer, SelfAttention) else type(mixer).__name__
+            raise PlanError(
+                f"model {model.name}: mask={language.mask} must go with layers of full "
+                f"self-attention, which {kind} are not; remove mask"
+            )
+    if isinstance(language.output, LanguageHead) and language.output.mtp_layers:
+        raise PlanError(
+            f"model {model.name}: mask={language.mask} must go with mtp_num_layers=0, not "
+            f"{language.output.mtp_layers}; remove one of the two"
+        )
 
 
 def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:

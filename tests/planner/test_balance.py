@@ -117,3 +117,13 @@ def test_pins_of_tokens_and_items_are_words_of_the_right_module():
             read_pins(written, model=packed())
     with pytest.raises(PlanError, match=r"attention\.tokens must go with a mask in model small"):
         read_pins({"language.attention.tokens": "local"}, model=model(encoder("vision")))
+
+
+def test_masks_go_with_full_attention_alone():
+    whole = packed()
+    (run,) = whole.language.layers
+    layer = replace(run.layer, mixer=replace(run.layer.mixer, window=1024))
+    windows = replace(whole.language, layers=(run._replace(layer=layer),))
+
+    with pytest.raises(PlanError, match="mask=multimodal_packed must go with layers of full self-"):
+        problem(replace(whole, modules={**whole.modules, "language": windows}), 8, 8)
