@@ -1,9 +1,11 @@
 """Refuses what the operator cannot compute, before anything travels and alike on every rank."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
+from megatron_mosaic.attention.choice import ExchangeWish
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
@@ -21,13 +23,19 @@ def check_attention(
     masks: Sequence[SequenceMask],
     assignments: Sequence[TokenAssignment] | None,
     cp: int,
+    exchange: str,
     dropout: float,
 ) -> None:
     """Checks that tensors, masks and assignments fit each other.
 
     Raises:
-        LayoutError: They do not, or dropout is not 0.
+        LayoutError: They do not, keys cannot travel in that way, or dropout is not 0.
     """
+    if exchange not in get_args(ExchangeWish):
+        raise LayoutError(
+            f"attention: exchange={exchange} must be one of {', '.join(get_args(ExchangeWish))}; "
+            f"choose how keys travel"
+        )
     if dropout:
         raise LayoutError(
             f"attention: dropout={dropout} must be 0 with multimodal masks; "

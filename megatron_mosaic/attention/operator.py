@@ -68,7 +68,14 @@ def multimodal_attention(
     """
     size = 1 if group is None else group.size()
     check_attention(
-        query, key, value, masks=masks, assignments=assignments, cp=size, dropout=dropout
+        query,
+        key,
+        value,
+        masks=masks,
+        assignments=assignments,
+        cp=size,
+        exchange=exchange,
+        dropout=dropout,
     )
     plan = rank_plan(
         masks,

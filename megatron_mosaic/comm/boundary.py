@@ -13,16 +13,18 @@ from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch
 from megatron_mosaic.comm.route import NodeOf, Route
 from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.item_costs import Owners
-from megatron_mosaic.layout.ownership import Selection, Sharding, count_rows, row_offsets
+from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, Sharding
 
 # Replica of every item, by task (its microbatches) and sample of the task.
 TaskOwners = Mapping[tuple[int, ...], Owners]
 
 # Microbatches whose samples have equal rows share their routes, in one step and over the steps.
+# Where positions matter they seldom do, and a route is kept with the positions of all its rows.
 _CACHED_ROUTES = 4096
+_CACHED_ROUTES_BY_POSITION = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,8 @@ class BoundaryRoutes:
         self._group_of: dict[int, tuple[int, ...]] = {}
         self._carried = self._made = _StepRows((), owners={})
         self._by_mask = isinstance(shape.sharding, MaskedSharding)
-        self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
+        size = _CACHED_ROUTES if shape.sharding is None else _CACHED_ROUTES_BY_POSITION
+        self._routes = lru_cache(size)(self._derive)
 
     def begin(
         self,

@@ -21,10 +21,9 @@ from megatron_mosaic.comm.groups import GroupFactory, warm_up
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink, Shape
 from megatron_mosaic.engine.walk import Channel
 from megatron_mosaic.layout.item_costs import ItemCost
-from megatron_mosaic.layout.ownership import sharding_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sharding_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import (
     Edge,

@@ -92,6 +92,20 @@ def test_all_gather_is_cheaper_where_a_node_would_send_blocks_twice():
     assert cheaper_exchange(EVERY // 3, slots=30, links=links) == "blocks"
 
 
+def test_plan_goes_by_the_links_where_they_are_known():
+    slow = tier(bytes_per_s=1.0, latency_s=0.0)
+    links = Group(size=2, near_size=2, near=slow, far=slow)
+
+    plans = [
+        rank_plan([CAUSAL], [IN_TURN], rank=0, slots=slots, device=CPU, links=links)
+        for slots in (4, 5)
+    ]
+
+    # Blocks: 4 rows to the busier rank, as many as an all-gather of 4 slots brings it.
+    chosen = [plan.received.exchange for plan in plans if plan.received]
+    assert chosen == ["all_gather", "blocks"]
+
+
 def test_blocks_take_latency_and_the_time_of_the_busiest_rank():
     one = tier(bytes_per_s=10.0, latency_s=1.0)
     links = Group(size=4, near_size=4, near=one, far=one)

@@ -228,7 +228,7 @@ def test_facts_of_a_step_are_known_before_the_tasks_of_the_step_before_it():
         assert events[len(first) :][:5] == [*agree, "Wait", "Issue", "tasks"]
     # Language reads two steps ahead, of 8 samples each; vision alone, without loader processes,
     # what it is about to run.
-    assert outcomes[0][0] == [5, 13, 21]
+    assert outcomes[0][0] == [2, 10, 18]
     assert outcomes[1][0] == [21, 21, 21]
 
 

@@ -31,9 +31,9 @@ from megatron_mosaic.host.sequence_parts import (
     ZigzagParts,
     to_device,
 )
-from megatron_mosaic.layout.ownership import Runs, sharding_of
+from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.rows import Interval, Rows
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sharding_of
 from megatron_mosaic.layout.sharding import SequenceSharding
 from megatron_mosaic.tokens.ranges import Integers
 
