@@ -46,6 +46,8 @@ setup(
         "dev": [
             "hypothesis",
             "megatron-energon",
+            # Proves how good the assignment of tokens is.
+            "ortools",
             "pre-commit",
             # With the extra, node comes as a wheel: nothing is downloaded when it first runs.
             "pyright[nodejs]",

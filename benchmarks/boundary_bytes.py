@@ -1,6 +1,6 @@
 """Bytes that cross a boundary, against the least possible and against upstream's communicators.
 
-    python -m benchmarks.boundary_bytes [--repeats 15]
+    python -m benchmarks.boundary_bytes [--repeats 15] [--add]
 
 Eight ranks on this machine talk through gloo. For every pair of ``layout_pairs`` the bytes that
 each rank receives are counted at the calls of torch.distributed, forward and gradient apart for
@@ -14,7 +14,8 @@ Times are of a whole carry, there and back, the slowest rank's, on the same tens
 ratio below 1 means that Mosaic took less than upstream. Mosaic is timed twice: with its routes kept
 from a microbatch with the same rows, and with both routes derived anew each time.
 
-Writes ``results/boundary_bytes.json`` and ``results/boundary_bytes.png``.
+Writes ``results/boundary_bytes.json`` and ``results/boundary_bytes.png``. With ``--add`` results
+that are there stay, and each new one says on what it ran.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from benchmarks.carriers import (
     upstream,
 )
 from benchmarks.layout_pairs import HIDDEN_SIZE, PAIRS, Pair
-from benchmarks.machine import RESULTS, write_results
+from benchmarks.machine import RESULTS, describe_machine, read_results, write_results
 from benchmarks.oracle import least_rows, rows_kept, rows_of
 from benchmarks.ratio_chart import draw_ratios
 from megatron_mosaic.comm.record import record
@@ -58,18 +59,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures all pairs; prints, writes and draws the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=15, help="carries that are timed")
-    repeats = parser.parse_args(argv).repeats
-    pairs = [measure(pair, repeats) for pair in PAIRS]
+    parser.add_argument("--add", action="store_true", help="measure new pairs only")
+    arguments = parser.parse_args(argv)
+    before = read_results("boundary_bytes") if arguments.add else {"pairs": []}
+    known = {_key(pair): pair for pair in before["pairs"]}
+    pairs = [
+        known.get((str(pair.source), str(pair.destination), pair.items))
+        or measure(pair, arguments.repeats)
+        for pair in PAIRS
+    ]
+    if arguments.add:
+        for pair in pairs:
+            if _key(pair) not in known:
+                pair["machine"] = describe_machine()
     results = {
         "world_size": WORLD_SIZE,
         "row_bytes": ROW_BYTES,
-        "repeats": repeats,
+        "repeats": arguments.repeats,
         "summary": summarize(pairs),
         "pairs": pairs,
     }
+    results |= {"machine": before["machine"]} if arguments.add else {}
     print_table(pairs, results["summary"])
     print(f"wrote {write_results('boundary_bytes', results)}")
     draw_ratios(pairs, RESULTS / "boundary_bytes.png")
+
+
+def _key(result: dict[str, Any]) -> tuple[str, str, tuple[int, ...]]:
+    return result["source"], result["destination"], tuple(result["items"])
 
 
 def measure(pair: Pair, repeats: int) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from benchmarks.layout_pairs import HIDDEN_SIZE, ITEM_ROWS, SEQUENCE_LENGTH, Pair, Side
-from benchmarks.oracle import rows_made, rows_of
+from benchmarks.layout_pairs import HIDDEN_SIZE, ITEM_ROWS, MASK, SEQUENCE_LENGTH, Pair, Side
+from benchmarks.oracle import rows_made, rows_of, sequence_of
 from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape, ItemShape
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.groups import GroupFactory
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, split_evenly
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import sharding_of
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ class Mosaic:
         self._destination = _placement("language", pair.destination)
         self._shape = BoundaryShape(
             samples_per_replica=len(pair.items) // pair.destination.dp,
-            sharding=SequenceSharding.of(self._destination, sequence_length=SEQUENCE_LENGTH),
+            sharding=sharding_of(self._destination, sequence_length=SEQUENCE_LENGTH),
             item=ItemShape(
                 rows=ITEM_ROWS,
                 shards=split_evenly(ITEM_ROWS, pair.source.cp) if pair.source.cp > 1 else None,
@@ -86,6 +87,7 @@ class Mosaic:
             if row.place == 0:
                 runs[row.sample].append(Interval(row.position, row.position + ITEM_ROWS))
         self._samples = tuple(tuple(each) for each in runs)
+        self._sequences = tuple(sequence_of(pair, sample) for sample in range(len(pair.items)))
         self._forward = self._exchange("activation", receiver=self._destination)
         self._backward = self._exchange("gradient", receiver=self._source)
         self._routes: BoundaryRoutes | None = self._new_routes()
@@ -112,7 +114,7 @@ class Mosaic:
 
     def _new_routes(self) -> BoundaryRoutes:
         routes = BoundaryRoutes(self._source, self._destination, shape=self._shape)
-        routes.begin(self._samples, groups=[(0,)])
+        routes.begin(self._samples, groups=[(0,)], sequences=self._sequences)
         return routes
 
     def _exchange(self, scope: str, *, receiver: ModulePlacement) -> Exchange:
@@ -223,6 +225,8 @@ def upstream(pair: Pair, rank: int) -> Carrier:
     Note:
         Collective over the world.
     """
+    if pair.destination.tokens is not None:
+        raise UnsupportedError("splits all sequences alike, in zigzag")
     return Colocated(pair, rank) if pair.ranks == "equal" else Bridge(pair, rank)
 
 
@@ -235,6 +239,7 @@ def _placement(name: str, side: Side) -> ModulePlacement:
         data_parallel_size=side.dp,
         pipeline_model_parallel_size=side.pp,
         sequence_parallel=side.sp,
+        attention=AttentionPlan(mask=MASK, tokens=side.tokens) if side.tokens else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_mosaic.tokens.names import Method, Preset
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
@@ -14,6 +16,8 @@ class Side:
         dp: Data-parallel size.
         pp: Pipeline-parallel size.
         sp: Whether tensor-parallel ranks keep parts of sequences.
+        tokens: How the tokens of a sequence with images that see themselves are assigned to
+            context-parallel ranks; None is Megatron's zigzag, alike for all sequences.
     """
 
     ranks: tuple[int, ...]
@@ -22,11 +26,13 @@ class Side:
     dp: int = 1
     pp: int = 1
     sp: bool = False
+    tokens: Method | None = None
 
     def __str__(self) -> str:
         sizes = {"TP": self.tp, "CP": self.cp, "DP": self.dp, "PP": self.pp}
         shown = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-        return " ".join([*shown, *(["SP"] if self.sp else [])]) or "1 rank"
+        shown += ["SP"] if self.sp else []
+        return " ".join([*shown, *([self.tokens] if self.tokens else [])]) or "1 rank"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +69,7 @@ SEQUENCE_LENGTH = 256
 FIRST_POSITION = 8  # of a sample's first item; text lies between them
 TEXT_BETWEEN = 8
 HIDDEN_SIZE = 1024
+MASK: Preset = "encoder_embedded"  # of sides that assign tokens by it
 
 _ALL = tuple(range(8))
 _LOW, _HIGH = _ALL[:4], _ALL[4:]
@@ -168,5 +175,21 @@ PAIRS = (
         source=Side(ranks=(0, 2, 4, 6), tp=2, dp=2),
         destination=Side(ranks=(1, 3, 5, 7), tp=4, sp=True),
         items=(3, 0, 0, 2, 0, 0, 0, 1),
+    ),
+    # Every sample is split by its own mask.
+    Pair(
+        source=Side(ranks=_ALL, dp=8),
+        destination=Side(ranks=_ALL, cp=4, dp=2, tokens="balanced"),
+        items=(2, 0, 1, 3, 0, 1, 3, 2),
+    ),
+    Pair(
+        source=Side(ranks=_LOW, dp=4),
+        destination=Side(ranks=_HIGH, tp=2, cp=2, sp=True, tokens="balanced"),
+        items=(2, 0, 1, 3, 0, 1, 3, 2),
+    ),
+    Pair(
+        source=Side(ranks=(0, 1, 2, 3, 4, 5), tp=2, dp=3),
+        destination=Side(ranks=(4, 5, 6, 7), cp=4, tokens="lpt"),
+        items=(3, 1, 0, 2),
     ),
 )

@@ -6,7 +6,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,19 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
+        "torch": _version("torch"),
+        "megatron_core": _version("megatron-core"),
         "load_average": os.getloadavg()[0],
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: not every measurement needs every package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

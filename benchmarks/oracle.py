@@ -3,6 +3,9 @@
 Nothing here comes from the package that is measured: who makes and who keeps a row is worked out
 from the order of ranks (tp-cp-dp-pp), from consecutive samples of data-parallel replicas, from
 Megatron's order of context-parallel chunks and from the consecutive parts of sequence parallelism.
+Under a mask the package says which context-parallel rank has which token, for that is a choice;
+what follows from it is worked out here token by token.
+
 A rank must receive the rows that it keeps and has not made, and the gradients of the rows that it
 made, somebody keeps and it does not keep itself. Every replica counts for itself.
 
@@ -14,15 +17,20 @@ fewer than ``tp`` rows, is the bound of what a rank may receive beyond the least
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from benchmarks.layout_pairs import (
     FIRST_POSITION,
     ITEM_ROWS,
+    MASK,
     SEQUENCE_LENGTH,
     TEXT_BETWEEN,
     Pair,
     Side,
 )
+from megatron_mosaic.layout.attention import AttentionPlan
+from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.sequences import SampleSequence, sample_assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +78,10 @@ def rows_kept(pair: Pair, rank: int) -> set[int]:
     for tp, cp, dp, pp in places_of(side, rank):
         if pp != 0:
             continue
-        positions = set(_positions(side, cp=cp, tp=tp))
+        own = range(dp * samples_per_replica, (dp + 1) * samples_per_replica)
+        positions = {sample: _kept_of(pair, sample, cp=cp, tp=tp) for sample in own}
         for index, row in enumerate(rows_of(pair)):
-            if row.sample // samples_per_replica == dp and row.position in positions:
+            if row.position in positions.get(row.sample, ()):
                 found.add(index)
     return found
 
@@ -94,6 +103,41 @@ def places_of(side: Side, rank: int) -> Iterator[tuple[int, int, int, int]]:
                     if side.ranks[index] == rank:
                         yield tp, cp, dp, pp
                     index += 1
+
+
+def sequence_of(pair: Pair, sample: int) -> SampleSequence:
+    """Where the items of a sample lie."""
+    first = [row.position for row in rows_of(pair) if row.sample == sample and row.place == 0]
+    return SampleSequence(tuple(Interval(start, start + ITEM_ROWS) for start in first))
+
+
+@cache
+def _kept_of(pair: Pair, sample: int, *, cp: int, tp: int) -> frozenset[int]:
+    """Positions of a sample that a rank of its replica has."""
+    side = pair.destination
+    if side.tokens is None:
+        return frozenset(_positions(side, cp=cp, tp=tp))
+    size = len(pair.items) // side.dp
+    replica = range(sample // size * size, (sample // size + 1) * size)
+    most = max(_ranks_of_tokens(pair, each).count(c) for each in replica for c in range(side.cp))
+    own = [position for position, c in enumerate(_ranks_of_tokens(pair, sample)) if c == cp]
+    if not side.sp:
+        return frozenset(own)
+    part = -(-most // side.tp)
+    return frozenset(own[tp * part : (tp + 1) * part])
+
+
+@cache
+def _ranks_of_tokens(pair: Pair, sample: int) -> list[int]:
+    """Context-parallel rank of every token of a sample."""
+    assert pair.destination.tokens is not None
+    assignment = sample_assignment(
+        AttentionPlan(mask=MASK, tokens=pair.destination.tokens),
+        sequence_of(pair, sample),
+        length=SEQUENCE_LENGTH,
+        cp=pair.destination.cp,
+    )
+    return assignment.owner.repeat(assignment.cut.sizes).tolist()
 
 
 def _positions(side: Side, *, cp: int, tp: int) -> list[int]:

@@ -1,8 +1,9 @@
 """The boundary between two modules over the microbatches of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
@@ -10,13 +11,20 @@ from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.pending import Pending
 from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch, Samples
 from megatron_mosaic.comm.route import NodeOf, Route
+from megatron_mosaic.layout.dealt import DealtItems
+from megatron_mosaic.layout.item_costs import Owners
 from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
-from megatron_mosaic.layout.rows import Interval, Rows
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.rows import Interval
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, Sharding
+
+# Replica of every item, by task (its microbatches) and sample of the task.
+TaskOwners = Mapping[tuple[int, ...], Owners]
 
 # Microbatches whose samples have equal rows share their routes, in one step and over the steps.
+# Where positions matter they seldom do, and a route is kept with the positions of all its rows.
 _CACHED_ROUTES = 4096
+_CACHED_ROUTES_BY_POSITION = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +58,7 @@ class BoundaryShape:
     """
 
     samples_per_replica: int
-    sharding: SequenceSharding | None = None
+    sharding: Sharding | None = None
     item: ItemShape = ONE_ROW
 
 
@@ -83,43 +91,47 @@ class BoundaryRoutes:
         )
         self._size = shape.samples_per_replica * destination.data_parallel_size
         self._group_of: dict[int, tuple[int, ...]] = {}
-        self._carried = self._made = _StepRows(())
-        self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
+        self._carried = self._made = _StepRows((), owners={})
+        self._by_mask = isinstance(shape.sharding, MaskedSharding)
+        size = _CACHED_ROUTES if shape.sharding is None else _CACHED_ROUTES_BY_POSITION
+        self._routes = lru_cache(size)(self._derive)
 
-    def begin(self, samples: Samples, *, groups: Sequence[tuple[int, ...]]) -> None:
+    def begin(
+        self,
+        samples: Samples,
+        *,
+        groups: Sequence[tuple[int, ...]],
+        owners: TaskOwners = MappingProxyType({}),
+        sequences: Sequence[SampleSequence] = (),
+    ) -> None:
         """Takes what differs between steps.
 
         Args:
             samples: Where the rows of every sample of the step belong.
             groups: Microbatches of every task of the source.
+            owners: Replica of every item of each task, where the source's items are dealt.
+            sequences: What decides which rank of the destination keeps which tokens of every
+                sample, where their masks do.
         """
-        self._carried = self._made = _StepRows(samples)
+        self._carried = self._made = _StepRows(samples, owners=owners, sequences=sequences)
         self._group_of = {m: group for group in groups for m in group}
 
-    def begin_ahead(self, samples: Samples) -> None:
+    def begin_ahead(self, samples: Samples, *, owners: TaskOwners = MappingProxyType({})) -> None:
         """Makes the source run on the next step's samples; those of this step are still carried."""
-        self._made = _StepRows(samples)
+        self._made = _StepRows(samples, owners=owners)
 
     def rows_made(self, microbatch: int, *, rank: int) -> int:
         """Rows of a microbatch that a rank of the source makes."""
         made_of, sides = self._microbatch(microbatch, of=self._made), self._sides
         position = sides.source.coordinates(rank)
         selection = Selection(
-            samples=Rows.of([sides.samples_made(made_of, dp=position.dp)]), position=position
+            samples=sides.samples_made(made_of, dp=position.dp), position=position
         )
         return sides.produced(made_of, selection=selection).rows[rank].size
 
     def items_made(self, microbatch: int, *, dp: int) -> int:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
-        made_of = self._microbatch(microbatch, of=self._made)
-        first, stop = self._sides.samples_made(made_of, dp=dp)
-        return (made_of.offsets[stop] - made_of.offsets[first]) // self._sides.item_rows
-
-    def samples(self, microbatch: int, *, dp: int) -> Samples:
-        """Where the rows belong of the samples that a replica of the destination runs."""
-        size = self._sides.samples_per_replica
-        first = microbatch * self._size + dp * size
-        return self._carried.samples[first : first + size]
+        return self._sides.items_made(self._microbatch(microbatch, of=self._made), dp=dp)
 
     def route(self, direction: Direction, microbatch: int, *, rank: int) -> Route:
         """A rank's part of the route of a microbatch's rows, or of their gradient back.
@@ -141,22 +153,41 @@ class BoundaryRoutes:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
                 samples = tuple([runs_of[count] for count in counts])
-            group = self._group_of[microbatch]
-            found = Microbatch(
-                samples=samples,
-                offsets=row_offsets(counts),
-                first=(microbatch - group[0]) * self._size,
-                group_size=len(group) * self._size,
-            )
+            found = self._place(microbatch, samples, counts, of=of)
             of.microbatches[microbatch] = found
         return found
+
+    def _place(
+        self, microbatch: int, samples: Samples, counts: Sequence[int], *, of: "_StepRows"
+    ) -> Microbatch:
+        """Places a microbatch in its group, or tells to whom its items are dealt."""
+        group = self._group_of[microbatch]
+        own = slice(microbatch * self._size, (microbatch + 1) * self._size)
+        first, group_size, dealt = (microbatch - group[0]) * self._size, len(group), None
+        if group in of.owners:
+            dealt = DealtItems.of(of.owners[group][first : first + self._size], of.samples[own])
+            first, group_size = 0, 1
+        # Rows that are made, but not carried yet, need not know who keeps them.
+        sequences = tuple(of.sequences[own]) or None if self._by_mask else None
+        return Microbatch(
+            samples=samples,
+            offsets=row_offsets(counts),
+            first=first,
+            group_size=group_size * self._size,
+            dealt=dealt,
+            sequences=sequences,
+        )
 
 
 class _StepRows:
     """Rows of one step's samples, and its microbatches as far as they were asked for."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(
+        self, samples: Samples, *, owners: TaskOwners, sequences: Sequence[SampleSequence] = ()
+    ) -> None:
         self.samples = samples
+        self.sequences = sequences
+        self.owners = owners
         self.counts = [count_rows(runs) for runs in samples]
         self.microbatches: dict[int, Microbatch] = {}
 

@@ -11,17 +11,19 @@ from functools import cached_property, partial
 from typing import Literal
 
 from megatron_mosaic.comm.route import NodeOf, Route, gradient_route, route
+from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
     Selection,
-    ShardTable,
     kept,
     produced,
     replicas_of,
 )
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, Sharding
+from megatron_mosaic.layout.shard_table import ShardTable
 from megatron_mosaic.layout.sharding import SequenceSharding
 
 Direction = Literal["activation", "gradient"]
@@ -37,12 +39,17 @@ class Microbatch:
         offsets: ``row_offsets`` of its samples, which follow from them.
         first: Place of its first sample in the group that the source runs in one task.
         group_size: Samples of that group.
+        dealt: Who makes which of its rows, where items are dealt; nothing depends on the group
+            then, and the microbatch is one by itself.
+        sequences: What decides which rank keeps which tokens of its samples, where their masks do.
     """
 
     samples: Samples
     offsets: Sequence[int] = field(compare=False)
     first: int
     group_size: int
+    dealt: DealtItems | None = None
+    sequences: tuple[SampleSequence, ...] | None = None
 
     @property
     def place(self) -> Interval:
@@ -58,7 +65,8 @@ class BoundarySides:
         source: The module that makes the rows.
         destination: The module that keeps them.
         samples_per_replica: Samples of a microbatch of one replica of the destination.
-        sharding: How the destination splits its sequences, if it does.
+        sharding: How the destination splits its sequences, if it does; by their masks, where
+            microbatches have sequences.
         item_rows: Rows of one item, such as an image, of the source.
         item_shards: Rows of every item that each context-parallel rank of the source makes; None
             where that size is 1.
@@ -69,7 +77,7 @@ class BoundarySides:
     source: ModulePlacement
     destination: ModulePlacement
     samples_per_replica: int
-    sharding: SequenceSharding | None = None
+    sharding: Sharding | None = None
     item_rows: int = 1
     item_shards: tuple[Interval, ...] | None = None
     node_of: NodeOf | None = None
@@ -112,6 +120,7 @@ class BoundarySides:
             item_rows=self.item_rows,
             item_shards=self.item_shards,
             selection=selection,
+            dealt=microbatch.dealt,
         )
 
     def kept(self, microbatch: Microbatch, *, selection: Selection | None = None) -> Ownership:
@@ -123,14 +132,26 @@ class BoundarySides:
             sharding=self.sharding,
             selection=selection,
             offsets=microbatch.offsets,
-            shards=self._shards,
+            table_of=partial(self._table_of, microbatch),
         )
 
-    def samples_made(self, microbatch: Microbatch, *, dp: int) -> Interval:
-        """Samples of a microbatch that a replica of the source runs."""
+    def samples_made(self, microbatch: Microbatch, *, dp: int) -> Rows:
+        """Samples of a microbatch of which a replica of the source runs something."""
+        if microbatch.dealt is not None:
+            return microbatch.dealt.samples.get(dp, Rows())
         size, dp_size = microbatch.group_size, self.source.data_parallel_size
         own = Interval(dp * size // dp_size, (dp + 1) * size // dp_size)
-        return own.clip(microbatch.place).shift(-microbatch.first)
+        return Rows.of([own.clip(microbatch.place).shift(-microbatch.first)])
+
+    def items_made(self, microbatch: Microbatch, *, dp: int) -> int:
+        """Items of a microbatch, such as images, that a replica of the source turns into rows."""
+        if microbatch.dealt is not None:
+            return microbatch.dealt.num_items(dp)
+        offsets = microbatch.offsets
+        rows = sum(
+            offsets[stop] - offsets[first] for first, stop in self.samples_made(microbatch, dp=dp)
+        )
+        return rows // self.item_rows
 
     def _derive(
         self,
@@ -154,7 +175,7 @@ class BoundarySides:
         return derive(Selection(samples=samples), Selection(samples=samples))
 
     def _departures(self, own: Coordinates, microbatch: Microbatch, derive: "_Derive") -> Route:
-        samples = Rows.of([self.samples_made(microbatch, dp=own.dp)])
+        samples = self.samples_made(microbatch, dp=own.dp)
         if self._destination_has_replicas:
             samples = self._whole_replicas(samples)
         return derive(Selection(samples=samples), Selection(samples=samples))
@@ -162,7 +183,7 @@ class BoundarySides:
     def _gradient_arrivals(
         self, own: Coordinates, microbatch: Microbatch, derive: "_Derive"
     ) -> Route:
-        samples = Rows.of([self.samples_made(microbatch, dp=own.dp)])
+        samples = self.samples_made(microbatch, dp=own.dp)
         if not (self._source_has_replicas and self._destination_has_replicas):
             return derive(Selection(samples=samples, position=own), Selection(samples=samples))
         samples = self._whole_shares(self._whole_replicas(samples), microbatch)
@@ -177,9 +198,20 @@ class BoundarySides:
         samples = self._whole_shares(samples, microbatch)
         return derive(Selection(samples=samples), Selection(samples=samples))
 
+    def _table_of(self, microbatch: Microbatch, sample: int) -> ShardTable:
+        """Who keeps which positions of a sample."""
+        if not isinstance(self.sharding, MaskedSharding):
+            return self._table
+        assert microbatch.sequences is not None, "sequences follow from the facts of samples"
+        first = sample // self.samples_per_replica * self.samples_per_replica
+        of_replica = microbatch.sequences[first : first + self.samples_per_replica]
+        local_length = self.sharding.local_length(of_replica)
+        return self.sharding.table(microbatch.sequences[sample], local_length=local_length)
+
     @cached_property
-    def _shards(self) -> ShardTable | None:
-        return None if self.sharding is None else ShardTable(self.sharding)
+    def _table(self) -> ShardTable:
+        assert isinstance(self.sharding, SequenceSharding), "whole sequences have no table"
+        return ShardTable.of(self.sharding)
 
     @property
     def _source_has_replicas(self) -> bool:
@@ -208,14 +240,19 @@ class BoundarySides:
         return Rows.of(self._shares(samples, microbatch))
 
     def _shares(self, samples: Rows, microbatch: Microbatch) -> Iterator[Interval]:
+        if microbatch.dealt is not None:
+            dps = {dp for each in samples for dp in microbatch.dealt.replicas(each)}
+            for dp in dps:
+                yield from microbatch.dealt.samples[dp]
+            return
         for each in samples:
             dps = replicas_of(
                 each.shift(microbatch.first),
                 num_samples=microbatch.group_size,
                 data_parallel_size=self.source.data_parallel_size,
             )
-            first, last = (self.samples_made(microbatch, dp=dp) for dp in (dps[0], dps[-1]))
-            yield Interval(first.start, last.stop)
+            for dp in dps:
+                yield from self.samples_made(microbatch, dp=dp)
 
 
 _Derive = Callable[[Selection, Selection], Route]

@@ -154,13 +154,17 @@ def _text(explanation: "Explanation") -> str:
 
 
 def _steps(entries: "Sequence[tuple[str, Simulated]]") -> str:
-    heads = ("plan", "step s", "compute", "communication", "bubble", "sync", "optimizer", "GiB")
-    rows: list[Sequence[str]] = [heads]
+    unequal = any(entry.step.breakdown.imbalance_s for _, entry in entries)
+    heads = ("communication", "bubble", "sync", "optimizer", "GiB")
+    rows: list[Sequence[str]] = [
+        ("plan", "step s", "compute", *(("imbalance",) if unequal else ()), *heads)
+    ]
     for label, entry in entries:
         breakdown = entry.step.breakdown
         times = (
             entry.step_s,
             breakdown.compute_s,
+            *((breakdown.imbalance_s,) if unequal else ()),
             breakdown.communication_s,
             breakdown.bubble_s,
             breakdown.sync_s,

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(.png, .svg, .pdf)",
     )
     parser.add_argument(
+        "--mask",
+        metavar="MODEL",
+        help="model whose sequences to draw in the picture instead: the mask of one of them, and "
+        "which context-parallel rank computes what",
+    )
+    parser.add_argument(
         "--trace",
         type=Path,
         metavar="DIR",
@@ -36,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_mosaic.schedule.drawing import draw
 
     _check_arguments(args.output, args.trace)
+    _check_mask(args)
     plan = Plan.load(args.plan)
     try:
         described = describe(read_prediction(plan))
@@ -59,10 +66,23 @@ def _write(plan: Plan, args: argparse.Namespace) -> None:
         from megatron_mosaic.report.perfetto import write_perfetto
 
         write_perfetto(plan, args.output, trace=args.trace)
+    elif args.mask is not None:
+        from megatron_mosaic.model.shipped import load_model
+        from megatron_mosaic.report.mask_figure import draw_mask
+
+        draw_mask(plan, load_model(args.mask), args.output)
     else:
         from megatron_mosaic.report.figure import draw_plan
 
         draw_plan(plan, args.output)
+
+
+def _check_mask(args: argparse.Namespace) -> None:
+    if args.mask is not None and (args.output is None or args.output.suffix not in _PICTURES):
+        raise PlanError(
+            f"--mask={args.mask} must go with --output that ends with {', '.join(_PICTURES)}, not "
+            f"{args.output}; write -o mask.png"
+        )
 
 
 def _check_arguments(output: Path | None, trace: Path | None) -> None:

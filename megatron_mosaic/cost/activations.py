@@ -89,6 +89,8 @@ def _attention_keeps(mixer: SelfAttention, task: TaskOnRank, *, selective: bool)
         yield from _local_operands(mixer, task, queries=queries, keys=keys, selective=selective)
     else:
         yield Kept("queries, keys and values", row_bytes * (queries + 2 * keys))
+    if task.received and not selective:
+        yield Kept("received keys and values", task.number_bytes * task.received * 2 * keys)
     heads = mixer.num_heads / tp
     yield from _core_attention_keeps(
         task, heads=heads, width=queries, selective=selective, window=mixer.window

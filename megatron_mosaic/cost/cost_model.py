@@ -7,6 +7,7 @@ from typing import NamedTuple
 from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.boundary import boundary_s, rows_are_in_place
 from megatron_mosaic.cost.collectives import Group, send_s
+from megatron_mosaic.cost.context import ContextTask, context_loads
 from megatron_mosaic.cost.costs import (
     ModuleCosts,
     PartRun,
@@ -14,6 +15,7 @@ from megatron_mosaic.cost.costs import (
     StageMemory,
     StepEstimate,
 )
+from megatron_mosaic.cost.imbalance import DrawnItems, items_vary, slowed
 from megatron_mosaic.cost.memory import module_parts, stage_memory, with_memory
 from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.parts import module_costs
@@ -23,9 +25,10 @@ from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.stages import StageWork, stage_costs
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import show
-from megatron_mosaic.layout.placement import ModulePlacement
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.spec import ModelSpec
+from megatron_mosaic.model.workload import Workload
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.simulate import simulate
@@ -60,6 +63,12 @@ class CostModel:
         self._parts: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
         self._modules: dict[tuple[str, ParallelSizes, float], ModuleCosts] = {}
         self._stages: dict[int, tuple[ModuleCosts, dict[_StageKey, StageCosts]]] = {}
+        self.workload = Workload.of(model)
+        self._unlike = frozenset(
+            name for name, it in model.modules.items() if name != LANGUAGE and items_vary(it)
+        )
+        self._items: dict[str, DrawnItems] = {}
+        self._imbalances: dict[tuple[object, ...], float] = {}
         self._trains_before = {name: self._upstream_trains(name) for name in model.modules}
 
     def trains_before(self, name: str) -> bool:
@@ -79,13 +88,18 @@ class CostModel:
         known = self._modules.get(key)
         if known is None:
             parts = self._parts_of(name, sizes, samples)
+            imbalance = self.imbalance(name, sizes, samples=samples)
+            if imbalance > 1:
+                parts = slowed(parts, imbalance=imbalance)
             known = replace(parts, sizes=sizes, hop_s=self._hop_s(parts, sizes))
             self._modules[key] = known
         return known
 
     def _parts_of(self, name: str, sizes: ParallelSizes, samples: float) -> ModuleCosts:
         # Tied embeddings alone care for stages: a second copy of them is on the last one.
-        alike = replace(sizes, dp=1, pp=min(sizes.pp, 2))
+        alike = replace(sizes, dp=1, pp=min(sizes.pp, 2), items="in_order")
+        if sizes.cp == 1 or not (name == LANGUAGE and self.workload):
+            alike = replace(alike, tokens="balanced", keys="auto")
         key = (name, alike, samples)
         known = self._parts.get(key)
         if known is None:
@@ -94,7 +108,7 @@ class CostModel:
 
     def count_parts(self, name: str, sizes: ParallelSizes, samples: float) -> ModuleCosts:
         """Counts a module's parts anew; all other costs follow from them."""
-        module = self.model.modules[name]
+        module, context = self.model.modules[name], self.context(name, sizes, samples=samples)
         costs = module_costs(
             module,
             sizes=sizes,
@@ -102,16 +116,48 @@ class CostModel:
             cluster=self.cluster,
             settings=self.settings,
             precision=self.model.precision,
+            context=context,
         )
         held = module_parts(
             module,
             sizes=sizes,
             settings=self.settings,
             samples=samples,
+            context=context,
             precision=self.model.precision,
             gradient_arrives=self.trains_before(name),
         )
         return with_memory(costs, held)
+
+    def context(self, name: str, sizes: ParallelSizes, *, samples: float) -> ContextTask | None:
+        """What a task brings to a context-parallel rank; ``None`` without a multimodal mask."""
+        if name != LANGUAGE or self.workload is None:
+            return None
+        loads = context_loads(self.workload, cp=sizes.cp, method=sizes.tokens)
+        return loads.of_microbatch(round(samples))
+
+    def has_unlike_items(self, name: str) -> bool:
+        """Whether samples of an encoder differ in number or size of their items."""
+        return name in self._unlike
+
+    def imbalance(self, name: str, sizes: ParallelSizes, *, samples: float) -> float:
+        """Work of the slowest replica of a module over the mean of all, in its tasks.
+
+        Args:
+            name: The module.
+            sizes: How it is split.
+            samples: Samples of a task on one replica.
+        """
+        if sizes.dp == 1 or not self.has_unlike_items(name):
+            return 1.0
+        if name not in self._items:
+            self._items[name] = DrawnItems.of(self.model.modules[name])
+        key = (name, samples, sizes.dp, sizes.items)
+        if key not in self._imbalances:
+            self._imbalances[key] = self._items[name].imbalance(
+                num_samples=round(samples) * sizes.dp, dp=sizes.dp, items=sizes.items
+            )
+        return self._imbalances[key]
 
     def _hop_s(self, parts: ModuleCosts, sizes: ParallelSizes) -> float:
         if sizes.pp == 1:
@@ -181,7 +227,8 @@ class CostModel:
             num_samples: Samples of the task, of all replicas.
             same_ranks: Whether the rows are made on the ranks that take them, place by place.
         """
-        if same_ranks and rows_are_in_place(source, destination):
+        in_place = same_ranks and source.items == "in_order"
+        if in_place and rows_are_in_place(source, destination):
             return 0.0
         modules = self.model.modules
         rows_bytes = 2 * modules[edge[0]].rows_per_sample * modules[edge[1]].hidden_size
@@ -219,11 +266,23 @@ class CostModel:
                 f"modules.{name}: trainable={show(_listed(placement.trainable))} must be "
                 f"{show(_listed(module.trainable))} as in {where}; change one of them"
             )
+        if name == LANGUAGE:
+            self._check_mask(placement)
         num_layers = sum(placement.layers_per_stage or (module.num_layers,))
         if num_layers != module.num_layers:
             raise PlanError(
                 f"modules.{name}: layers_per_stage={list(placement.layers_per_stage or ())} must "
                 f"add up to the {module.num_layers} layers of {where}; change one of them"
+            )
+
+    def _check_mask(self, placement: ModulePlacement) -> None:
+        """Checks that a plan has the model's mask; without one both attend causally."""
+        expected = self.workload.mask if self.workload else "causal"
+        mask = placement.attention.mask if placement.attention else "causal"
+        if mask != expected:
+            raise PlanError(
+                f"modules.{LANGUAGE}: attention.mask={mask} must be {expected} as in model "
+                f"{self.model.name}; change one of them"
             )
 
     def plan_boundaries_s(self, plan: Plan) -> dict[tuple[str, str], float]:

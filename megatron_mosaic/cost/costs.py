@@ -21,6 +21,9 @@ class PartCosts:
         recompute_s: What the backward pass computes again.
         forward_communication_s: Exposed communication of the forward pass.
         backward_communication_s: Exposed communication of the backward pass.
+        forward_imbalance_s: Time of the forward pass for which the slowest of the ranks that
+            share the task computes longer than they do on average.
+        backward_imbalance_s: Ditto of the backward pass.
         flops: Of the forward pass, on this rank.
         parameters: Weights on this rank, without the experts'.
         expert_parameters: Weights of experts on this rank.
@@ -39,6 +42,8 @@ class PartCosts:
     recompute_s: float = 0.0
     forward_communication_s: float = 0.0
     backward_communication_s: float = 0.0
+    forward_imbalance_s: float = 0.0
+    backward_imbalance_s: float = 0.0
     flops: float = 0.0
     parameters: float = 0.0
     expert_parameters: float = 0.0
@@ -98,6 +103,7 @@ class StageCosts:
         forward_s: Forward pass of a task.
         backward_s: Backward pass of a task, as far as anybody needs it; 0 if nobody does.
         communication_s: Exposed communication in both.
+        imbalance_s: Time of both for which the slowest rank computes longer than others do.
         hop_s: Time until the next stage has what this one made.
         sync_s: Exposed synchronisation of gradients and parameters, once in a step.
         optimizer_s: The optimizer's step.
@@ -108,6 +114,7 @@ class StageCosts:
     forward_s: float
     backward_s: float
     communication_s: float = 0.0
+    imbalance_s: float = 0.0
     hop_s: float = 0.0
     sync_s: float = 0.0
     optimizer_s: float = 0.0
@@ -169,7 +176,9 @@ class ModuleInStep:
 class StepBreakdown:
     """Where the time of a step goes on its busiest rank, in seconds.
 
-    ``bubble_s`` is what that rank waits; others compute less and wait longer.
+    ``bubble_s`` is what that rank waits; others compute less and wait longer. ``imbalance_s`` is
+    what it computes more than the mean of the ranks that share its tasks: tokens of a sequence
+    that cost more than others', or larger images.
     """
 
     compute_s: float
@@ -177,13 +186,13 @@ class StepBreakdown:
     bubble_s: float
     sync_s: float
     optimizer_s: float
+    imbalance_s: float = 0.0
 
     @property
     def step_s(self) -> float:
         """All of it."""
-        return (
-            self.compute_s + self.communication_s + self.bubble_s + self.sync_s + self.optimizer_s
-        )
+        busy_s = self.compute_s + self.imbalance_s + self.communication_s
+        return busy_s + self.bubble_s + self.sync_s + self.optimizer_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,9 +11,11 @@ from megatron_mosaic.cost.collectives import (
     all_to_all_s,
     send_s,
 )
+from megatron_mosaic.cost.context import ContextTask
 from megatron_mosaic.cost.efficiency import PassTimes, pass_times
 from megatron_mosaic.cost.operations import Operation, TaskTokens, Workplace
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
+from megatron_mosaic.layout.attention import KeyExchange
 from megatron_mosaic.model.layers import Experts, LatentAttention, Layer, SelfAttention
 from megatron_mosaic.model.spec import ModuleSpec, Precision
 
@@ -69,13 +71,24 @@ class Site:
         cluster: Cluster,
         settings: TrainingSettings,
         precision: Precision,
+        context: ContextTask | None = None,
     ) -> "Site":
-        """The site of a task of some samples."""
+        """The site of a task of some samples.
+
+        Args:
+            module: The module.
+            sizes: How it is split.
+            samples: Samples of the task.
+            cluster: What it runs on.
+            settings: What the run does alike for all modules.
+            precision: Of the multiplications inside layers.
+            context: What a context-parallel rank has to do under a multimodal mask.
+        """
         return cls(
             cluster=cluster,
             place=Workplace(
                 hidden_size=module.hidden_size,
-                task=TaskTokens.of(module, samples=samples, cp=sizes.cp),
+                task=TaskTokens.of(module, samples=samples, cp=sizes.cp, context=context),
                 sizes=sizes,
                 settings=settings,
                 precision=precision,
@@ -127,7 +140,8 @@ def context_exposed(layer: Layer, site: Site, operations: Sequence[Operation]) -
     """Communication between the ranks that split a sequence.
 
     Around a ring, keys and values of the next rank arrive while those of the last one are
-    attended to; backward they come once more, with their gradients. An all-to-all waits.
+    attended to; backward they come once more, with their gradients. An all-to-all waits. Under a
+    multimodal mask those that are seen come, as ``keys_exposed`` says.
 
     Source:
         Ring attention: Liu et al., arXiv 2310.01889. All-to-all: Jacobs et al., arXiv 2309.14509.
@@ -144,6 +158,9 @@ def context_exposed(layer: Layer, site: Site, operations: Sequence[Operation]) -
             keys = queries
         case _:
             return Exposed()
+    if task.context is not None:
+        core = site.times([it for it in operations if it.core])
+        return keys_exposed(task.context, site, core, token_bytes=2 * 2 * keys)
     if site.place.settings.cp_comm == "a2a":
         sent = 2 * task.tokens * (2 * queries + 2 * keys)
         moved = all_to_all_s(site.context, sent_bytes=sent)
@@ -155,6 +172,44 @@ def context_exposed(layer: Layer, site: Site, operations: Sequence[Operation]) -
         steps * waited_s(hop, behind_s=core.forward_s * step, cost=cost),
         steps * waited_s(2 * hop, behind_s=core.input_gradient_s * step, cost=cost),
     )
+
+
+def keys_exposed(task: ContextTask, site: Site, core: PassTimes, *, token_bytes: float) -> Exposed:
+    """Communication of keys and values under a multimodal mask.
+
+    They arrive while a rank attends to those that it holds; backward their gradients go back
+    while it does the same, always as blocks, so that they are added in a known order.
+
+    Args:
+        task: What the rank has to do.
+        site: Where.
+        core: Times of its attention.
+        token_bytes: Of keys and values of a token.
+    """
+    cost, own = site.cluster.gpu.overlap_cost, task.own_share
+    there_s = keys_s(task, site.context, kind=site.place.sizes.keys, token_bytes=token_bytes)
+    back_s = keys_s(task, site.context, kind="blocks", token_bytes=token_bytes)
+    return Exposed(
+        waited_s(there_s, behind_s=own * core.forward_s, cost=cost),
+        waited_s(back_s, behind_s=own * core.input_gradient_s, cost=cost),
+    )
+
+
+def keys_s(task: ContextTask, group: Group, *, kind: KeyExchange, token_bytes: float) -> float:
+    """Time in which keys and values reach the ranks whose queries see them.
+
+    Blocks come from all ranks alike: where most of them come from near ones, it is less.
+
+    Args:
+        task: What a rank has to do.
+        group: Ranks that share the sequences.
+        kind: How they travel; ``auto`` is what takes less time.
+        token_bytes: Of keys and values of a token.
+    """
+    others = group.size / max(group.size - 1, 1)
+    blocks_s = all_to_all_s(group, sent_bytes=others * task.received * token_bytes)
+    gather_s = all_gather_s(group, total_bytes=group.size * task.tokens * token_bytes)
+    return {"blocks": blocks_s, "all_gather": gather_s, "auto": min(blocks_s, gather_s)}[kind]
 
 
 def mlp_exposed(layer: Layer, site: Site, times: PassTimes) -> Exposed:

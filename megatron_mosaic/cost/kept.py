@@ -61,6 +61,7 @@ class TaskOnRank:
         kernels: Who computes.
         dropout: Whether layers and scores drop out.
         swaps_heads: Whether context-parallel ranks swap sequence for heads around attention.
+        received: Tokens of other context-parallel ranks whose keys and values stay here.
     """
 
     tokens: float
@@ -75,6 +76,7 @@ class TaskOnRank:
     kernels: Kernels = "flash"
     dropout: bool = False
     swaps_heads: bool = False
+    received: float = 0.0
 
     @classmethod
     def of(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_mosaic.cost.activations import layer_keeps
+from megatron_mosaic.cost.context import ContextTask
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun, StageMemory
 from megatron_mosaic.cost.ends import (
     handed_bytes,
@@ -80,6 +81,7 @@ def module_parts(
     gradient_arrives: bool = False,
     kernels: Kernels | None = None,
     vocab_multiple: int = VOCAB_MULTIPLE,
+    context: ContextTask | None = None,
 ) -> ModuleParts:
     """Computes what the parts of a module hold on one rank.
 
@@ -92,6 +94,7 @@ def module_parts(
         gradient_arrives: Whether a module that feeds this one wants a gradient.
         kernels: Who computes; ``None`` follows the settings.
         vocab_multiple: Number of which each rank's share of the vocabulary is a multiple.
+        context: What a context-parallel rank has to do under a multimodal mask.
     """
     if kernels is None:
         kernels = "flash" if settings.flash_attention else "unfused"
@@ -99,6 +102,13 @@ def module_parts(
         module, sizes=sizes, samples=samples, precision=precision, kernels=kernels,
         settings=settings,
     )  # fmt: skip
+    if context is not None and sizes.cp > 1:
+        # Tensors have room for the most tokens that a rank may have.
+        task = replace(
+            task,
+            tokens=task.tokens * sizes.cp * context.tokens / context.length,
+            received=context.received,
+        )
     input_trains, layers_train = module.trains("input"), module.trains("layers")
     passes = gradient_arrives or (input_trains and module.input is not None)
     first = _input_part(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_mosaic.cost.context import ContextTask
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.model.layers import (
     Experts,
@@ -65,15 +66,38 @@ class TaskTokens:
         tokens: Tokens.
         pairs: Pairs of tokens of which one sees the other.
         all_pairs: Pairs of tokens of the same item, seen or not.
+        context: What the rank has to do under a multimodal mask; ``None`` without one.
     """
 
     tokens: float
     pairs: float
     all_pairs: float
+    context: ContextTask | None = None
 
     @classmethod
-    def of(cls, module: ModuleSpec, *, samples: float, cp: int = 1) -> "TaskTokens":
-        """Tokens of a task of some samples, with the module's own mask."""
+    def of(
+        cls,
+        module: ModuleSpec,
+        *,
+        samples: float,
+        cp: int = 1,
+        context: ContextTask | None = None,
+    ) -> "TaskTokens":
+        """Tokens of a task of some samples, with the module's own mask.
+
+        Args:
+            module: The module.
+            samples: Samples of the task.
+            cp: Ranks that share every sequence.
+            context: Their loads under a multimodal mask.
+        """
+        if context is not None:
+            return cls(
+                tokens=context.tokens,
+                pairs=context.pairs,
+                all_pairs=context.all_pairs,
+                context=context,
+            )
         squares = module.items_per_sample.mean * module.tokens_per_item.mean_square
         share = samples / cp
         return cls(
@@ -210,9 +234,10 @@ def _self_attention(mixer: SelfAttention, place: Workplace) -> Iterator[Operatio
         value_dim=mixer.head_dim,
         bytes_per_token=2 * (2 * queries + 2 * keys),
     )
-    if place.sizes.cp > 1 and place.settings.cp_comm == "p2p":
-        # Each step of the ring but the first rescales what came out so far, in fp32, and adds.
-        steps = place.sizes.cp - 1
+    if place.sizes.cp > 1 and (place.task.context or place.settings.cp_comm == "p2p"):
+        # Each step of the ring but the first rescales what came out so far, in fp32, and adds;
+        # under a multimodal mask there is a step of own keys, and one of those of others.
+        steps = 1 if place.task.context else place.sizes.cp - 1
         yield pointwise(10 * steps * tokens * queries, 10 * steps * tokens * (queries + 2 * keys))
     if gate:
         yield pointwise(6 * tokens * gate, 10 * tokens * gate)

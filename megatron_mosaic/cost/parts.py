@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, send_s
+from megatron_mosaic.cost.context import ContextTask
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
 from megatron_mosaic.cost.efficiency import PassTimes
 from megatron_mosaic.cost.end_operations import input_operations, output_operations
@@ -29,6 +30,8 @@ from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precis
 # a chain of kernels: sums in chunks, products of keys, a triangular inverse, states, outputs.
 _LAUNCHES = {"elementwise": 0, "recurrence": 4}
 
+NOTHING = Exposed()
+
 # What launching a cast costs of what launching a multiplication with all around it does.
 _CAST_LAUNCH = 0.5
 
@@ -41,8 +44,19 @@ def module_costs(
     cluster: Cluster,
     settings: TrainingSettings,
     precision: Precision,
+    context: ContextTask | None = None,
 ) -> ModuleCosts:
-    """Estimates all parts of a module under some sizes, for a task of some samples."""
+    """Estimates all parts of a module under some sizes, for a task of some samples.
+
+    Args:
+        module: The module.
+        sizes: How it is split.
+        samples: Samples of the task.
+        cluster: What it runs on.
+        settings: What the run does alike for all modules.
+        precision: Of the multiplications inside layers.
+        context: What a context-parallel rank has to do under a multimodal mask.
+    """
     site = Site.of(
         module,
         sizes=sizes,
@@ -50,6 +64,7 @@ def module_costs(
         cluster=cluster,
         settings=settings,
         precision=precision,
+        context=context,
     )
     known: dict[Layer, PartCosts] = {}
     runs = []
@@ -92,14 +107,35 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
         etp=sizes.etp,
     )
     times = PassTimes(*(a + b for a, b in zip(mixer_times, mlp_times, strict=True)))
+    evened = _evened(times, mixer, site)
+    launched = _launched(times, exposed, (*mixer, *mlp), site)
     return _part(
-        _launched(times, exposed, (*mixer, *mlp), site),
+        launched,
         exposed,
         operations=(*mixer, *mlp),
         recompute=sizes.recompute,
         parameters=weights.dense,
         expert_parameters=weights.experts,
         trainable=_layer_share(layer, module, weights.total, tp=sizes.tp),
+        waits=_waits(launched, _launched(evened, exposed, (*mixer, *mlp), site)),
+    )
+
+
+def _waits(slowest: PassTimes, mean: PassTimes) -> Exposed:
+    return Exposed(
+        slowest.forward_s - mean.forward_s, slowest.input_gradient_s - mean.input_gradient_s
+    )
+
+
+def _evened(times: PassTimes, mixer: Sequence[Operation], site: Site) -> PassTimes:
+    """Times of a layer if attention took the slowest rank no longer than the mean of all."""
+    task = site.place.task.context
+    if task is None or site.place.sizes.cp == 1:
+        return times
+    core = site.times([it for it in mixer if it.core])
+    return times._replace(
+        forward_s=times.forward_s - task.wait_share * core.forward_s,
+        input_gradient_s=times.input_gradient_s - task.wait_share * core.input_gradient_s,
     )
 
 
@@ -178,6 +214,7 @@ def _part(
     parameters: float,
     expert_parameters: float = 0.0,
     trainable: float = 1.0,
+    waits: Exposed = NOTHING,
 ) -> PartCosts:
     forward_s = times.forward_s + exposed.forward_s
     again = {"full": forward_s, "selective": times.core_s}.get(recompute or "", 0.0)
@@ -189,6 +226,8 @@ def _part(
         forward_communication_s=exposed.forward_s,
         backward_communication_s=exposed.backward_s
         + (exposed.forward_s if recompute == "full" else 0.0),
+        forward_imbalance_s=waits.forward_s,
+        backward_imbalance_s=waits.backward_s + (waits.forward_s if recompute else 0.0),
         flops=sum(it.flops for it in operations),
         parameters=parameters,
         expert_parameters=expert_parameters,

@@ -122,17 +122,20 @@ def breakdown(
         stages: Its stages.
         makespan_s: Time of the schedule, without what happens once in a step.
     """
-    busy_s, communication_s, sync_s, optimizer_s = 0.0, 0.0, 0.0, 0.0
+    busiest, sync_s, optimizer_s = (0.0, 0.0, 0.0), 0.0, 0.0
     for kind in rank_kinds(plan):
         hosted = [stages[stage] for stage in kind.stages]
         counts = [plan.num_microbatches / its.microbatches for its in hosted]
         work_s = sum(n * sum(its.passes_s) for n, its in zip(counts, hosted, strict=True))
         sent_s = sum(n * its.communication_s for n, its in zip(counts, hosted, strict=True))
-        busy_s, communication_s = max((busy_s, communication_s), (work_s, sent_s))
+        longer_s = sum(n * its.costs.imbalance_s for n, its in zip(counts, hosted, strict=True))
+        busiest = max(busiest, (work_s, sent_s, longer_s))
         sync_s = max(sync_s, sum(its.costs.sync_s for its in hosted))
         optimizer_s = max(optimizer_s, sum(its.costs.optimizer_s for its in hosted))
+    busy_s, communication_s, imbalance_s = busiest
     return StepBreakdown(
-        compute_s=busy_s - communication_s,
+        compute_s=busy_s - communication_s - imbalance_s,
+        imbalance_s=imbalance_s,
         communication_s=communication_s,
         bubble_s=max(makespan_s - busy_s, 0.0),
         sync_s=sync_s,

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from megatron_mosaic.layout.placement import ModulePlacement, Recompute
+from megatron_mosaic.layout.attention import KeyExchange
+from megatron_mosaic.layout.placement import ItemOrder, ModulePlacement, Recompute
+from megatron_mosaic.tokens.names import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +22,9 @@ class ParallelSizes:
         sequence_parallel: Whether tensor-parallel ranks split the sequence between them.
         recompute: Activations that the backward pass computes again.
         chunks: Virtual stages of each rank; 1 is no interleaving.
+        tokens: How tokens are assigned to context-parallel ranks under a multimodal mask.
+        keys: How keys reach the ranks whose queries see them, there.
+        items: Which replica of an encoder runs which items of a task.
     """
 
     tp: int = 1
@@ -31,11 +36,15 @@ class ParallelSizes:
     sequence_parallel: bool = False
     recompute: Recompute | None = None
     chunks: int = 1
+    tokens: Method = "balanced"
+    keys: KeyExchange = "auto"
+    items: ItemOrder = "in_order"
 
     @classmethod
     def of(cls, placement: ModulePlacement) -> Self:
         """Sizes of a placement."""
         shape, experts = placement.shape, placement.expert_shape
+        attention = placement.attention
         return cls(
             tp=shape.tp,
             cp=shape.cp,
@@ -45,6 +54,9 @@ class ParallelSizes:
             etp=experts.expt_tp,
             sequence_parallel=placement.sequence_parallel,
             recompute=placement.recompute,
+            tokens=attention.tokens if attention else "balanced",
+            keys=attention.keys if attention else "auto",
+            items=placement.items,
         )
 
     @property

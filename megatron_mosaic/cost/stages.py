@@ -83,12 +83,14 @@ def stage_costs(
 ) -> StageCosts:
     """Estimates one stage: a task's passes, and what happens once in a step."""
     forward = sum(part.forward_s for part in work.parts)
-    backward, communication, upstream = 0.0, 0.0, work.upstream
+    backward, communication, imbalance, upstream = 0.0, 0.0, 0.0, work.upstream
     for part in work.parts:
         seconds = backward_s(part, upstream=upstream)
         backward += seconds
         communication += part.forward_communication_s
         communication += part.backward_communication_s if seconds else 0.0
+        imbalance += part.forward_imbalance_s
+        imbalance += part.backward_imbalance_s if seconds else 0.0
         upstream = upstream or part.trainable > 0
     groups = _Groups.of(work, module, cluster)
     if settings.fsdp:
@@ -105,6 +107,7 @@ def stage_costs(
         forward_s=forward,
         backward_s=backward,
         communication_s=communication,
+        imbalance_s=imbalance,
         hop_s=module.hop_s,
         sync_s=groups.sync_s(settings, forward_s=forward, backward_s=backward),
         optimizer_s=groups.optimizer_s(settings, precision),

@@ -48,9 +48,10 @@ def step_breakdown(
     else:
         grouped = kind == "colocated"
         total_s = _pausing_s(modules, edges, pauses, num_microbatches, grouped=grouped, group=group)
-    busy_s, communication_s = _busiest_rank_s(modules, pauses, num_microbatches)
+    busy_s, communication_s, imbalance_s = _busiest_rank_s(modules, pauses, num_microbatches)
     return StepBreakdown(
-        compute_s=busy_s - communication_s,
+        compute_s=busy_s - communication_s - imbalance_s,
+        imbalance_s=imbalance_s,
         communication_s=communication_s,
         bubble_s=max(total_s - busy_s, 0.0),
         sync_s=_once_s(modules, "sync_s"),
@@ -71,12 +72,12 @@ def _busy_s(stage: StageCosts) -> float:
 
 def _busiest_rank_s(
     modules: Mapping[str, ModuleInStep], pauses: Sequence[_Pause], num_microbatches: int
-) -> tuple[float, float]:
-    """Time that the busiest rank works, and how much of that is communication.
+) -> tuple[float, float, float]:
+    """Time that the busiest rank works, and how much of that is communication and imbalance.
 
     That rank is where a step's time is counted: what it does not work, it waits.
     """
-    busiest = 0.0, 0.0
+    busiest = 0.0, 0.0, 0.0
     for name, module in modules.items():
         if module.shared:
             continue
@@ -87,7 +88,8 @@ def _busiest_rank_s(
             own += [(stage, count) for shared, count in pauses for stage in shared.stages]
         work_s = sum(count * _busy_s(stage) for stage, count in own)
         communication_s = sum(count * stage.communication_s for stage, count in own)
-        busiest = max(busiest, (work_s, communication_s))
+        imbalance_s = sum(count * stage.imbalance_s for stage, count in own)
+        busiest = max(busiest, (work_s, communication_s, imbalance_s))
     return busiest
 
 

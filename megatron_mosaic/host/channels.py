@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -13,14 +14,16 @@ from megatron_mosaic.comm.boundary import (
     BoundaryShape,
     ItemShape,
     Samples,
+    TaskOwners,
 )
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.groups import GroupFactory, warm_up
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink, Shape
 from megatron_mosaic.engine.walk import Channel
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sharding_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import (
     Edge,
@@ -29,6 +32,7 @@ from megatron_mosaic.schedule.steps import (
     edges_of,
     has_gradient,
     participants,
+    tasks_of,
 )
 
 KINDS: tuple[TransferKind, ...] = ("activation", "gradient")
@@ -42,6 +46,7 @@ class RowFacts:
         width: Values of a row that it makes.
         flops: Operations of forward and backward pass behind such a row.
         item: What it turns into rows.
+        item_cost: What this costs, by its rows.
         keeps_parts: Whether a rank with a part of each sequence is sent the rows of its part only.
         sequence_length: Tokens of a sample in the language model, which the script settles when it
             builds a module: ranks without any do not know.
@@ -50,6 +55,7 @@ class RowFacts:
     width: int
     flops: float
     item: ItemShape
+    item_cost: ItemCost
     keeps_parts: bool
     sequence_length: int
 
@@ -92,6 +98,7 @@ class ChannelSet:
         self._node_of = nodes.__getitem__ if len(set(nodes)) > 1 else None
         self._groups: dict[tuple[TransferKind, Edge], dist.ProcessGroup] = {}
         self._replicas: dict[str, dist.ProcessGroup] = {}
+        self._sequences: Sequence[SampleSequence] = ()
         self.routes: dict[Edge, BoundaryRoutes] = {}
         self.open: dict[tuple[TransferKind, Edge], Channel] = {}
         for edge in edges_of(plan):
@@ -131,16 +138,43 @@ class ChannelSet:
                 kind, self.routes[edge], exchange, rank=self._rank
             )
 
-    def begin(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
-        """Takes where the rows belong that each module makes of every sample of the next step."""
-        for edge, routes in self.routes.items():
-            routes.begin(samples[edge.source], groups=_tasks_of(schedule, self._plan, edge.source))
+    def begin(
+        self,
+        samples: Mapping[str, Samples],
+        *,
+        schedule: Schedule,
+        owners: Mapping[str, TaskOwners] = MappingProxyType({}),
+        sequences: Sequence[SampleSequence] = (),
+    ) -> None:
+        """Takes what differs between steps.
 
-    def begin_ahead(self, samples: Mapping[str, Samples], *, schedule: Schedule) -> None:
+        Args:
+            samples: Where the rows belong that each module makes of every sample of the step.
+            schedule: The step's.
+            owners: Replica of every item, of modules whose items are dealt.
+            sequences: What decides which rank of the language model keeps which tokens of every
+                sample, where their masks do.
+        """
+        self._sequences = sequences
+        for edge, routes in self.routes.items():
+            routes.begin(
+                samples[edge.source],
+                groups=tasks_of(schedule, self._plan, edge.source),
+                owners=owners.get(edge.source, {}),
+                sequences=sequences,
+            )
+
+    def begin_ahead(
+        self,
+        samples: Mapping[str, Samples],
+        *,
+        schedule: Schedule,
+        owners: Mapping[str, TaskOwners] = MappingProxyType({}),
+    ) -> None:
         """Makes the modules that run ahead take the next step's samples."""
         for edge, routes in self.routes.items():
             if edge.source in schedule.ahead:
-                routes.begin_ahead(samples[edge.source])
+                routes.begin_ahead(samples[edge.source], owners=owners.get(edge.source, {}))
 
     def rows_made(self, module: str, microbatches: Sequence[int]) -> int:
         """Boundary rows that this rank makes in one task of an encoder's last stage."""
@@ -152,15 +186,6 @@ class ChannelSet:
         routes = next(routes for edge, routes in self.routes.items() if edge.source == module)
         dp = self._plan.modules[module].coordinates(self._rank).dp
         return sum(routes.items_made(m, dp=dp) for m in microbatches)
-
-    def samples_kept(self, module: str, microbatches: Sequence[int]) -> dict[str, Samples]:
-        """Where the rows belong that reach this rank's replica of a module for one task."""
-        dp = self._plan.modules[module].coordinates(self._rank).dp
-        return {
-            edge.source: tuple(runs for m in microbatches for runs in routes.samples(m, dp=dp))
-            for edge, routes in self.routes.items()
-            if edge.destination == module
-        }
 
     def _create_groups(self, kind: TransferKind, edge: Edge, factory: GroupFactory) -> None:
         for ranks in communicators(self._plan, edge):
@@ -187,7 +212,7 @@ class ChannelSet:
         source, destination = modules[edge.source], modules[edge.destination]
         sharding = None
         if sizes.rows[edge.destination].keeps_parts:
-            sharding = SequenceSharding.of(destination, sequence_length=sizes.sequence_length)
+            sharding = sharding_of(destination, sequence_length=sizes.sequence_length)
         shape = BoundaryShape(
             samples_per_replica=self._plan.micro_batch_size,
             sharding=sharding,
@@ -200,9 +225,19 @@ class ChannelSet:
         if module != LANGUAGE:
             item = sizes.rows[module].item
             return (item.tokens, self.items_made(module, (microbatch,)), item.hidden_size)
-        sharding = SequenceSharding.of(self._plan.language, sequence_length=sizes.sequence_length)
-        tokens = sizes.sequence_length if sharding is None else sharding.local_length
+        sharding = sharding_of(self._plan.language, sequence_length=sizes.sequence_length)
+        tokens = sizes.sequence_length
+        if isinstance(sharding, MaskedSharding):
+            tokens = sharding.local_length(self._own_sequences(microbatch))
+        elif sharding is not None:
+            tokens = sharding.local_length
         return (tokens, self._plan.micro_batch_size, sizes.hidden_size)
+
+    def _own_sequences(self, microbatch: int) -> Sequence[SampleSequence]:
+        """Sequences of a microbatch that this rank's replica of the language model has."""
+        language, size = self._plan.language, self._plan.micro_batch_size
+        replica = microbatch * language.data_parallel_size + language.coordinates(self._rank).dp
+        return self._sequences[replica * size : (replica + 1) * size]
 
     def _link(
         self,
@@ -227,14 +262,3 @@ class ChannelSet:
             dtype=dtype,
             device=device,
         )
-
-
-def _tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[tuple[int, ...]]:
-    """Microbatches of every forward task of a module's last stage."""
-    last = plan.modules[module].num_stages - 1
-    rank = plan.modules[module].stage_ranks(last)[0]
-    return [
-        task.microbatches
-        for task in schedule.tasks[rank]
-        if task.module == module and task.stage == last and task.kind == "F"
-    ]

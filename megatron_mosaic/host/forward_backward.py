@@ -13,7 +13,9 @@ from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.errors import HostError
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.data.reader import StepBatches
+from megatron_mosaic.host.data.shares import task_samples
 from megatron_mosaic.host.gradients import (
     finalize_gradients,
     finish_gathering_parameters,
@@ -28,6 +30,7 @@ from megatron_mosaic.host.runner import ModuleRunner, StepWork
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.sequences import SampleSequence
 from megatron_mosaic.schedule.ahead import Part, prologue_of, steps_after_prologue
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import Stage
@@ -100,7 +103,7 @@ class PlanForwardBackward:
         schedule = self._schedule(num_microbatches, forward_only)
         batches = _next_step(data_iterator)
         part = self._kept.part(schedule, batches, is_last=is_last_step(get_args()))
-        self._begin(batches.rows, schedule)
+        self._begin(batches, schedule)
         hand_out = partial(
             self._hand_out, schedule, forward_step_func, top.config, first_val_step=first_val_step
         )
@@ -108,18 +111,28 @@ class PlanForwardBackward:
             works = self._walk(schedule, part, batches, hand_out)
             return self._close(works, forward_only, force_all_reduce=force_all_reduce)
 
-    def _begin(self, rows: Mapping[str, Samples], schedule: Schedule) -> None:
-        """Takes what differs between steps: the rows of their samples."""
-        runtime = self._runtime
+    def _begin(self, batches: StepBatches, schedule: Schedule) -> None:
+        """Takes what differs between steps: the rows of their samples, and who makes them."""
+        runtime, rows = self._runtime, batches.rows
         self._check_dispatch(rows)
         runtime.randomness.unpark()
-        runtime.channels.begin(rows, schedule=schedule)
+        runtime.channels.begin(
+            rows,
+            schedule=schedule,
+            owners=batches.owners,
+            sequences=self._sequences(batches),
+        )
         if not schedule.forward_only:
             self._flops.of_rows = sum(
                 sum(map(count_rows, samples)) * runtime.row_facts[name].flops
                 for name, samples in rows.items()
             )
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+
+    def _sequences(self, batches: StepBatches) -> tuple[SampleSequence, ...]:
+        if self._runtime.plan.language.attention is None:
+            return ()
+        return tuple(facts.sequence for facts in batches.facts)
 
     def _walk(
         self, schedule: Schedule, part: Part, batches: StepBatches, hand_out: Callable[..., Works]
@@ -138,7 +151,9 @@ class PlanForwardBackward:
         following = None if Part.ENDS in part else batches.ahead
         data = {name: batches for name in self._runtime.hosted if name not in schedule.ahead}
         if schedule.ahead and following is not None:
-            self._runtime.channels.begin_ahead(following.rows, schedule=schedule)
+            self._runtime.channels.begin_ahead(
+                following.rows, schedule=schedule, owners=following.owners
+            )
             data |= dict.fromkeys(schedule.ahead, following)
         works = hand_out(data)
         made = self._walker(schedule, kept).walk(steps, first=len(prologue))
@@ -249,13 +264,27 @@ class PlanForwardBackward:
                 if makes_rows and groups.is_last_stage
             },
             items={each: channels.items_made(name, each) for each in forward if makes_rows},
-            samples={
-                each: channels.samples_kept(name, each) for each in forward if groups.is_first_stage
-            },
+            facts={each: self._facts_of(name, each, batches) for each in forward},
             gradient_to=self._awaiting_gradient(runner.stage) if backward else frozenset(),
             last_backward=backward[-1] if backward else None,
             first_val_step=first_val_step,
         )
+
+    def _facts_of(
+        self, name: str, task: tuple[int, ...], batches: StepBatches
+    ) -> Sequence[SampleFacts]:
+        """What is known of the samples that this rank's replica of the language model runs."""
+        if name != LANGUAGE:
+            return ()
+        plan = self._runtime.plan
+        samples = task_samples(
+            plan.language,
+            task,
+            dp=self._runtime.hosted[name].position.dp,
+            samples_per_replica=plan.micro_batch_size,
+            size=plan.micro_batch_size * plan.language.data_parallel_size,
+        )
+        return batches.facts[slice(*samples)]
 
     def _awaiting_gradient(self, stage: Stage) -> frozenset[str]:
         """Modules that wait for the gradient of what they sent a stage."""

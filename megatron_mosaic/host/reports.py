@@ -2,11 +2,13 @@
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.training import num_floating_point_operations as stock_operations
+
+from megatron_mosaic.layout.item_costs import ItemCost
 
 
 class StepFlops:
@@ -83,3 +85,22 @@ def flops_per_token(config: TransformerConfig) -> float:
     attention = 2 * hidden * (hidden + 2 * key_width) + 2 * hidden**2
     mlp = (3 if config.gated_linear_unit else 2) * 2 * hidden * ffn
     return float(config.num_layers * (attention + mlp))
+
+
+def item_cost(configs: Iterable[TransformerConfig], *, item_rows: int | None = None) -> ItemCost:
+    """Counts what a row of an item costs in the transformers that run it, and a pair of rows.
+
+    Scores and weighted values of full attention are the 4 s h of :func:`encoder_flops`, for all
+    heads of a layer together.
+
+    Args:
+        configs: Those of the transformers.
+        item_rows: Rows of every item; None where they differ.
+    """
+    configs = list(configs)
+    widths = [each.num_layers * each.num_attention_heads * each.kv_channels for each in configs]
+    return ItemCost(
+        item_rows=item_rows,
+        row_flops=sum(map(flops_per_token, configs)),
+        pair_flops=4.0 * sum(widths),
+    )

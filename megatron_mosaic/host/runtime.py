@@ -69,6 +69,7 @@ def share_row_facts(runtime: Runtime, args: argparse.Namespace) -> None:
             width=runner.boundary.width,
             flops=runner.boundary.flops_per_row(args, trained=runtime.trained.get(runner.name, {})),
             item=runner.boundary.item,
+            item_cost=runner.boundary.item_cost(),
             keeps_parts=runner.boundary.keeps_parts,
             sequence_length=args.decoder_seq_length or args.seq_length,
         )

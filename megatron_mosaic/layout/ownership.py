@@ -4,16 +4,23 @@ A boundary tensor has rows ``[rows, hidden]``, sample after sample in global ord
 are counted within one microbatch's boundary tensor, from 0.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
+from megatron_mosaic.layout.shard_table import Part, ShardTable, add_rows
 from megatron_mosaic.layout.sharding import SequenceSharding
+
+if TYPE_CHECKING:  # it needs numpy, which commands that only read plans do not load
+    from megatron_mosaic.layout.sequences import Sharding
+
+TableOf = Callable[[int], ShardTable]
+"""Returns who keeps which positions of a sample of a microbatch."""
 
 _Owners = tuple[tuple[int, ...], Rows]  # a set of true replicas, and what each of them has
 
@@ -106,6 +113,7 @@ def produced(
     item_rows: int = 1,
     item_shards: Sequence[Interval] | None = None,
     selection: Selection | None = None,
+    dealt: DealtItems | None = None,
 ) -> Ownership:
     """Rows of one microbatch that the last pipeline stage of an encoder produces.
 
@@ -121,6 +129,7 @@ def produced(
             size is 1.
         selection: What is needed of it; None is everything. Replicas are there with all the
             rows that they have.
+        dealt: Which replica runs which items, if not equally many consecutive samples each.
 
     Raises:
         LayoutError: The microbatch is not inside the group, or has not as many samples.
@@ -130,18 +139,23 @@ def produced(
     rows: dict[int, Rows] = {}
     replicas: list[tuple[int, ...]] = []
 
-    def running(samples: Interval) -> range:
+    def running(samples: Interval) -> Iterable[int]:
+        if dealt is not None:
+            return dealt.replicas(samples)
         own = samples.shift(microbatch.start)
         return replicas_of(own, num_samples=group_size, data_parallel_size=dp_size)
 
     for dp in _replicas(selection, dp_size, running=running):
-        own = Interval(dp * group_size // dp_size, (dp + 1) * group_size // dp_size)
-        inside = own.clip(microbatch).shift(-microbatch.start)
-        whole = Interval(offsets[inside.start], offsets[inside.stop])
+        if dealt is not None:
+            whole = dealt.rows.get(dp, Rows())
+        else:
+            own = Interval(dp * group_size // dp_size, (dp + 1) * group_size // dp_size)
+            inside = own.clip(microbatch).shift(-microbatch.start)
+            whole = Rows.of([Interval(offsets[inside.start], offsets[inside.stop])])
         for cp in _chosen(selection, "cp", source.context_parallel_size):
-            made = [whole]
+            made: Iterable[Interval] = whole
             if item_shards is not None:
-                made = list(_shards(whole, item_rows=item_rows, shard=item_shards[cp]))
+                made = _shards(whole, item_rows=item_rows, shard=item_shards[cp])
             replicas.append(_tensor_parallel_ranks(source, cp=cp, dp=dp, stage=stage))
             rows |= dict.fromkeys(replicas[-1], Rows.of(made))
     return Ownership(rows=rows, replicas=tuple(replicas))
@@ -167,10 +181,10 @@ def kept(
     *,
     samples: Sequence[Runs],
     samples_per_replica: int,
-    sharding: SequenceSharding | None = None,
+    sharding: "Sharding | None" = None,
     selection: Selection | None = None,
     offsets: Sequence[int] | None = None,
-    shards: "ShardTable | None" = None,
+    table_of: TableOf | None = None,
 ) -> Ownership:
     """Rows of one microbatch that the first pipeline stage of a destination keeps.
 
@@ -185,7 +199,8 @@ def kept(
         sharding: How sequences are split over the ranks of a replica, if they are.
         selection: What is needed of it; None is everything. Only rows of its samples are there.
         offsets: ``row_offsets`` of the samples, if they are known already.
-        shards: Table of the sharding, if there is one already.
+        table_of: Returns who keeps which positions of a sample of the microbatch; needed where
+            sequences are not all split alike.
 
     Raises:
         LayoutError: The samples are not those of one microbatch.
@@ -193,8 +208,8 @@ def kept(
     _check_microbatch(destination, len(samples), samples_per_replica=samples_per_replica)
     if offsets is None:
         offsets = row_offsets([count_rows(runs) for runs in samples])
-    if sharding is not None and shards is None:
-        shards = ShardTable(sharding)
+    if isinstance(sharding, SequenceSharding) and table_of is None:
+        table_of = _always(ShardTable.of(sharding))
 
     def running(samples: Interval) -> range:
         start, stop = samples
@@ -204,11 +219,18 @@ def kept(
     for dp in _replicas(selection, destination.data_parallel_size, running=running):
         share = Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         inside = [share] if selection is None else list(selection.samples.inside(share))
-        if sharding is None or shards is None:
+        if sharding is None or table_of is None:
             whole = Rows.of(Interval(offsets[start], offsets[stop]) for start, stop in inside)
             owners += _kept_whole(destination, whole, dp=dp, selection=selection)
         else:
-            parts = shards.rows(samples, inside, offsets=offsets, selection=selection)
+            parts = _parts(
+                samples,
+                inside,
+                sharding=sharding,
+                table_of=table_of,
+                offsets=offsets,
+                selection=selection,
+            )
             owners += _kept_parts(destination, parts, dp=dp, splits_tp=sharding.tp > 1)
     return Ownership(
         rows={rank: rows for ranks, rows in owners for rank in ranks},
@@ -238,7 +260,7 @@ def _kept_whole(
 
 def _kept_parts(
     destination: ModulePlacement,
-    parts: Mapping[tuple[int, int], Rows],
+    parts: Mapping[Part, Rows],
     *,
     dp: int,
     splits_tp: bool,
@@ -256,75 +278,39 @@ def _kept_parts(
         yield (ranks[tp],) if splits_tp else ranks, rows
 
 
-class ShardTable:
-    """Finds who keeps which rows of a sample, from the positions where its rows belong.
+def _always(table: ShardTable) -> TableOf:
+    return lambda sample: table
+
+
+def _parts(
+    samples: Sequence[Runs],
+    inside: Iterable[Interval],
+    *,
+    sharding: "Sharding",
+    table_of: TableOf,
+    offsets: Sequence[int],
+    selection: Selection | None,
+) -> dict[Part, Rows]:
+    """Rows of some samples that each context- and tensor-parallel rank keeps.
 
     Args:
+        samples: Those of a microbatch.
+        inside: Which of them.
         sharding: How sequences are split.
+        table_of: Returns who keeps which positions of a sample.
+        offsets: ``row_offsets`` of the samples.
+        selection: Names the one rank whose rows matter, if it does.
     """
-
-    def __init__(self, sharding: SequenceSharding) -> None:
-        self._sharding = sharding
-        self._keys = [(cp, tp) for cp in range(sharding.cp) for tp in range(sharding.tp)]
-        table = [
-            (start, stop, key)
-            for key in self._keys
-            for start, stop in sharding.positions(cp=key[0], tp=key[1])
-        ]
-        self._whole = _Columns.of(table)
-        self._of_one = {
-            key: _Columns.of([row for row in table if row[2] == key]) for key in self._keys
-        }
-
-    def rows(
-        self,
-        samples: Sequence[Runs],
-        inside: Sequence[Interval],
-        *,
-        offsets: Sequence[int],
-        selection: Selection | None = None,
-    ) -> dict[tuple[int, int], Rows]:
-        """Rows of some samples that each context- and tensor-parallel rank keeps.
-
-        Args:
-            samples: Those of a microbatch.
-            inside: Which of them.
-            offsets: Their ``row_offsets``.
-            selection: Names the one rank whose rows matter, if it does.
-        """
-        keys, columns = self._keys, self._whole
-        if selection is not None and selection.position is not None:
-            position = selection.position
-            keys = [(position.cp, position.tp if self._sharding.tp > 1 else 0)]
-            columns = self._of_one[keys[0]]
-        starts, stops, key_at = columns
-        num = len(starts)
-        found: dict[tuple[int, int], list[Interval]] = {key: [] for key in keys}
-        for sample in (sample for span in inside for sample in range(*span)):
-            before = offsets[sample]
-            for start, stop in samples[sample]:
-                if start == stop:
-                    continue
-                index, shift = bisect_right(stops, start), before - start
-                while index < num and starts[index] < stop:
-                    first, last = max(start, starts[index]), min(stop, stops[index])
-                    found[key_at[index]].append(Interval(first + shift, last + shift))
-                    index += 1
-                before += stop - start
-        return {key: Rows.of_sorted(intervals) for key, intervals in found.items()}
-
-
-class _Columns(NamedTuple):
-    """Where stretches of positions start and stop, and who has them; ascending."""
-
-    starts: list[int]
-    stops: list[int]
-    keys: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, table: list[tuple[int, int, tuple[int, int]]]) -> "_Columns":
-        starts, stops, keys = (list(column) for column in zip(*sorted(table), strict=True))
-        return cls(starts, stops, keys)
+    key = None
+    if selection is not None and selection.position is not None:
+        key = (selection.position.cp, selection.position.tp if sharding.tp > 1 else 0)
+    keys = [key] if key else [(cp, tp) for cp in range(sharding.cp) for tp in range(sharding.tp)]
+    found: dict[Part, list[Interval]] = {key: [] for key in keys}
+    for sample in (sample for span in inside for sample in range(*span)):
+        if samples[sample]:
+            columns = table_of(sample).columns(key)
+            add_rows(found, columns, samples[sample], before=offsets[sample])
+    return {key: Rows.of_sorted(intervals) for key, intervals in found.items()}
 
 
 def _replicas(
@@ -355,9 +341,10 @@ def _chosen(selection: Selection | None, axis: Literal["cp", "tp"], size: int) -
     return (getattr(selection.position, axis),)
 
 
-def _shards(whole: Interval, *, item_rows: int, shard: Interval) -> Iterator[Interval]:
-    for first in range(whole.start, whole.stop, item_rows):
-        yield shard.shift(first)
+def _shards(whole: Rows, *, item_rows: int, shard: Interval) -> Iterator[Interval]:
+    for start, stop in whole:
+        for first in range(start, stop, item_rows):
+            yield shard.shift(first)
 
 
 def _tensor_parallel_ranks(

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.fields import nearest, show
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.grid import (
     Coordinates,
     ExpertCoordinates,
@@ -20,6 +21,7 @@ from megatron_mosaic.layout.ranks import show_ranks
 Axis = Literal["tp", "cp", "dp", "pp"]
 ExpertAxis = Literal["expt_tp", "ep", "expt_dp", "pp"]
 Recompute = Literal["selective", "full"]
+ItemOrder = Literal["in_order", "balanced"]
 
 LANGUAGE = "language"  # the plan's name of the module that every other one is connected with
 
@@ -48,13 +50,19 @@ class ModulePlacement:
         recompute: Activations that a backward pass computes again: ``"selective"`` those of the
             attention operator, ``"full"`` all but each layer's input; ``None`` leaves it to the
             script and its arguments.
+        attention: Mask of the language model and its tokens' ranks; ``None`` is Megatron's own
+            causal attention.
+        items: Which replica of an encoder runs which items (images, sounds) of a task:
+            ``"in_order"`` runs equally many consecutive samples on each, ``"balanced"`` gives
+            each items that cost about the same.
 
     Raises:
-        PlanError: ``recompute`` is another word.
+        PlanError: ``recompute`` or ``items`` is another word.
         LayoutError: A size is not positive, a rank repeats or is negative, the sizes do not
             multiply to the number of ranks, ``layers_per_stage`` does not name every stage,
-            sequence parallelism has no tensor parallelism to work with, or the experts of a
-            stage cannot be split over its ranks.
+            sequence parallelism has no tensor parallelism to work with, attention splits
+            tokens without context parallelism, attention or items stand in a module of the
+            other kind, or the experts of a stage cannot be split over its ranks.
     """
 
     name: str
@@ -70,6 +78,8 @@ class ModulePlacement:
     expert_tensor_parallel_size: int | None = None
     recompute: Recompute | None = None
     virtual_pipeline_model_parallel_size: int = 1
+    attention: AttentionPlan | None = None
+    items: ItemOrder = "in_order"
 
     def __post_init__(self) -> None:
         where = f"modules.{self.name}"
@@ -77,6 +87,8 @@ class ModulePlacement:
         self._check_sizes(where)
         self._check_layers(where)
         self._check_recompute(where)
+        self._check_attention(where)
+        self._check_items(where)
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             # Megatron switches it off here without a word.
             raise LayoutError(
@@ -150,6 +162,35 @@ class ModulePlacement:
             raise PlanError(
                 f"{where}: recompute={show(self.recompute)} must be one of {', '.join(kinds)}; "
                 f"{advice}"
+            )
+
+    def _check_attention(self, where: str) -> None:
+        attention = self.attention
+        if attention is None:
+            return
+        if self.name != LANGUAGE:
+            raise LayoutError(
+                f"{where}: attention={attention.mask} must not stand in a module beside language, "
+                f"whose items see all of themselves; remove the key"
+            )
+        for field, value in attention.written().items():
+            if field != "mask" and self.context_parallel_size == 1:
+                raise LayoutError(
+                    f"{where}: attention.{field}={value} must go with context_parallel_size > 1, "
+                    f"not 1; remove the key or raise the size"
+                )
+
+    def _check_items(self, where: str) -> None:
+        orders = get_args(ItemOrder)
+        if self.items not in orders:
+            advice = nearest(self.items, orders, otherwise="remove the key for in_order")
+            raise PlanError(
+                f"{where}: items={show(self.items)} must be one of {', '.join(orders)}; {advice}"
+            )
+        if self.items != "in_order" and self.name == LANGUAGE:
+            raise LayoutError(
+                f"{where}: items={self.items} must stand in an encoder, not in language, which "
+                f"runs whole samples; remove the key"
             )
 
     def sizes(self) -> dict[str, int]:

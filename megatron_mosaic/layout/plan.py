@@ -36,6 +36,8 @@ _LATER_MODULE_DEFAULTS: Mapping[str, Any] = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": None,
     "virtual_pipeline_model_parallel_size": 1,
+    "attention": None,
+    "items": "in_order",
 }
 _LATER_SCHEDULE_DEFAULTS: Mapping[str, Any] = {"max_live": None, "ahead": False, "order": None}
 

@@ -22,6 +22,7 @@ from megatron_mosaic.fields import (
     text,
 )
 from megatron_mosaic.layout import unsupported
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.ranks import parse_ranks, rank_spans
 
@@ -39,6 +40,18 @@ _PLAN_KEYS: Mapping[str, Parse] = {
     "inputs": mapping,
 }
 _REQUIRED_PLAN_KEYS = ("world_size", "global_batch_size", "micro_batch_size", "modules", "schedule")
+_ATTENTION_KEYS: Mapping[str, Parse] = {"mask": text, "tokens": text, "keys": text}
+
+
+def _attention(field: str, value: object) -> AttentionPlan:
+    """Reads how the language model attends."""
+    keys = read_keys(f"{field}.", mapping(field, value), known=_ATTENTION_KEYS, required=("mask",))
+    try:
+        return AttentionPlan(**keys)
+    except PlanError as error:
+        raise PlanError(f"{field.removesuffix('attention')}{error}") from None
+
+
 _MODULE_KEYS: Mapping[str, Parse] = {
     "ranks": parse_ranks,
     "tensor_model_parallel_size": integer,
@@ -52,6 +65,8 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "expert_model_parallel_size": integer,
     "expert_tensor_parallel_size": integer,
     "recompute": text,
+    "attention": _attention,
+    "items": text,
 }
 
 
@@ -150,5 +165,11 @@ def _written_module(placement: ModulePlacement) -> dict[str, Any]:
     for field in fields(placement):
         value = getattr(placement, field.name)
         if field.name not in ("name", "ranks") and value != field.default:
-            written[field.name] = list(value) if isinstance(value, tuple) else value
+            written[field.name] = _written_value(value)
     return written
+
+
+def _written_value(value: object) -> object:
+    if isinstance(value, AttentionPlan):
+        return value.written()
+    return list(value) if isinstance(value, tuple) else value

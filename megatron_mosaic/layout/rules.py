@@ -199,3 +199,8 @@ def _check_outputs(plan: "Plan") -> None:
                 f"modules.{name}: data_parallel_size={own} must equal data_parallel_size of "
                 f"language={replicas}, whose microbatches it takes; change one of them"
             )
+        if plan.modules[name].items != "in_order":
+            raise LayoutError(
+                f"modules.{name}: items={plan.modules[name].items} must be in_order in a module "
+                f"that language feeds, which takes its microbatches; remove the key"
+            )

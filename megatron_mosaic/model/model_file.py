@@ -39,6 +39,7 @@ from megatron_mosaic.model.layer_file import (
 )
 from megatron_mosaic.model.layers import Layer
 from megatron_mosaic.model.spec import (
+    LANGUAGE,
     LayerRun,
     ModelSpec,
     ModuleSpec,
@@ -46,6 +47,7 @@ from megatron_mosaic.model.spec import (
     Projector,
 )
 from megatron_mosaic.model.tokens import Distribution
+from megatron_mosaic.tokens.names import Preset
 
 FORMAT = 1
 
@@ -133,6 +135,8 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         "seq_length": positive,
         "items_per_sample": distribution,
         "tokens_per_item": distribution,
+        "mask": one_of(*get_args(Preset)),
+        "tokens_per_document": distribution,
         "trainable": names,
         "lora_rank": count,
     }
@@ -148,11 +152,14 @@ def _read_module(name: Any, written: object, folder: Path) -> ModuleSpec:
         output=keys.get("head", keys.get("projector")),
         items_per_sample=keys.get("items_per_sample", Distribution.constant(1)),
         tokens_per_item=_read_tokens(where, keys),
+        mask=keys.get("mask"),
+        tokens_per_document=keys.get("tokens_per_document"),
         trainable=keys.get("trainable"),
         lora_rank=keys.get("lora_rank", 0),
         final_norm=keys.get("final_layernorm", True),
     )
     _check_trainable(where, module)
+    _check_mask(where, module)
     return module
 
 
@@ -211,6 +218,39 @@ def _check_trainable(where: str, module: ModuleSpec) -> None:
                 f"{where}: trainable={show(part)} must be one of {', '.join(parts)}, or a pattern "
                 f"with *; {nearest(part, parts, otherwise='write one of them')}"
             )
+
+
+def _check_mask(where: str, module: ModuleSpec) -> None:
+    documents = module.tokens_per_document
+    if module.mask is None:
+        if documents is not None:
+            raise PlanError(
+                f"{where}: tokens_per_document must go with mask: packed documents are isolated "
+                f"by it; add the line 'mask: multimodal_packed'"
+            )
+        return
+    if module.name != LANGUAGE:
+        raise PlanError(
+            f"{where}: mask={module.mask} must stand under language alone, the tokens of an "
+            f"encoder's item see each other; remove it"
+        )
+    if module.mask == "multimodal_packed" and documents is None:
+        raise PlanError(
+            f"{where}: tokens_per_document must be given with mask=multimodal_packed; add the "
+            f"line 'tokens_per_document: 2400'"
+        )
+    if documents is None:
+        return
+    if module.mask in ("encoder_prepended", "encoder_embedded"):
+        raise PlanError(
+            f"{where}: tokens_per_document must be absent with mask={module.mask}, which has one "
+            f"document; write mask: multimodal_packed"
+        )
+    if documents.values[0] < 1:
+        raise PlanError(
+            f"{where}: tokens_per_document={documents.values[0]:g} must be >= 1; leave out empty "
+            f"documents"
+        )
 
 
 def _check_edges(modules: Mapping[str, ModuleSpec], edges: tuple[tuple[str, str], ...]) -> None:
@@ -286,6 +326,10 @@ def _written_module(module: ModuleSpec) -> dict[str, Any]:
     if module.items_per_sample != Distribution.constant(1):
         written["items_per_sample"] = write_distribution(module.items_per_sample)
     written["tokens_per_item"] = write_distribution(module.tokens_per_item)
+    if module.mask is not None:
+        written["mask"] = module.mask
+    if module.tokens_per_document is not None:
+        written["tokens_per_document"] = write_distribution(module.tokens_per_document)
     if module.trainable is not None:
         written["trainable"] = list(module.trainable)
     if module.lora_rank:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from megatron_mosaic.model.layers import Layer
 from megatron_mosaic.model.tokens import Distribution
+from megatron_mosaic.tokens.names import Preset
 
 LANGUAGE = "language"
 """Name of the module that computes the loss."""
@@ -112,6 +113,10 @@ class ModuleSpec:
         items_per_sample: Images, clips or utterances of a sample; attention stays inside one.
             The language model has one item: the sequence.
         tokens_per_item: Tokens of one of them, before any merging.
+        mask: Who attends to whom in a sequence of the language model; ``None`` is Megatron's
+            causal mask, or full attention inside items.
+        tokens_per_document: Tokens of a packed document of the language model, rows of other
+            modules among them; ``None`` is one document for each sequence.
         trainable: Parts that train, by the names that plans give them (``part_names``), or patterns
             on parameter names such as ``*lora*``; ``None`` is everything, ``()`` is nothing.
         lora_rank: Rank of the adapters that train beside frozen layers; 0 is none.
@@ -127,6 +132,8 @@ class ModuleSpec:
     output: LanguageHead | Projector | None = None
     items_per_sample: Distribution
     tokens_per_item: Distribution
+    mask: Preset | None = None
+    tokens_per_document: Distribution | None = None
     trainable: tuple[str, ...] | None = None
     lora_rank: int = 0
     final_norm: bool = True

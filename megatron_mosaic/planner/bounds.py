@@ -1,14 +1,16 @@
 """Times below which no candidate can be, from the costs of modules alone."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from megatron_mosaic.cost.costs import ModuleCosts, PartRun
 from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.layout.attention import KeyExchange
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.planner.balance import fastest_tokens
 from megatron_mosaic.planner.estimate import Estimator
 from megatron_mosaic.planner.legal_sizes import context_sizes, language_sizes, tensor_sizes
-from megatron_mosaic.planner.partition import chain_of
+from megatron_mosaic.planner.module_times import ModuleTimes, module_times
+from megatron_mosaic.tokens.names import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,36 +60,6 @@ def pipeline_bound_s(
     return max(num_microbatches * slowest_s, total_s + max(steady, 0.0) * slowest_s)
 
 
-class ModuleTimes(NamedTuple):
-    """Times of a module for one task.
-
-    Args:
-        total_s: Of all parts.
-        longest_s: Of the longest layer.
-        forward_share: Largest share of a part's time that is forward.
-        forward_s: Forward passes of all parts.
-    """
-
-    total_s: float
-    longest_s: float
-    forward_share: float
-    forward_s: float
-
-
-def module_times(costs: ModuleCosts, *, trainable_upstream: bool) -> ModuleTimes:
-    """Times of a module for one task."""
-    times, input_s, output_s = chain_of(costs, trainable_upstream=trainable_upstream)
-    parts = [costs.input, *costs.each_layer(), costs.output]
-    every_s = [input_s, *times, output_s]
-    shares = [p.forward_s / s for p, s in zip(parts, every_s, strict=True) if s]
-    return ModuleTimes(
-        total_s=sum(every_s),
-        longest_s=max(times, default=0.0),
-        forward_share=max(shares, default=0.0),
-        forward_s=sum(part.forward_s for part in parts),
-    )
-
-
 def encoder_work_s(estimator: Estimator) -> float:
     """GPU-seconds that all encoders take in a step, at their cheapest.
 
@@ -122,12 +94,22 @@ def language_options(estimator: Estimator, *, encoder_work_s: float) -> list[Lan
     if problem.pins.micro_batch_size is not None:
         sizes_of_microbatch = (problem.pins.micro_batch_size,)
     times: dict[tuple[object, ...], ModuleTimes] = {}
+    assigned: dict[tuple[int, int], tuple[Method, KeyExchange]] = {}
     options = []
     for micro_batch_size in sizes_of_microbatch:
         for sizes in language_sizes(problem, micro_batch_size=micro_batch_size):
-            costs = estimator.cost_model.module(LANGUAGE, sizes, samples=micro_batch_size)
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.etp, sizes.sequence_parallel)
             key = (*key, sizes.recompute, micro_batch_size)
+            if problem.workload is not None and sizes.cp > 1:
+                # What is recomputed, and how experts are split, matters little to this choice.
+                at = (sizes.tp, sizes.cp)
+                if at not in assigned:
+                    assigned[at] = fastest_tokens(
+                        sizes, problem, estimator.cost_model, samples=micro_batch_size
+                    )
+                tokens, keys = assigned[at]
+                sizes = replace(sizes, tokens=tokens, keys=keys)
+            costs = estimator.cost_model.module(LANGUAGE, sizes, samples=micro_batch_size)
             if key not in times:
                 upstream = estimator.cost_model.trains_before(LANGUAGE)
                 times[key] = module_times(costs, trainable_upstream=upstream)

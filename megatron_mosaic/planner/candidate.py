@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_mosaic.cost.sizes import ParallelSizes
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.grid import Coordinates, index_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice, ScheduleKind
 from megatron_mosaic.model.spec import ModelSpec
+from megatron_mosaic.model.workload import Workload
 from megatron_mosaic.planner.problem import has_experts
 
 Host = Literal["language", "first_stage", "replicated", "apart", "together"]
@@ -176,7 +178,18 @@ def _placement(
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.etp if _has_experts(name, model) else None,
         recompute=sizes.recompute,
+        attention=_attention(sizes, model) if name == LANGUAGE else None,
+        items=sizes.items,
     )
+
+
+def _attention(sizes: ParallelSizes, model: ModelSpec) -> AttentionPlan | None:
+    workload = Workload.of(model)
+    if workload is None:
+        return None
+    if sizes.cp == 1:
+        return AttentionPlan(mask=workload.mask)
+    return AttentionPlan(mask=workload.mask, tokens=sizes.tokens, keys=sizes.keys)
 
 
 def _has_experts(name: str, model: ModelSpec) -> bool:

@@ -139,6 +139,7 @@ def _merged(stages: Sequence[StageCosts]) -> StageCosts:
         forward_s=sum(s.forward_s for s in stages),
         backward_s=sum(s.backward_s for s in stages),
         communication_s=sum(s.communication_s for s in stages),
+        imbalance_s=sum(s.imbalance_s for s in stages),
         hop_s=max(s.hop_s for s in stages),
         sync_s=sum(s.sync_s for s in stages),
         optimizer_s=sum(s.optimizer_s for s in stages),

@@ -6,6 +6,7 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_mosaic.layout.plan import ScheduleKind
+from megatron_mosaic.planner.balance import with_items
 from megatron_mosaic.planner.bounds import LanguageOption, pipeline_bound_s
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice, Host
 from megatron_mosaic.planner.closed_form import Hosted
@@ -117,7 +118,9 @@ class EncoderSearch:
             for choice in encoder_options(
                 problem, name, host, option.sizes, num_samples=num_samples
             ):
-                light = self._light(choice)
+                light = self._light(
+                    with_items(choice, option.sizes, self.run.estimator, num_samples=num_samples)
+                )
                 if light is not None:
                     found.append(light)
             self.run.shared[key] = found if host == "apart" else _undominated(found)

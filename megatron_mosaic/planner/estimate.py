@@ -142,14 +142,18 @@ class Estimator:
         hosted = self._hosted[key]
         if hosted is None:
             return None
-        entry_s = self.cost_model.boundary_s(
+        entry_s = self.entry_s(choice, language, num_samples=num_samples)
+        return hosted._replace(group=group, entry_s=entry_s)
+
+    def entry_s(self, choice: EncoderChoice, language: ParallelSizes, *, num_samples: int) -> float:
+        """Time in which the rows of an encoder's task reach the language model."""
+        return self.cost_model.boundary_s(
             (choice.name, LANGUAGE),
             choice.sizes,
             language,
             num_samples=num_samples,
             same_ranks=_same_ranks(choice, language),
         )
-        return hosted._replace(group=group, entry_s=entry_s)
 
     def pipeline_s(
         self, language: Hosted, num_microbatches: int, *, encoder: Hosted | None = None

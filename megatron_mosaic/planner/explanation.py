@@ -1,12 +1,13 @@
 """Why a plan is the best: its numbers beside others', and what made the difference."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_mosaic.cost.costs import StepEstimate
 from megatron_mosaic.cost.sizes import ParallelSizes
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.planner.balance_text import balance_sentences
 from megatron_mosaic.planner.candidate import Candidate
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.planner import Answer, as_estimates, inputs_of
@@ -17,6 +18,7 @@ from megatron_mosaic.schedule.graph import Stage
 
 _TERMS = {
     "compute_s": "compute",
+    "imbalance_s": "waiting for ranks with more to do in the same task",
     "communication_s": "exposed communication",
     "bubble_s": "bubble",
     "sync_s": "synchronisation of gradients and weights",
@@ -65,6 +67,7 @@ def sizes_text(sizes: ParallelSizes, layers_per_stage: tuple[int, ...]) -> str:
     words += [f"vp{sizes.chunks}"] if sizes.chunks > 1 else []
     words += [f"ep{sizes.ep}"] if sizes.ep > 1 else []
     words += [f"etp{sizes.etp}"] if sizes.etp != sizes.tp else []
+    words += [] if sizes.items == "in_order" else [f"items {sizes.items}"]
     words += ["sp"] if sizes.sequence_parallel else []
     words += [f"recompute={sizes.recompute}"] if sizes.recompute else []
     if len(set(layers_per_stage)) > 1:
@@ -90,7 +93,9 @@ def modules_text(entry: Simulated) -> dict[str, str]:
         encoder.name: f"{sizes_text(encoder.sizes, split[encoder.name])} on {_HOSTS[encoder.host]}"
         for encoder in candidate.encoders
     }
-    return texts | {LANGUAGE: sizes_text(candidate.language, split[LANGUAGE])}
+    attention = entry.plan.language.attention
+    tokens = f" tokens {attention.tokens}" if attention and candidate.language.cp > 1 else ""
+    return texts | {LANGUAGE: sizes_text(candidate.language, split[LANGUAGE]) + tokens}
 
 
 def schedule_text(candidate: Candidate) -> str:
@@ -123,6 +128,7 @@ def _sentences(answer: Answer) -> list[str]:
     else:
         sentences.append(_difference(choice, baseline))
         sentences.append(_balance(choice, baseline))
+    sentences += balance_sentences(answer)
     sentences.append(_memory(choice.step, limit_bytes=answer.problem.memory_bytes))
     return sentences
 
@@ -285,6 +291,17 @@ def as_document(explanation: Explanation) -> dict[str, Any]:
     }
 
 
+def _balance_keys(entry: Simulated, name: str) -> dict[str, Any]:
+    """How a module's loads are evened out, where the plan says something of it."""
+    placement = entry.plan.modules[name]
+    keys: dict[str, Any] = {}
+    if placement.attention is not None:
+        keys["attention"] = asdict(placement.attention)
+    if placement.items != "in_order":
+        keys["items"] = placement.items
+    return keys
+
+
 def _entry(entry: Simulated) -> dict[str, Any]:
     estimate = entry.estimate
     candidate = entry.candidate
@@ -318,6 +335,7 @@ def _entry(entry: Simulated) -> dict[str, Any]:
                 "expert_tensor_parallel_size": its.etp,
                 "sequence_parallel": its.sequence_parallel,
                 "recompute": its.recompute,
+                **_balance_keys(entry, name),
                 "layers_per_stage": list(entry.layers_per_stage[name]),
             }
             for name, (its, host) in sizes.items()

@@ -72,10 +72,15 @@ def context_sizes(module: ModuleSpec, problem: Problem, *, tp: int) -> tuple[int
     while not joins and cp * tp <= problem.num_gpus:
         if length / cp < problem.space.min_tokens_per_rank:
             break
-        if module.name != LANGUAGE or problem.model.sequence_length % (2 * cp * tp) == 0:
+        if module.name != LANGUAGE or _cuts(problem, 2 * cp * tp):
             sizes.append(cp)
         cp *= 2
     return tuple(cp for cp in sizes if problem.pins.allows(module.name, "cp", cp))
+
+
+def _cuts(problem: Problem, parts: int) -> bool:
+    """Whether sequences can be cut: any can under a multimodal mask, in unlike parts."""
+    return problem.workload is not None or problem.model.sequence_length % parts == 0
 
 
 def pipeline_sizes(module: ModuleSpec, problem: Problem, *, most: int) -> tuple[int, ...]:
@@ -141,7 +146,7 @@ def _with_options(
 def _sequence_parallel(problem: Problem, *, tp: int, cp: int) -> tuple[bool, ...]:
     """Sequence parallelism wherever it can be: it saves memory at no cost in bytes sent."""
     cut = tp * (2 * cp if cp > 1 else 1)
-    possible = tp > 1 and problem.model.sequence_length % cut == 0
+    possible = tp > 1 and _cuts(problem, cut)
     pinned = problem.pins.modules.get(LANGUAGE, {}).get("sequence_parallel", possible)
     if pinned and not possible:
         return ()

@@ -19,6 +19,8 @@ def prediction(choice: Simulated) -> dict[str, Any]:
         "placement": choice.candidate.placement,
         "breakdown": {
             "compute_s": _short(breakdown.compute_s),
+            # Most plans have none.
+            **({"imbalance_s": _short(breakdown.imbalance_s)} if breakdown.imbalance_s else {}),
             "communication_s": _short(breakdown.communication_s),
             "bubble_s": _short(breakdown.bubble_s),
             "sync_s": _short(breakdown.sync_s),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, get_args
 
 import yaml
@@ -10,10 +11,13 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.sizes import TrainingSettings
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import nearest, show
-from megatron_mosaic.layout.placement import LANGUAGE, Recompute
+from megatron_mosaic.layout.attention import KeyExchange
+from megatron_mosaic.layout.placement import LANGUAGE, ItemOrder, Recompute
 from megatron_mosaic.layout.plan import ScheduleKind
-from megatron_mosaic.model.layers import Experts
-from megatron_mosaic.model.spec import ModelSpec, ModuleSpec
+from megatron_mosaic.model.layers import Experts, SelfAttention
+from megatron_mosaic.model.spec import LanguageHead, ModelSpec, ModuleSpec
+from megatron_mosaic.model.workload import Workload
+from megatron_mosaic.tokens.names import Method
 
 _SIZES: Mapping[str, str] = {
     "tensor_model_parallel_size": "tp",
@@ -25,6 +29,14 @@ _SIZES: Mapping[str, str] = {
     "sequence_parallel": "sequence_parallel",
     "recompute": "recompute",
     "layers_per_stage": "layers_per_stage",
+    "attention.tokens": "tokens",
+    "attention.keys": "keys",
+    "items": "items",
+}
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "tokens": get_args(Method),
+    "keys": get_args(KeyExchange),
+    "items": get_args(ItemOrder),
 }
 SIZE_NAMES: Mapping[str, str] = {short: name for name, short in _SIZES.items()}
 """Megatron's names of the sizes by their short ones."""
@@ -87,7 +99,7 @@ class Space:
     recompute: tuple[Recompute | None, ...] = (None, "selective", "full")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a plan is wanted for.
 
@@ -124,11 +136,17 @@ class Problem:
                 f"{self.cluster.name}; lower it or add nodes to the cluster file"
             )
         _check_edges(self.model)
+        _check_mask(self.model)
 
     @property
     def memory_bytes(self) -> float:
         """Memory of a GPU that a plan may fill."""
         return self.cluster.gpu.memory_bytes - self.reserved_bytes
+
+    @cached_property
+    def workload(self) -> Workload | None:
+        """Sequences under a multimodal mask; ``None`` if the model's is causal."""
+        return Workload.of(self.model)
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -156,6 +174,25 @@ def _check_edges(model: ModelSpec) -> None:
             )
 
 
+def _check_mask(model: ModelSpec) -> None:
+    if Workload.of(model) is None:
+        return
+    language = model.language
+    for run in language.layers:
+        mixer = run.layer.mixer
+        if not isinstance(mixer, SelfAttention) or mixer.window is not None:
+            kind = "sliding windows" if isinstance(mixer, SelfAttention) else type(mixer).__name__
+            raise PlanError(
+                f"model {model.name}: mask={language.mask} must go with layers of full "
+                f"self-attention, which {kind} are not; remove mask"
+            )
+    if isinstance(language.output, LanguageHead) and language.output.mtp_layers:
+        raise PlanError(
+            f"model {model.name}: mask={language.mask} must go with mtp_num_layers=0, not "
+            f"{language.output.mtp_layers}; remove one of the two"
+        )
+
+
 def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
     """Reads what ``--set`` says.
 
@@ -173,6 +210,11 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
         name, _, size = key.partition(".")
         if name in model.modules and size:
             modules.setdefault(name, {})[_size(key, size)] = _value(key, size, value)
+            if size.startswith("attention.") and Workload.of(model) is None:
+                raise PlanError(
+                    f"set: {key} must go with a mask in model {model.name}, whose attention is "
+                    f"causal; remove it, or add mask to the model"
+                )
         else:
             field_name = _plan_field(key, model)
             rest[field_name] = _plan_value(key, value)
@@ -195,6 +237,8 @@ def _value(key: str, size: str, value: object) -> object:
                 f"set: {key}={show(value)} must be one of none, selective, full; choose one of them"
             )
         return value
+    if _SIZES[size] in _WORDS:
+        return _word(key, size, value)
     if size == "sequence_parallel":
         if not isinstance(value, bool):
             raise PlanError(f"set: {key}={show(value)} must be a boolean; write true or false")
@@ -204,6 +248,19 @@ def _value(key: str, size: str, value: object) -> object:
             raise PlanError(f"set: {key}={show(value)} must be a list of layers; write [17, 15]")
         return tuple(value)
     return _count(key, value)
+
+
+def _word(key: str, size: str, value: object) -> object:
+    is_language, words = key.partition(".")[0] == LANGUAGE, _WORDS[_SIZES[size]]
+    if is_language == (size == "items"):
+        where = "an encoder" if size == "items" else LANGUAGE
+        raise PlanError(f"set: {key} must be a field of {where}; remove it")
+    if value not in words:
+        raise PlanError(
+            f"set: {key}={show(value)} must be one of {', '.join(words)}; "
+            f"{nearest(value, words, otherwise='choose one of them')}"
+        )
+    return value
 
 
 def _count(key: str, value: object) -> int:

@@ -8,17 +8,17 @@ from time import monotonic
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.costs import ModuleCosts
 from megatron_mosaic.layout.plan import ScheduleKind
+from megatron_mosaic.planner.balance import stock_tokens
 from megatron_mosaic.planner.bounds import (
     LanguageOption,
-    ModuleTimes,
     encoder_work_s,
     language_options,
-    module_times,
 )
 from megatron_mosaic.planner.candidate import Candidate, Host
 from megatron_mosaic.planner.closed_form import Hosted
 from megatron_mosaic.planner.encoder_search import EncoderSearch, Light
 from megatron_mosaic.planner.estimate import Estimate, Estimator
+from megatron_mosaic.planner.module_times import ModuleTimes, module_times
 from megatron_mosaic.planner.placements import (
     assignments,
     homogeneous,
@@ -150,7 +150,8 @@ class Run:
                 break
             if self.late():
                 break
-            for candidate in homogeneous(self.problem, option.sizes, option.micro_batch_size):
+            sizes = stock_tokens(option.sizes, self.problem.workload)
+            for candidate in homogeneous(self.problem, sizes, option.micro_batch_size):
                 estimate = self.estimate(candidate)
                 if estimate is not None:
                     self.baseline.add(estimate)

@@ -24,7 +24,11 @@ MEMORY_COLORS: Mapping[str, str] = dict(
     )
 )
 TIME_COLORS: Mapping[str, str] = dict(
-    zip(TIME_TERMS, ("#17406d", "#7ba0c4", "#e1e6ea", "#5d6873", "#98a3ad"), strict=True)
+    zip(
+        TIME_TERMS,
+        ("#17406d", "#c9a227", "#7ba0c4", "#e1e6ea", "#5d6873", "#98a3ad"),
+        strict=True,
+    )
 )
 
 

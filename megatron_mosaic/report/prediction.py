@@ -14,7 +14,14 @@ from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
 from megatron_mosaic.schedule.steps import edges_of
 
 MEMORY_TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
-TIME_TERMS = ("compute_s", "communication_s", "bubble_s", "sync_s", "optimizer_s")
+TIME_TERMS = (
+    "compute_s",
+    "imbalance_s",
+    "communication_s",
+    "bubble_s",
+    "sync_s",
+    "optimizer_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

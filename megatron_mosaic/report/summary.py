@@ -10,6 +10,7 @@ from megatron_mosaic.report.units import gib, ranks_text, seconds
 _LEAST_SHARE = 0.002  # of a step: what is less is not worth a word
 _NAMES: Mapping[str, str] = {
     "compute_s": "computing",
+    "imbalance_s": "imbalance of tokens and items",
     "communication_s": "exposed communication",
     "bubble_s": "waiting",
     "sync_s": "synchronising",

@@ -40,7 +40,8 @@ def _step(prediction: Prediction) -> Iterator[str]:
         columns.append(("baseline", prediction.baseline_breakdown, other_s))
     if columns:
         yield f"{'':15}" + "".join(f"{name:>20}" for name, _, _ in columns)
-    for term in TIME_TERMS if columns else ():
+    named = [term for term in TIME_TERMS if any(term in terms for _, terms, _ in columns)]
+    for term in named:
         cells = [_share(terms.get(term, 0.0), total_s) for _, terms, total_s in columns]
         yield f"{term.removesuffix('_s'):15}" + "".join(f"{cell:>20}" for cell in cells)
 

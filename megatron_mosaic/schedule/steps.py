@@ -101,6 +101,17 @@ def communicators(plan: Plan, edge: Edge) -> tuple[tuple[int, ...], ...]:
     return (tuple(sorted({*source, *destination})),)
 
 
+def tasks_of(schedule: Schedule, plan: Plan, module: str) -> list[tuple[int, ...]]:
+    """Microbatches of every forward task of a module's last stage."""
+    last = plan.modules[module].num_stages - 1
+    rank = plan.modules[module].stage_ranks(last)[0]
+    return [
+        task.microbatches
+        for task in schedule.tasks[rank]
+        if task.module == module and task.stage == last and task.kind == "F"
+    ]
+
+
 def has_gradient(plan: Plan, edge: Edge) -> bool:
     """Whether gradients travel back over the edge: not to a source without backward pass."""
     return needs_backward(plan, edge.source)

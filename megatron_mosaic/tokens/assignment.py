@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
 
 import numpy as np
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.tokens.held import Held
 from megatron_mosaic.tokens.ranges import Integers
-
-Method = Literal["contiguous", "zigzag", "lpt", "balanced", "local"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +88,6 @@ class TokenAssignment:
                 f"0..{self.cut.cp - 1}; name ranks of the group"
             )
 
-    @classmethod
-    def of(cls, cut: SequenceCut, owner: Integers) -> Self:
-        """Assigns the pieces of a cut."""
-        return cls(cut=cut, owner=owner)
-
     @cached_property
     def tokens(self) -> Integers:
         """Tokens of each rank."""
@@ -111,7 +103,7 @@ class TokenAssignment:
         """
         return -(-int(self.tokens.max()) // multiple) * multiple
 
-    def held(self, cp: int) -> Held:
-        """Positions that a rank keeps."""
-        own = self.owner == cp
+    def held(self, rank: int) -> Held:
+        """Positions that a rank of the group keeps."""
+        own = self.owner == rank
         return Held.of(self.cut.edges[:-1][own], self.cut.edges[1:][own])

@@ -12,7 +12,7 @@ several are packed, and how long it is before padding. A preset says what that m
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,11 +26,11 @@ from megatron_mosaic.tokens.mask import (
     padding,
     text,
 )
+from megatron_mosaic.tokens.names import Preset
 from megatron_mosaic.tokens.ranges import Integers
 
-Preset = Literal[
-    "causal", "prefix_lm", "encoder_prepended", "encoder_embedded", "multimodal_packed"
-]
+# Masks of sequences that are not packed.
+ONE_DOCUMENT: frozenset[Preset] = frozenset(("encoder_prepended", "encoder_embedded"))
 
 
 class Item(NamedTuple):
@@ -153,7 +153,7 @@ def _check_documents(preset: Preset, stops: Sequence[int], *, length: int) -> No
             f"mask: document_stop={stops[-1]} must be <= length={length} of the sequence; "
             f"count the tokens that images become"
         )
-    if len(stops) > 1 and preset in ("encoder_prepended", "encoder_embedded"):
+    if len(stops) > 1 and preset in ONE_DOCUMENT:
         raise LayoutError(
             f"mask: documents={len(stops)} must be 1 with mask={preset}; use mask=multimodal_packed"
         )

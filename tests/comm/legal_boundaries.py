@@ -4,7 +4,7 @@ Everything is drawn with the ranks of one world in mind: modules may share all r
 in any order.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
@@ -12,10 +12,18 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape, ItemShape, Samples
+from megatron_mosaic.comm.boundary import (
+    BoundaryRoutes,
+    BoundaryShape,
+    ItemShape,
+    Samples,
+    TaskOwners,
+)
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.ownership import count_rows
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, split_evenly
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
 from megatron_mosaic.layout.sharding import SequenceSharding
 
 HIDDEN = 3
@@ -31,6 +39,8 @@ class Boundary:
     shape: BoundaryShape
     samples: Samples
     groups: tuple[tuple[int, ...], ...]  # microbatches of the source's tasks
+    owners: TaskOwners = field(default_factory=dict)  # where the source's items are dealt
+    sequences: tuple[SampleSequence, ...] = ()  # of every sample, where their masks split them
 
     @property
     def num_samples(self) -> int:
@@ -49,7 +59,7 @@ class Boundary:
     def routes(self) -> BoundaryRoutes:
         """The routes of the step."""
         routes = BoundaryRoutes(self.source, self.destination, shape=self.shape)
-        routes.begin(self.samples, groups=self.groups)
+        routes.begin(self.samples, groups=self.groups, owners=self.owners, sequences=self.sequences)
         return routes
 
     def made_by(self, rank: int) -> list[list[int]]:
@@ -63,12 +73,15 @@ class Boundary:
             size = len(group) * self.num_samples
             for place in range(size):
                 sample = group[0] * self.num_samples + place
-                dp = max(
+                in_order = max(
                     dp
                     for dp in range(source.data_parallel_size)
                     if dp * size // source.data_parallel_size <= place
                 )
                 for number in range(count_rows(self.samples[sample])):
+                    dp = in_order
+                    if self.owners:
+                        dp = self.owners[group][place][number // self.shape.item.rows]
                     if dp == position.dp and self._has_item_row(number, position.cp):
                         numbers[sample // self.num_samples].append(row)
                     row += 1
@@ -83,7 +96,7 @@ class Boundary:
         for sample, runs in enumerate(self.samples):
             dp = sample % self.num_samples // self.shape.samples_per_replica
             for place in (place for run in runs for place in range(*run)):
-                if dp == position.dp and self._has_place(place, position.cp, position.tp):
+                if dp == position.dp and self._has_place(sample, place, position.cp, position.tp):
                     numbers[sample // self.num_samples].append(row)
                 row += 1
         return numbers
@@ -118,18 +131,39 @@ class Boundary:
         shards = self.shape.item.shards
         return shards is None or number % self.shape.item.rows in range(*shards[cp])
 
-    def _has_place(self, place: int, cp: int, tp: int) -> bool:
+    def _has_place(self, sample: int, place: int, cp: int, tp: int) -> bool:
         sharding = self.shape.sharding
         if sharding is None:
             return True
         if place >= sharding.sequence_length:
             return False
+        if isinstance(sharding, MaskedSharding):
+            return self._has_slot(sharding, sample, place, cp, tp)
         local = np.arange(sharding.sequence_length)
         if sharding.cp > 1:
             local = np.split(local, 2 * sharding.cp)
             local = np.concatenate([local[cp], local[-1 - cp]])
         part = np.split(local, sharding.tp)[tp if sharding.tp > 1 else 0]
         return place in part
+
+    def _has_slot(
+        self, sharding: MaskedSharding, sample: int, place: int, cp: int, tp: int
+    ) -> bool:
+        """Whether a rank has a position, token by token from who has which of the sequence."""
+        size = self.shape.samples_per_replica
+        first = sample // size * size
+        owners = [rank_of_tokens(sharding, each) for each in self.sequences[first : first + size]]
+        most = max(np.bincount(each, minlength=sharding.cp).max() for each in owners)
+        slots_of_part = -(-int(most) // sharding.tp)
+        own = owners[sample - first]
+        slot = np.count_nonzero(own[:place] == cp)
+        return own[place] == cp and (sharding.tp == 1 or slot // slots_of_part == tp)
+
+
+def rank_of_tokens(sharding: MaskedSharding, sequence: SampleSequence) -> np.ndarray:
+    """Context-parallel rank of every token of a sequence ``[length]``."""
+    assignment = sharding.assignment(sequence)
+    return np.repeat(assignment.owner, assignment.cut.sizes)
 
 
 @st.composite
@@ -169,16 +203,36 @@ def boundaries(draw, max_world_size=8, world_size=None, source=None, destination
     num_samples = size * destination.data_parallel_size * group * num_groups
     item = _item(draw, source)
     length, sharding = _length(draw, destination)
+    with_masks = sharding is not None and draw(st.booleans())
+    if with_masks:
+        length, sharding = _masked(draw, destination)
     samples = tuple(_runs(draw, item.rows, length) for _ in range(num_samples))
+    groups = tuple(tuple(range(index * group, (index + 1) * group)) for index in range(num_groups))
     return Boundary(
         source=source,
         destination=destination,
         shape=BoundaryShape(samples_per_replica=size, sharding=sharding, item=item),
         samples=samples,
-        groups=tuple(
-            tuple(range(index * group, (index + 1) * group)) for index in range(num_groups)
-        ),
+        groups=groups,
+        owners=_owners(draw, groups, samples, dp=source.data_parallel_size),
+        sequences=tuple(_sequence(draw, runs, length) for runs in samples) if with_masks else (),
     )
+
+
+def _owners(draw, groups, samples, *, dp):
+    """In half of the boundaries any replica runs any item; the runs of a sample are its items."""
+    if draw(st.booleans()):
+        return {}
+    seed = draw(st.integers(0, 99))
+    size = len(samples) // sum(map(len, groups))
+    owners = {}
+    for group in groups:
+        own = samples[group[0] * size : (group[-1] + 1) * size]
+        numbers = np.random.default_rng((seed, group[0])).integers(dp, size=(len(own), 3)).tolist()
+        owners[group] = tuple(
+            tuple(row[: len(runs)]) for row, runs in zip(numbers, own, strict=True)
+        )
+    return owners
 
 
 def _item(draw, source):
@@ -194,6 +248,25 @@ def _length(draw, destination):
     if cp > 1 and not destination.sequence_parallel and draw(st.integers(0, 3)) == 0:
         return length, None  # whole sequences everywhere: each rank has a part of the gradient
     return length, SequenceSharding.of(destination, sequence_length=length)
+
+
+def _masked(draw, destination):
+    """A split by masks, of any length."""
+    cp = destination.context_parallel_size
+    attention = AttentionPlan(
+        mask=draw(st.sampled_from(["causal", "prefix_lm", "multimodal_packed"])),
+        tokens=draw(st.sampled_from(["contiguous", "zigzag", "lpt", "balanced"])),
+    )
+    length = draw(st.integers(1, 150))
+    tp = destination.tensor_model_parallel_size if destination.sequence_parallel else 1
+    return length, MaskedSharding(attention=attention, sequence_length=length, cp=cp, tp=tp)
+
+
+def _sequence(draw, runs, length):
+    """What a batch says of a sample: padding after its last item, if there is room."""
+    behind = max([1, *(run.stop for run in runs)])
+    stop = draw(st.integers(min(behind, length), length))
+    return SampleSequence(runs, draw(st.sampled_from([None, (stop,)])))
 
 
 def _runs(draw, item_rows, length):

@@ -1,9 +1,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape
+from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape, ItemShape
 from megatron_mosaic.comm.rank_route import BoundarySides, Microbatch
 from megatron_mosaic.comm.route import Leg, gradient_route, route
+from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.ownership import row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
@@ -33,11 +34,17 @@ def _microbatches(boundary):
     for group in boundary.groups:
         for index, microbatch in enumerate(group):
             own = slice(microbatch * size, (microbatch + 1) * size)
+            offsets, dealt = row_offsets(boundary.counts()[own]), None
+            if boundary.owners:
+                owners = boundary.owners[group][index * size : (index + 1) * size]
+                dealt = DealtItems.of(owners, boundary.samples[own])
             yield Microbatch(
                 samples=boundary.samples[own],
-                offsets=row_offsets(boundary.counts()[own]),
+                offsets=offsets,
                 first=index * size,
                 group_size=len(group) * size,
+                dealt=dealt,
+                sequences=boundary.sequences[own] or None,
             )
 
 
@@ -78,6 +85,42 @@ def test_rows_that_a_rank_makes_are_counted_row_by_row(boundary):
         made = boundary.made_by(rank)
         sizes = [routes.rows_made(microbatch, rank=rank) for microbatch in boundary.microbatches]
         assert sizes == [len(rows) for rows in made]
+
+
+def test_items_that_are_dealt_are_counted_where_they_are_made():
+    vision = ModulePlacement(name="vision", ranks=(0, 1), data_parallel_size=2)
+    language = ModulePlacement(name="language", ranks=(2,))
+    shape = BoundaryShape(samples_per_replica=1, item=ItemShape(rows=2))
+    routes = BoundaryRoutes(vision, language, shape=shape)
+    # Samples of three, no and one image, each a microbatch; tasks of one and of two of them.
+    samples = ((Interval(0, 6),), (), (Interval(0, 2),))
+    owners = {(0,): ((1, 0, 1),), (1, 2): ((), (1,))}
+    routes.begin(samples, groups=[(0,), (1, 2)], owners=owners)
+
+    assert [routes.items_made(0, dp=dp) for dp in range(2)] == [1, 2]
+    assert [routes.items_made(2, dp=dp) for dp in range(2)] == [0, 1]
+    # Rows 0-1 and 4-5 come from the second replica, 2-3 from the first.
+    assert routes.route("activation", 0, rank=2).legs == (
+        Leg(1, 2, Interval(0, 2)),
+        Leg(0, 2, Interval(2, 4)),
+        Leg(1, 2, Interval(4, 6)),
+    )
+    assert routes.route("gradient", 0, rank=1).wanted == {1: Rows([(0, 2), (4, 6)])}
+
+
+def test_items_of_unlike_sizes_are_the_runs_of_a_sample():
+    vision = ModulePlacement(name="vision", ranks=(0, 1), data_parallel_size=2)
+    language = ModulePlacement(name="language", ranks=(2,))
+    routes = BoundaryRoutes(vision, language, shape=BoundaryShape(samples_per_replica=1))
+    # An image of five rows and one of two, with text in between.
+    sample = (Interval(0, 5), Interval(7, 9))
+
+    routes.begin((sample,), groups=[(0,)], owners={(0,): ((1, 0),)})
+    assert [routes.rows_made(0, rank=rank) for rank in (0, 1)] == [2, 5]
+
+    # The same number of rows, of other items: another route.
+    routes.begin(((Interval(0, 3), Interval(3, 7)),), groups=[(0,)], owners={(0,): ((1, 0),)})
+    assert routes.route("activation", 0, rank=0).legs == (Leg(0, 2, Interval(3, 7)),)
 
 
 def test_route_of_a_rank_without_a_part_is_empty():

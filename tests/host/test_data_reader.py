@@ -46,6 +46,9 @@ class _OneRowPerImage:
         places = [row.nonzero().flatten().tolist() for row in batch["tokens"] == -200]
         return {"vision": [tuple(Interval(at, at + 1) for at in sample) for sample in places]}
 
+    def document_stops(self, batch):
+        return None
+
 
 def _reader(rank, dataset, *, first_sample=0, positions=False, hands_ahead=False):
     from megatron_mosaic.host.cpu import run_on_cpu

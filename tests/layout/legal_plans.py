@@ -2,6 +2,7 @@
 
 from hypothesis import strategies as st
 
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 
@@ -10,6 +11,9 @@ _PARTS = st.none() | st.lists(
     st.sampled_from(["projector", "on", "3", "a: b", "*.bias"]), unique=True
 ).map(tuple)
 _RECOMPUTE = st.sampled_from([None, "selective", "full"])
+_MASKS = st.sampled_from(
+    ["causal", "prefix_lm", "encoder_prepended", "encoder_embedded", "multimodal_packed"]
+)
 _NOTES = st.none() | st.dictionaries(
     st.text(max_size=4),
     st.recursive(
@@ -31,6 +35,7 @@ def legal_plans(draw):
     with_encoder = kind == "colocated" or draw(st.booleans())
     language_size = {
         "tensor_model_parallel_size": draw(_SIZES),
+        "context_parallel_size": draw(st.integers(1, 2)),
         "data_parallel_size": draw(_SIZES),
         "pipeline_model_parallel_size": 1 if kind == "no_pipelining" else draw(_SIZES),
     }
@@ -53,6 +58,7 @@ def legal_plans(draw):
         expert_model_parallel_size=draw(st.sampled_from([1, language_size["data_parallel_size"]])),
         expert_tensor_parallel_size=draw(st.sampled_from([None, 1])),
         recompute=draw(_RECOMPUTE),
+        attention=draw(st.none() | _attention(language_size["context_parallel_size"])),
     )
     # With 1f1b the encoder starts behind the language ranks, otherwise anywhere.
     first = num_language if kind == "1f1b" else draw(st.integers(0, num_language))
@@ -62,6 +68,7 @@ def legal_plans(draw):
         **vision_size,
         trainable=draw(_PARTS),
         recompute=draw(_RECOMPUTE),
+        items=draw(st.sampled_from(["in_order", "balanced"])),
     )
     group, num_groups, micro_batch_size = draw(_SIZES), draw(_SIZES), draw(_SIZES)
     return Plan(
@@ -78,6 +85,14 @@ def legal_plans(draw):
         ),
         predicted=draw(_NOTES),
         inputs=draw(_NOTES),
+    )
+
+
+def _attention(cp):
+    tokens = ["balanced", "local", "zigzag"] if cp > 1 else ["balanced"]
+    keys = ["auto", "blocks", "all_gather"] if cp > 1 else ["auto"]
+    return st.builds(
+        AttentionPlan, mask=_MASKS, tokens=st.sampled_from(tokens), keys=st.sampled_from(keys)
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 
 from megatron_mosaic.errors import LayoutError, PlanError
+from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice, check_world_size
 from tests.layout.legal_plans import legal_plans
@@ -205,6 +206,44 @@ def test_experts_change_the_digest_and_survive_the_round_trip(changes):
 
     assert plan.digest() != plan_of().digest()
     assert Plan.loads(plan.to_yaml(), "plan.yaml") == plan
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        ("language", {"attention": AttentionPlan(mask="causal")}),
+        ("vision", {"items": "balanced"}),
+    ],
+    ids=str,
+)
+def test_attention_and_items_change_the_digest_and_survive_the_round_trip(module, changes):
+    modules = dict(plan_of().modules)
+    modules[module] = dataclasses.replace(modules[module], **changes)
+    plan = plan_of(modules=modules)
+
+    assert plan.digest() != plan_of().digest()
+    assert Plan.loads(plan.to_yaml(), "plan.yaml") == plan
+
+
+def test_plan_writes_attention_without_its_defaults():
+    modules = dict(plan_of().modules)
+    attention = AttentionPlan(mask="multimodal_packed", tokens="local")
+    modules["language"] = dataclasses.replace(
+        modules["language"],
+        data_parallel_size=1,
+        context_parallel_size=2,
+        attention=attention,
+    )
+
+    text = plan_of(modules=modules).to_yaml()
+
+    assert "    attention: {mask: multimodal_packed, tokens: local}\n" in text
+
+
+def test_attention_defaults_are_balanced_tokens_and_keys_by_cost():
+    assert AttentionPlan(mask="prefix_lm") == AttentionPlan(
+        mask="prefix_lm", tokens="balanced", keys="auto"
+    )
 
 
 def test_digest_is_stable_between_versions():

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from tests.parity.adapters import add_adapters, train_only
 
-MAX_IMAGES = 2
+MAX_IMAGES = {"one": 2, "two": 2, "ragged": 2, "sparse": 2, "many": 5}
 
 
 def model_provider(pre_process=True, post_process=True, **unused):
@@ -30,8 +30,8 @@ def model_provider(pre_process=True, post_process=True, **unused):
         args.img_h, args.img_w, args.patch_dim, "clip", True, 1, False, False
     )
     args.seq_length = args.encoder_seq_length = rows
-    longest = args.text_length + MAX_IMAGES * (rows - 1)
-    args.decoder_seq_length = -(-longest // 8) * 8
+    longest = args.text_length + MAX_IMAGES[args.images] * (rows - 1)
+    args.decoder_seq_length = -(-longest // args.length_multiple) * args.length_multiple
     args.max_position_embeddings = max(args.max_position_embeddings, args.decoder_seq_length)
     language = core_transformer_config_from_args(args)
     language.num_layers = args.decoder_num_layers
@@ -131,6 +131,7 @@ IMAGES_OF = {
     "one": lambda index: 1,
     "two": lambda index: 2,
     "ragged": lambda index: (1, 0, 2, 1, 0, 0, 2)[index % 7],
+    "many": lambda index: (5, 0, 3, 1, 4)[index % 5],
     # Whole microbatches without an image.
     "sparse": lambda index: 2 if index % 8 == 3 else 0,
 }
@@ -211,6 +212,7 @@ def add_script_args(parser):
     group.add_argument("--legacy-loss", action="store_true")
     group.add_argument("--disable-vision-class-token", action="store_true")
     group.add_argument("--text-length", type=int, default=8, help="image tokens included")
+    group.add_argument("--length-multiple", type=int, default=8, help="of whole sequences")
     group.add_argument("--images", choices=tuple(IMAGES_OF), default="ragged")
     return parser
 

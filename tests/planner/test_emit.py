@@ -28,6 +28,21 @@ def test_other_programs_fill_no_bubbles(form):
         emitted(form, source.replace("{kind: 1f1b}", "{kind: bubble_fill}"))
 
 
+@pytest.mark.parametrize("form", ["megatron", "mimo", "bridge"])
+@pytest.mark.parametrize(
+    ("module", "key", "refusal"),
+    [
+        ("language:", "attention: {mask: causal}", "attention=causal must be absent"),
+        ("vision:", "items: balanced", "items=balanced must be in_order"),
+    ],
+)
+def test_other_programs_know_no_masks_and_no_balance(form, module, key, refusal):
+    source = HOMOGENEOUS.replace(module, f"{module}\n    {key}")
+
+    with pytest.raises(PlanError, match=rf"^plan\.yaml: modules\.{module} {refusal}.*; use --form"):
+        emitted(form, source)
+
+
 def test_refusal_names_the_formats_that_can():
     with pytest.raises(
         PlanError,

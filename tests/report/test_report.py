@@ -83,7 +83,7 @@ def test_prediction_without_a_stage_has_no_times():
     ("change", "to", "message"),
     [
         ("step_s: 2.0", "step_s: soon", r"predicted\.step_s='soon' must be a number >= 0; plan"),
-        ("bubble_s: 0.7", "bubble: 0.7", r"breakdown\.bubble=0\.7 must be one of compute_s, comm"),
+        ("bubble_s: 0.7", "bubble: 0.7", r"breakdown\.bubble=0\.7 must be one of compute_s, imbalance_s, comm"),
         ("weights: 1", "weight: 1", r"predicted\.memory_bytes\[0\]\.weight=1.* must be one of we"),
         ("[1.0, 1.0]", "[1.0]", r"predicted\.tasks_s\.vision\.0=\[1\.0\] must be the times of a"),
         ("[1.0, 1.0]", "[1.0, -1.0]", r"predicted\.tasks_s\.vision\.0=-1\.0 must be a number >= 0"),

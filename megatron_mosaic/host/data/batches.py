@@ -5,6 +5,7 @@ A loader yields whole microbatches of one language replica; an encoder's task ne
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,7 +56,48 @@ def take_samples(
     """
     if samples == (0, len(images)):
         return batch
-    rows = Interval(sum(images[: samples.start]), sum(images[: samples.stop]))
+    rows = slice(sum(images[: samples.start]), sum(images[: samples.stop]))
+    return _cut(batch, slice(*samples), rows, images=images, per_image=per_image)
+
+
+def take_items(
+    batch: Any,
+    items: Sequence[Sequence[int]],
+    *,
+    images: Sequence[int],
+    per_image: Sequence[str],
+) -> Any:
+    """Cuts some images out of a batch, and the samples that have any of them.
+
+    Args:
+        batch: As :func:`take_samples` takes it.
+        items: Images of every sample that are wanted, by their number in the sample, ascending.
+        images: Images of every sample of the batch.
+        per_image: Names of the tensors with a row for each image ``[images, ...]``.
+
+    Returns:
+        A batch of the same type, whose tensors are copies.
+
+    Raises:
+        HostError: A tensor has another number of rows.
+    """
+    if all(len(own) == number > 0 for own, number in zip(items, images, strict=True)):
+        return batch
+    before = [0, *accumulate(images)]
+    samples = [sample for sample, own in enumerate(items) if own]
+    rows = [before[sample] + item for sample in samples for item in items[sample]]
+    return _cut(batch, samples, rows, images=images, per_image=per_image)
+
+
+def _cut(
+    batch: Any,
+    samples: slice | list[int],
+    rows: slice | list[int],
+    *,
+    images: Sequence[int],
+    per_image: Sequence[str],
+) -> Any:
+    """Takes samples of a batch, and rows of what it has for each image."""
 
     def cut(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -63,9 +105,9 @@ def take_samples(
                 return value
             by_image = name in per_image
             _check_rows(name, value, sum(images) if by_image else len(images))
-            return value[slice(*(rows if by_image else samples))]
+            return value[rows if by_image else samples]
         if isinstance(value, list) and len(value) == len(images):
-            return value[slice(*samples)]
+            return value[samples] if isinstance(samples, slice) else [value[i] for i in samples]
         return value
 
     return _rebuilt(batch, {name: cut(name, value) for name, value in batch_fields(batch).items()})

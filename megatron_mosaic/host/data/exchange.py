@@ -75,11 +75,8 @@ class FactsExchange:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        world_size = dist.get_world_size()
-        speaker, ended = world_size - int(self._message[0]), bool(self._message[1])
-        if speaker < world_size:
-            raise RankError(str(self._failure or f"data: rank {speaker} stopped"), speaker=speaker)
-        if ended:
+        _check_nobody_speaks(self._message, self._failure)
+        if self._message[1]:
             return None
         values = self._message[_HEADER:].reshape(2, self._num_samples, self._layout.size)
         greatest, least = values[0], -values[1]
@@ -101,6 +98,36 @@ class FactsExchange:
         )
 
 
+def agree_on_items(failure: HostError | None, *, group: dist.ProcessGroup) -> None:
+    """Goes on if every rank has read its items.
+
+    Args:
+        failure: Why this rank could not.
+        group: Of the whole world, on host memory.
+
+    Raises:
+        RankError: Some rank could not, on every rank.
+
+    Note:
+        Collective over the world.
+    """
+    speaks = torch.tensor([_voice(failure)])
+    dist.all_reduce(speaks, op=dist.ReduceOp.MAX, group=group)
+    _check_nobody_speaks(speaks, failure)
+
+
+def _voice(failure: HostError | None) -> int:
+    """What a rank says of itself: the first one with an error has the greatest entry."""
+    return dist.get_world_size() - dist.get_rank() if failure else 0
+
+
+def _check_nobody_speaks(loudest: torch.Tensor, failure: HostError | None) -> None:
+    world_size = dist.get_world_size()
+    speaker = world_size - int(loudest[0])
+    if speaker < world_size:
+        raise RankError(str(failure or f"data: rank {speaker} stopped"), speaker=speaker)
+
+
 def _message(findings: Findings, num_samples: int, layout: FactsLayout) -> torch.Tensor:
     """Header, then every value and its negative: the maxima are the greatest and least value."""
     values = torch.full((2, num_samples, layout.size), UNREAD, dtype=torch.int64)
@@ -109,6 +136,5 @@ def _message(findings: Findings, num_samples: int, layout: FactsLayout) -> torch
         values[0, start:stop] = torch.maximum(values[0, start:stop], own)
         # The least integer is its own negative: what is unread stays so.
         values[1, start:stop] = torch.maximum(values[1, start:stop], -own)
-    # The first rank with an error has the greatest entry, and says it.
-    speaks = dist.get_world_size() - dist.get_rank() if findings.failure else 0
-    return torch.cat([torch.tensor([speaks, int(findings.ended)]), values.flatten()])
+    header = torch.tensor([_voice(findings.failure), int(findings.ended)])
+    return torch.cat([header, values.flatten()])

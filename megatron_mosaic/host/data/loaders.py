@@ -4,16 +4,18 @@ Such a loader yields the microbatches of one language replica, whatever it reads
 that needs samples of several replicas has a loader for each of them: loaders of equal shards give
 equal samples, so nothing but the facts of samples has to travel. What it costs is that an encoder
 rank reads the microbatches of every replica whose samples its tasks touch, and decodes them whole.
+Where a plan deals its items by cost those are all replicas, and it drops the other ranks' images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.batches import join_samples
 from megatron_mosaic.host.data.facts import SampleFacts, sample_facts
+from megatron_mosaic.host.data.items import StepOwners, items_of
 from megatron_mosaic.host.data.reader import Share
-from megatron_mosaic.host.data.shares import StepShares
+from megatron_mosaic.host.data.shares import Microbatches, StepShares
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.layout.rows import Interval
 
@@ -43,6 +45,8 @@ class LoaderSource:
         self._shares = shares
         self._boundaries = boundaries
         self._skipped = skipped
+        self._whole: Mapping[int, Batch] = {}
+        self._cut: dict[str, dict[Microbatches, Batch | None]] = {}
         self.saved_replica = saved_replica
         self.state: Any = None
 
@@ -71,11 +75,34 @@ class LoaderSource:
                 facts.append((Interval(first, first + len(found)), found))
                 if number in wanted:
                     kept[number] = batch
+        self._whole = kept
         batches = {
             name: {task: self._task_batch(samples, kept) for task, samples in tasks.items()}
             for name, tasks in self._shares.tasks.items()
+            if name not in self._shares.dealt
         }
         return Share(batches=batches, facts=facts)
+
+    def request(self, owners: StepOwners, facts: Sequence[SampleFacts]) -> None:
+        """Cuts the items of the step that was read last out of its microbatches.
+
+        Args:
+            owners: To whom they are dealt.
+            facts: Facts of every sample of the step.
+        """
+        self._cut = {
+            name: {
+                task: self._item_batch(items_of(owners[name][task], dp=dp), samples)
+                for task, samples in self._shares.tasks[name].items()
+            }
+            for name, dp in self._shares.dealt.items()
+        }
+        self._whole = {}
+
+    def pick_up(self) -> dict[str, dict[Microbatches, Batch | None]]:
+        """Returns the items that were requested; None where there are none."""
+        cut, self._cut = self._cut, {}
+        return cut
 
     def _start(self) -> dict[int, Iterator[Batch]]:
         """Starts the loaders, and reads past what was trained before."""
@@ -123,6 +150,24 @@ class LoaderSource:
             first = number * size
             inside = Interval(samples.start - first, samples.stop - first).clip(Interval(0, size))
             parts.append(self._any_boundary().take_samples(batch, inside))
+        return join_samples(parts)
+
+    def _item_batch(self, items: Sequence[tuple[int, ...]], samples: Interval) -> Batch | None:
+        """Puts the items of a task together that are dealt to this rank's replica.
+
+        Args:
+            items: Those of every sample of the task.
+            samples: Samples of the task; none on ranks that are sent them.
+        """
+        if not samples.size or not any(items):
+            return None
+        size = self._shares.samples_per_replica
+        parts = []
+        for number in self._shares.replica_microbatches(samples):
+            first = number * size - samples.start
+            own = items[first : first + size]
+            if any(own):
+                parts.append(self._any_boundary().take_items(self._whole[number], own))
         return join_samples(parts)
 
 

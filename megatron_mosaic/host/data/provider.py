@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.training.global_vars import get_args
+from megatron.training.utils import print_rank_0
 
 from megatron_mosaic.errors import HostError
-from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts
+from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts, documents_of
+from megatron_mosaic.host.data.items import ItemDeal, StepOwners, deal_step, item_deals
 from megatron_mosaic.host.data.loaders import LoaderSource
 from megatron_mosaic.host.data.position import Position, find_position
 from megatron_mosaic.host.data.reader import StepReader, StepSource
 from megatron_mosaic.host.data.replica import as_replica
-from megatron_mosaic.host.data.samples import SampleSource
+from megatron_mosaic.host.data.samples import SampleSource, reads_items
 from megatron_mosaic.host.data.shares import StepShares, step_shares
 from megatron_mosaic.host.families.family import ModuleBoundary
 from megatron_mosaic.host.groups import lone_collection
@@ -122,7 +125,24 @@ class ReadingByModule:
             group=self.runtime.data_group,
             expected=expected,
             hands_ahead=training and bool(build_schedule(self.runtime.plan).ahead),
+            deal=self._deal(shares, any_replica, training=training),
         )
+
+    def _deal(
+        self, shares: StepShares, data: Any, *, training: bool
+    ) -> Callable[[Sequence[SampleFacts]], StepOwners] | None:
+        """Returns what deals the items of a step; None if the plan asks for none of that."""
+        runtime = self.runtime
+        schedule = build_schedule(
+            runtime.plan, num_microbatches=shares.num_microbatches, forward_only=not training
+        )
+        costs = {name: facts.item_cost for name, facts in runtime.row_facts.items()}
+        deals = item_deals(runtime.plan, schedule, costs)
+        if not deals:
+            return None
+        if training and not reads_items(data):
+            _tell_of_dropped_items(data, deals)
+        return partial(deal_step, deals, microbatch_size=shares.microbatch_size)
 
     def _loader_source(
         self, data: Mapping[int, Any], shares: StepShares, *, position: Position, training: bool
@@ -154,6 +174,7 @@ class ReadingByModule:
                 if runtime.row_facts[destination].keeps_parts
             },
             sequence_length=runtime.row_facts[LANGUAGE].sequence_length,
+            documents=documents_of(runtime.plan.language.attention),
         )
 
 
@@ -161,6 +182,16 @@ def _is_map_style(data: Any) -> bool:
     """Whether samples can be read by index: torch gives iterable data sets the method too."""
     by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     return by_index and not isinstance(data, torch.utils.data.IterableDataset)
+
+
+def _tell_of_dropped_items(data: Any, deals: Mapping[str, ItemDeal]) -> None:
+    several = [name for name, deal in deals.items() if deal.cost.item_rows is not None]
+    if several:
+        print_rank_0(
+            f"mosaic: ranks of {', '.join(several)} decode whole samples and drop the items of "
+            f"other ranks; a data set with read_items(index, items) would decode no others, but "
+            f"{type(data).__name__} has none"
+        )
 
 
 def _only(data: Any) -> Any:

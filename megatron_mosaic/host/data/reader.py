@@ -2,15 +2,17 @@
 
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from megatron_mosaic.errors import HostError, LayoutError
-from megatron_mosaic.host.data.exchange import FactsExchange, Findings
+from megatron_mosaic.host.agreement import RankError
+from megatron_mosaic.host.data.exchange import FactsExchange, Findings, agree_on_items
 from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts
+from megatron_mosaic.host.data.items import StepOwners
 from megatron_mosaic.host.data.shares import Microbatches
 from megatron_mosaic.host.families.family import Batch
 from megatron_mosaic.layout.ownership import Runs
@@ -26,7 +28,8 @@ class Share:
     """What one rank reads of a step.
 
     Args:
-        batches: Batch of every forward task, by module; None where nothing is read.
+        batches: Batch of every forward task, by module; None where nothing is read. Not of
+            modules whose items are dealt.
         facts: Samples of the step whose facts the rank knows.
     """
 
@@ -44,6 +47,14 @@ class StepSource(Protocol):
         """Reads the next step; raises StopIteration at the end of the data."""
         ...
 
+    def request(self, owners: StepOwners, facts: Sequence[SampleFacts]) -> None:
+        """Begins to read the items of the last step, of modules whose items are dealt."""
+        ...
+
+    def pick_up(self) -> Batches:
+        """Returns the batches of what was requested."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatches:
@@ -53,12 +64,14 @@ class StepBatches:
         batches: Batch of every forward task, by module; None where nothing is read.
         facts: Facts of every sample of the step, on all ranks alike.
         first_sample: First sample of the step, counted from the beginning of the data.
+        owners: Replica of every item, of modules whose items are dealt.
         ahead: The next step's, where it is wanted a step early and there is one.
     """
 
     batches: Batches
     facts: tuple[SampleFacts, ...]
     first_sample: int = 0
+    owners: StepOwners = field(default_factory=dict)
     ahead: "StepBatches | None" = None
 
     @property
@@ -68,24 +81,48 @@ class StepBatches:
         return {source: tuple(facts.rows[source] for facts in self.facts) for source in sources}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Read:
-    """A step that is read already, with its exchange under way."""
+    """A step that is read already, with its exchange under way.
+
+    Args:
+        batches: Batch of every forward task, by module; the items that are dealt come later.
+        exchange: Its facts.
+        first_sample: First sample of the step.
+        state: Where the data stood before.
+        owners: Replica of every item that is dealt, once this rank's are requested.
+        unread: Why this rank could not read its items.
+        failure: What all ranks know of that.
+        is_whole: Whether all ranks have read their items.
+    """
 
     batches: Batches
     exchange: FactsExchange
     first_sample: int
     state: Any
+    owners: StepOwners | None = None
+    unread: HostError | None = None
+    failure: HostError | None = None
+    is_whole: bool = False
 
-    def known(self) -> StepBatches | None:
-        """The step, if it can be had: all ranks know alike, a failure waits for its turn."""
+    def known(self) -> tuple[SampleFacts, ...] | None:
+        """Its facts, if they can be had: all ranks know alike, a failure waits for its turn."""
         try:
-            facts = self.exchange.wait()
+            return self.exchange.wait()
         except (HostError, LayoutError):
             return None
-        if facts is None:
-            return None
-        return StepBatches(batches=self.batches, facts=facts, first_sample=self.first_sample)
+
+    def handed_out(
+        self, facts: tuple[SampleFacts, ...], *, ahead: StepBatches | None = None
+    ) -> StepBatches:
+        """What the users of the step get."""
+        return StepBatches(
+            batches=self.batches,
+            facts=facts,
+            first_sample=self.first_sample,
+            owners=self.owners or {},
+            ahead=ahead,
+        )
 
 
 class StepReader:
@@ -95,6 +132,11 @@ class StepReader:
     while the step computes. With worker processes to read takes no more than to pick up what they
     have ready. A failure to read ahead is raised when its step begins, so it never harms the step
     before, nor a run that ends there.
+
+    Where items are dealt by cost, a step is read twice: first all else, for the facts say who runs
+    which items; then the items. When a step is handed out the facts of the next one are there, its
+    items begin to be read, and the step behind it is read without them. One exchange more follows
+    when they are picked up, for a rank that could not read them must not start alone.
 
     Args:
         source: Reads this rank's share.
@@ -106,6 +148,7 @@ class StepReader:
         expected: Facts of the first step, where they are known from a checkpoint.
         hands_ahead: Whether each step is handed out with the one after it. Then one more is read
             meanwhile, so that no rank waits for an exchange that has only just begun.
+        deal: Deals the items of a step by its facts; None where no plan asks for it.
 
     Note:
         Iterating is collective over the world.
@@ -121,6 +164,7 @@ class StepReader:
         group: dist.ProcessGroup,
         expected: Sequence[SampleFacts] | None = None,
         hands_ahead: bool = False,
+        deal: Callable[[Sequence[SampleFacts]], StepOwners] | None = None,
     ) -> None:
         self.source = source
         self.layout = layout
@@ -129,6 +173,7 @@ class StepReader:
         self._group = group
         self._expected = expected
         self._hands_ahead = hands_ahead
+        self._deal = deal
         self._read: deque[_Read] = deque()
         self._ended = False
 
@@ -146,15 +191,17 @@ class StepReader:
             self._ended = True
             raise StopIteration
         self._check_expected(facts)
+        self._add_items(step, facts)
+        if step.failure is not None:
+            raise step.failure
         self._read.popleft()
         if not self._read:
             self._read_one()
-        ahead = self._read[0].known() if self._hands_ahead else None
+        ahead = self._following() if self._hands_ahead else None
         if ahead is not None and len(self._read) == 1:
             self._read_one()
-        return StepBatches(
-            batches=step.batches, facts=facts, first_sample=step.first_sample, ahead=ahead
-        )
+        self._request_after(0 if ahead is None else 1)
+        return step.handed_out(facts, ahead=ahead)
 
     @property
     def next_state(self) -> Any:
@@ -163,8 +210,53 @@ class StepReader:
 
     def next_facts(self) -> tuple[SampleFacts, ...] | None:
         """Facts of the step that comes next; None if there is none, or it cannot be read."""
-        step = self._read[0].known() if self._read else None
-        return None if step is None else step.facts
+        return self._read[0].known() if self._read else None
+
+    def _following(self) -> StepBatches | None:
+        """The step that comes next, if all ranks have read it whole."""
+        step = self._read[0]
+        facts = step.known()
+        if facts is None:
+            return None
+        self._add_items(step, facts)
+        return None if step.failure is not None else step.handed_out(facts)
+
+    def _add_items(self, step: _Read, facts: Sequence[SampleFacts]) -> None:
+        """Adds the items that are dealt to this rank, if all ranks have read theirs."""
+        if self._deal is None or step.is_whole or step.failure is not None:
+            return
+        if step.owners is None:
+            self._request(step, facts)
+        try:
+            if step.unread is None:
+                step.batches = {**step.batches, **self.source.pick_up()}
+        except Exception as error:  # noqa: BLE001 - the script's own; other ranks must not wait
+            step.unread = _failure(error)
+        try:
+            agree_on_items(step.unread, group=self._group)
+            step.is_whole = True
+        except RankError as error:
+            step.failure = error
+
+    def _request_after(self, num_whole: int) -> None:
+        """Requests the items of the first step that is not whole, and reads the one behind it."""
+        if self._deal is None:
+            return
+        step = self._read[num_whole]
+        facts = step.known()
+        if facts is None or step.owners is not None:
+            return
+        self._request(step, facts)
+        if step is self._read[-1]:
+            self._read_one()
+
+    def _request(self, step: _Read, facts: Sequence[SampleFacts]) -> None:
+        assert self._deal is not None, "nothing is dealt"
+        step.owners = self._deal(facts)
+        try:
+            self.source.request(step.owners, facts)
+        except Exception as error:  # noqa: BLE001 - the script's own; other ranks must not wait
+            step.unread = _failure(error)
 
     def _read_one(self) -> None:
         batches: Batches = {}
@@ -173,10 +265,8 @@ class StepReader:
             batches, findings = share.batches, Findings(facts=share.facts)
         except StopIteration:
             findings = Findings(ended=True)
-        except HostError as error:
-            findings = Findings(failure=error)
         except Exception as error:  # noqa: BLE001 - the script's own; other ranks must not wait
-            findings = Findings(failure=_unreadable(error))
+            findings = Findings(failure=_failure(error))
         exchange = FactsExchange(
             findings,
             first_sample=self._next_sample,
@@ -204,7 +294,10 @@ class StepReader:
             )
 
 
-def _unreadable(error: Exception) -> HostError:
+def _failure(error: Exception) -> HostError:
+    """What the other ranks are told: an error of Mosaic's own as it is."""
+    if isinstance(error, HostError):
+        return error
     words = " ".join(str(error).split())
     shown = words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,16 +1,38 @@
 """A map-style data set, of which every module reads the samples of its own tasks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_mosaic.host.data.facts import sample_facts
+from megatron_mosaic.host.data.facts import SampleFacts, check_texts, sample_facts
+from megatron_mosaic.host.data.items import StepOwners, items_of
 from megatron_mosaic.host.data.reader import Share
 from megatron_mosaic.host.data.shares import Microbatches, StepShares
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.layout.rows import Interval
+
+# A sample, and which of its items are wanted.
+_Request = tuple[int, tuple[int, ...]]
+
+
+class ReadsItems(Protocol):
+    """A data set that can decode some items of a sample and leave the others alone."""
+
+    def read_items(self, index: int, items: Sequence[int]) -> Any:
+        """Returns a sample as ``__getitem__`` does, with only some of its items.
+
+        Args:
+            index: The sample.
+            items: Numbers of the images that are wanted, counted in the sample, ascending.
+        """
+        ...
+
+
+def reads_items(dataset: Any) -> bool:
+    """Whether a data set is one that :class:`ReadsItems` describes."""
+    return hasattr(dataset, "read_items")
 
 
 class SampleSource:
@@ -41,11 +63,16 @@ class SampleSource:
         self._loaders = {
             name: iter(self._loader(name, num_workers))
             for name in shares.tasks
+            if name not in shares.dealt and self._intervals(name)
+        }
+        self._items = {
+            name: ItemReader(dataset, boundary=boundaries[name], num_workers=num_workers)
+            for name in shares.dealt
             if self._intervals(name)
         }
 
     def read(self) -> Share:
-        """Reads the next step.
+        """Reads the next step, without the items that are dealt.
 
         Raises:
             StopIteration: No whole step is left.
@@ -56,6 +83,8 @@ class SampleSource:
         batches: dict[str, dict[Microbatches, Batch | None]] = {}
         facts = []
         for name, tasks in self._shares.tasks.items():
+            if name in self._shares.dealt:
+                continue
             batches[name] = {}
             for task, samples in tasks.items():
                 batch = next(self._loaders[name]) if samples.size else None
@@ -63,6 +92,34 @@ class SampleSource:
                 if batch is not None:
                     facts.append((samples, sample_facts(batch, self._boundaries[name])))
         return Share(batches=batches, facts=facts)
+
+    def request(self, owners: StepOwners, facts: Sequence[SampleFacts]) -> None:
+        """Begins to read the items of the step that was read last.
+
+        Args:
+            owners: To whom they are dealt.
+            facts: Facts of every sample of the step.
+        """
+        first = self._next_sample - self._shares.num_samples
+        for name, reader in self._items.items():
+            wanted = {
+                task: items_of(owners[name][task], dp=self._shares.dealt[name])
+                for task in self._shares.tasks[name]
+            }
+            reader.request(wanted, facts, first=first, size=self._shares.microbatch_size)
+
+    def pick_up(self) -> dict[str, dict[Microbatches, Batch | None]]:
+        """Returns what was requested; None where there is no item.
+
+        Raises:
+            HostError: A sample is another one than its facts say, or has other items.
+        """
+        return {
+            name: self._items[name].pick_up()
+            if name in self._items
+            else dict.fromkeys(self._shares.tasks[name])
+            for name in self._shares.dealt
+        }
 
     def _intervals(self, name: str) -> list[Interval]:
         return [samples for samples in self._shares.tasks[name].values() if samples.size]
@@ -81,6 +138,92 @@ class SampleSource:
             pin_memory=dist.get_backend() == "nccl",
             persistent_workers=num_workers > 0,
         )
+
+
+class ItemReader:
+    """Reads the items of one module's tasks that are dealt to this rank's replica.
+
+    Its loader runs once through the batches of each step: what they hold is known a step before.
+    Of samples that the data set only reads whole the other items are dropped.
+
+    Args:
+        dataset: Map-style data set.
+        boundary: The module's translator.
+        num_workers: Loader processes.
+    """
+
+    def __init__(self, dataset: Any, *, boundary: ModuleBoundary, num_workers: int) -> None:
+        self._boundary = boundary
+        self._several = boundary.item_cost().item_rows is not None
+        self._by_item = self._several and reads_items(dataset)
+        self._lists: list[list[Any]] = []
+        # A loader draws a seed for every run through it. From a generator of its own: the
+        # process's has to stand where it stands with samples in order.
+        seeds = torch.Generator().manual_seed(torch.initial_seed())
+        self._loader = torch.utils.data.DataLoader(
+            _ItemsOfSamples(dataset) if self._by_item else dataset,
+            batch_sampler=self._lists,
+            collate_fn=getattr(dataset, "collate_fn", None),
+            num_workers=num_workers,
+            pin_memory=dist.get_backend() == "nccl",
+            persistent_workers=num_workers > 0,
+            generator=seeds,
+        )
+        self._iterator: Iterator[Batch] = iter(())
+        self._requests: dict[Microbatches, list[_Request]] = {}
+        self._checksums: dict[Microbatches, list[int]] = {}
+
+    def request(
+        self,
+        wanted: Mapping[Microbatches, Sequence[tuple[int, ...]]],
+        facts: Sequence[SampleFacts],
+        *,
+        first: int,
+        size: int,
+    ) -> None:
+        """Begins to read the items of a step.
+
+        Args:
+            wanted: Items of every sample of each task.
+            facts: Facts of every sample of the step.
+            first: First sample of the step.
+            size: Samples of a global microbatch.
+        """
+        self._requests, self._checksums = {}, {}
+        for task, samples in wanted.items():
+            numbered = enumerate(samples, start=task[0] * size)
+            own = [(sample, items) for sample, items in numbered if items]
+            self._requests[task] = [(first + sample, items) for sample, items in own]
+            self._checksums[task] = [facts[sample].text_checksum for sample, _ in own]
+        self._lists[:] = [
+            requests if self._by_item else [index for index, _ in requests]
+            for requests in self._requests.values()
+            if requests
+        ]
+        self._iterator = iter(self._loader)
+
+    def pick_up(self) -> dict[Microbatches, Batch | None]:
+        """Returns the batch of every task; None where the replica has no item."""
+        return {task: self._batch(task) for task in self._requests}
+
+    def _batch(self, task: Microbatches) -> Batch | None:
+        if not self._requests[task]:
+            return None
+        batch = next(self._iterator)
+        check_texts(batch, self._checksums[task])
+        items = [items for _, items in self._requests[task]]
+        return self._boundary.take_items(batch, items)
+
+
+class _ItemsOfSamples(torch.utils.data.Dataset):
+    """Some items of each sample, as a request names them."""
+
+    def __init__(self, dataset: ReadsItems) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, request: _Request) -> Any:
+        index, items = request
+        return self._dataset.read_items(index, items)
 
 
 class _Indices:

@@ -1,7 +1,7 @@
 """Which samples of a step each module on this rank reads, and for which task."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
@@ -12,6 +12,11 @@ from megatron_mosaic.layout.rows import Interval
 from megatron_mosaic.schedule.schedule import Schedule
 
 Microbatches = tuple[int, ...]
+
+
+def deals_items(placement: ModulePlacement) -> bool:
+    """Whether the items of a module's tasks go to its replicas by their cost."""
+    return placement.items == "balanced"
 
 
 def task_samples(
@@ -27,8 +32,11 @@ def task_samples(
         size: Samples of one global microbatch.
 
     Returns:
-        Samples counted from the beginning of the step.
+        Samples counted from the beginning of the step; all of the task where its items are dealt
+        by cost, for which of them are this rank's is known a step later.
     """
+    if deals_items(placement):
+        return Interval(task[0] * size, (task[0] + len(task)) * size)
     if placement.name == LANGUAGE:
         shares = language_samples(
             samples_per_replica, data_parallel_size=placement.data_parallel_size
@@ -47,6 +55,8 @@ class StepShares:
         tasks: Forward tasks of each module on this rank, in order, and the samples that this rank
             reads for them, counted from the beginning of the step. No samples: the rank is sent
             them by its tensor-parallel rank 0, or has none.
+        dealt: Modules of which a rank reads some items of these samples, those that are dealt to
+            its replica, whose number stands here.
         samples_per_replica: Samples of a microbatch of one language replica.
         language_replicas: Data-parallel size of the language model.
         num_microbatches: Global microbatches of a step.
@@ -56,11 +66,17 @@ class StepShares:
     samples_per_replica: int
     language_replicas: int
     num_microbatches: int
+    dealt: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Samples of a global microbatch."""
+        return self.samples_per_replica * self.language_replicas
 
     @property
     def num_samples(self) -> int:
         """Samples of a step."""
-        return self.samples_per_replica * self.language_replicas * self.num_microbatches
+        return self.microbatch_size * self.num_microbatches
 
     def replica_microbatches(self, samples: Interval) -> range:
         """Microbatches of language replicas that samples lie in.
@@ -129,4 +145,9 @@ def step_shares(
         samples_per_replica=samples_per_replica,
         language_replicas=language.data_parallel_size,
         num_microbatches=schedule.num_microbatches,
+        dealt={
+            name: groups.position.dp
+            for name, groups in hosted.items()
+            if deals_items(groups.placement)
+        },
     )

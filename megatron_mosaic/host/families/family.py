@@ -3,20 +3,24 @@
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.comm.boundary import ItemShape, Samples
+from megatron_mosaic.comm.boundary import ItemShape
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.data.batches import batch_fields
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import ModuleFacts
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
+
+if TYPE_CHECKING:
+    from megatron_mosaic.host.data.facts import SampleFacts
 
 # A mapping or dataclass of tensors, as a script's collate function returns it.
 Batch = Any
@@ -52,16 +56,16 @@ class ModuleBoundary(Protocol):
         """Turns what another stage returned into the hidden state for the next one."""
         ...
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> Any:
+    def begin(self, samples: "Sequence[SampleFacts]") -> None:
+        """Takes what is known of the samples of the next forward task, in every stage."""
+        ...
+
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Any:
         """Turns what a stage received into what ``set_input_tensor`` takes.
 
         Args:
             received: Rows by the module that made them; or under the module's own name the
                 hidden state of the stage before.
-            samples: Where the rows belong of each sample of this rank's replica, by the module
-                that made them; empty on other stages than the first.
         """
         ...
 
@@ -76,12 +80,39 @@ class ModuleBoundary(Protocol):
         """
         ...
 
+    def document_stops(self, batch: Batch) -> Sequence[tuple[int, ...]] | None:
+        """Finds where the documents of every sample end, and padding begins after the last one.
+
+        Returns:
+            The ends, where this module runs under a mask that follows from them.
+
+        Raises:
+            HostError: The batch contradicts the mask that the plan asks for.
+        """
+        ...
+
     def take_samples(self, batch: Batch, samples: Interval) -> Batch:
         """Cuts samples out of a batch that a loader collated.
 
         Raises:
             HostError: This cannot be told from the batch.
         """
+        ...
+
+    def take_items(self, batch: Batch, items: Sequence[Sequence[int]]) -> Batch:
+        """Cuts some items, such as images, out of a batch, and the samples that have any of them.
+
+        Args:
+            batch: Whole samples, which a loader collated; or samples that hold just these items.
+            items: Items of every sample that are wanted, by their number in the sample.
+
+        Raises:
+            HostError: The batch holds other items, or this cannot be told from it.
+        """
+        ...
+
+    def item_cost(self) -> ItemCost:
+        """Tells what the module's items are and what they cost."""
         ...
 
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:

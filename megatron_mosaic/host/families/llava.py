@@ -18,11 +18,18 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
+from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape
 from megatron_mosaic.errors import HostError, PlanError
-from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_samples
+from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_items, take_samples
+from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.families.family import Batch, check_edges, facts_of, token_ids
-from megatron_mosaic.host.families.llava_sequence import SequenceMerge, building_on_parts
+from megatron_mosaic.host.families.llava_masks import check_masks, stops_of_batch
+from megatron_mosaic.host.families.llava_sequence import (
+    SequenceMerge,
+    building_on_parts,
+    parts_of,
+    spec_for,
+)
 from megatron_mosaic.host.families.llava_vision import (
     become_stage,
     check_splittable,
@@ -33,13 +40,16 @@ from megatron_mosaic.host.families.llava_vision import (
 )
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.recompute import set_recompute
-from megatron_mosaic.host.reports import encoder_flops
+from megatron_mosaic.host.reports import encoder_flops, item_cost
+from megatron_mosaic.host.sequence_parts import (
+    MaskedParts,
+)
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import check_module
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sharding import SequenceSharding
 
 VISION = "vision"
 
@@ -140,19 +150,17 @@ def _building_language(
         "pre_process": groups.is_first_stage,
         "post_process": groups.is_last_stage,
     }
-    sharding = SequenceSharding.of(
-        groups.placement, sequence_length=arguments["language_max_sequence_length"]
-    )
-    if sharding is None:
+    parts = parts_of(arguments, groups)
+    if parts is None:
         yield
         return
+    spec = spec_for(parts, arguments["language_transformer_layer_spec"], config, groups)
     whole = copy.copy(config)
     whole.sequence_parallel, whole.context_parallel_size = False, 1
     arguments["language_transformer_config"] = whole
-    spec = arguments["language_transformer_layer_spec"]
-    with building_on_parts(config, spec, sharding, groups):
+    with building_on_parts(config, spec):
         yield
-    model.sequence_merge = SequenceMerge(model, config=config, sharding=sharding, groups=groups)
+    model.sequence_merge = SequenceMerge(model, config=config, parts=parts, groups=groups)
 
 
 @contextmanager
@@ -241,10 +249,16 @@ class LlavaBoundary:
         self._merge: SequenceMerge | None = getattr(inner, "sequence_merge", None)
         self.keeps_parts = self._merge is not None
         self._name = name
+        self._vision_config = getattr(inner.vision_model, "config", None)
 
     def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """Flattens image embeddings ``[rows, images, h]`` into ``[images * rows, h]``."""
         return output.transpose(0, 1).flatten(0, 1)
+
+    def begin(self, samples: Sequence[SampleFacts]) -> None:
+        """Takes the samples of the next forward task."""
+        if self._merge is not None:
+            self._merge.take(tuple(each.sequence for each in samples))
 
     def rows_beside_loss(self) -> None:
         """Returns None: nothing is fed by the language model."""
@@ -254,9 +268,7 @@ class LlavaBoundary:
         """Leaves a hidden state as it is."""
         return output
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> torch.Tensor:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``.
 
         Where ranks keep parts of sequences the rows stay as they are, to be merged one by one.
@@ -265,7 +277,6 @@ class LlavaBoundary:
             return received[self._name]
         (embeddings,) = received.values()
         if self._merge is not None:
-            self._merge.take(samples[VISION])
             return embeddings
         if embeddings.shape[0] == 0:
             return embeddings.reshape(0, 0, embeddings.shape[-1])
@@ -288,10 +299,46 @@ class LlavaBoundary:
             ]
         }
 
+    def document_stops(self, batch: Batch) -> Sequence[tuple[int, ...]] | None:
+        """Finds where the documents of every sample end, and checks that its mask can be."""
+        parts = None if self._merge is None else self._merge.parts
+        if not isinstance(parts, MaskedParts):
+            return None
+        stops = stops_of_batch(
+            batch,
+            attention=parts.attention,
+            image_token=self.image_token,
+            rows_per_image=self.rows_per_image,
+            sequence_length=parts.length,
+        )
+        check_masks(
+            list(zip(self.row_runs(batch)[VISION], stops, strict=True)),
+            attention=parts.attention,
+            sequence_length=parts.length,
+        )
+        return stops
+
     def take_samples(self, batch: Batch, samples: Interval) -> Batch:
         """Cuts samples and their images out of a batch that a loader collated."""
         images = [len(each) for each in image_tokens(batch, image_token=self.image_token)]
         return take_samples(batch, samples, images=images, per_image=PER_IMAGE_KEYS)
+
+    def take_items(self, batch: Batch, items: Sequence[Sequence[int]]) -> Batch:
+        """Cuts images out of a batch, and the samples that have any of them.
+
+        A batch may also have these images alone, though its text has the tokens of all.
+        """
+        images = (token_ids(batch) == self.image_token).sum(dim=1).tolist()
+        number, wanted = count_images(batch), sum(map(len, items))
+        if number == wanted < sum(images):
+            return batch
+        _check_images(number, sum(images), image_token=self.image_token)
+        return take_items(batch, items, images=images, per_image=PER_IMAGE_KEYS)
+
+    def item_cost(self) -> ItemCost:
+        """Tells the cost of an image; all have the same size."""
+        configs = [] if self._vision_config is None else [self._vision_config]
+        return item_cost(configs, item_rows=self.rows_per_image)
 
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
         """Counts the encoder's operations behind one of an image's rows."""
@@ -307,12 +354,20 @@ def image_tokens(batch: Batch, *, image_token: int) -> list[list[int]]:
         HostError: The batch has no token ids under a known key, or another number of images.
     """
     places = [row.nonzero().flatten().tolist() for row in token_ids(batch) == image_token]
-    count = sum(map(len, places))
+    _check_images(count_images(batch), sum(map(len, places)), image_token=image_token)
+    return places
+
+
+def count_images(batch: Batch) -> int | None:
+    """Counts the images of a batch; None if it holds none under a known name."""
     fields = batch_fields(batch)
     images = next((fields[key] for key in IMAGE_KEYS if key in fields), None)
-    if images is not None and not is_absent(images) and images.shape[0] != count:
+    return None if images is None or is_absent(images) else images.shape[0]
+
+
+def _check_images(images: int | None, count: int, *, image_token: int) -> None:
+    if images is not None and images != count:
         raise HostError(
-            f"data: images={images.shape[0]} must equal the image tokens={count} of the "
+            f"data: images={images} must equal the image tokens={count} of the "
             f"batch; give every image one token {image_token}"
         )
-    return places

@@ -4,11 +4,13 @@ Upstream merges whole sequences on every rank, then slices. Here a rank receives
 rows that it keeps, and puts them and its text embeddings into its part of the sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.models.multimodal import llava_model
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -17,32 +19,40 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.attention import SplitTokens, gathering, with_core_attention
 from megatron_mosaic.host.groups import ModuleGroups
+from megatron_mosaic.host.multimodal_attention import check_config, core_attention
+from megatron_mosaic.host.rotary import embed_slots, image_grid
+from megatron_mosaic.host.sequence_parts import (
+    NOBODY,
+    MaskedParts,
+    SequenceParts,
+    ZigzagParts,
+    to_device,
+)
 from megatron_mosaic.layout.ownership import Runs
-from megatron_mosaic.layout.rows import Interval, Places, Rows
+from megatron_mosaic.layout.rows import Interval, Rows
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sharding_of
 from megatron_mosaic.layout.sharding import SequenceSharding
+from megatron_mosaic.tokens.ranges import Integers
 
 # Tables of where tokens go are kept for as many different batches.
 _CACHED_TABLES = 256
 
 
 @contextmanager
-def building_on_parts(
-    config: TransformerConfig, spec: ModuleSpec, sharding: SequenceSharding, groups: ModuleGroups
-) -> Iterator[None]:
+def building_on_parts(config: TransformerConfig, spec: ModuleSpec) -> Iterator[None]:
     """Gives LLaVA's language model a config with sequence and context parallelism.
 
     LLaVAModel refuses both without TransformerEngine, for reasons that end with its own merge; it
     is built without them, and only the language model inside gets the config.
+
+    Args:
+        config: The config.
+        spec: Spec of its layers, with core attention for parts of sequences.
     """
     original = llava_model.GPTModel
-    if sharding.cp > 1:
-        spec = with_core_attention(
-            spec, lambda attention: _context_parallel(attention, sharding, groups)
-        )
 
     def build(**arguments: Any) -> torch.nn.Module:
         return original(**arguments | {"config": config, "transformer_layer_spec": spec})
@@ -54,17 +64,71 @@ def building_on_parts(
         llava_model.GPTModel = original
 
 
-def _context_parallel(attention: Any, sharding: SequenceSharding, groups: ModuleGroups) -> Any:
-    """TransformerEngine's attention is context-parallel by itself; Megatron's own is not."""
-    if attention is not DotProductAttention:
-        return attention
+def parts_of(
+    arguments: Mapping[str, Any], groups: ModuleGroups
+) -> ZigzagParts | MaskedParts | None:
+    """Tells how ranks have parts of sequences; None if all have them whole, without a mask.
+
+    Args:
+        arguments: LLaVAModel's.
+        groups: Groups of the language model.
+
+    Raises:
+        LayoutError: The length cannot be split as Megatron does it.
+        PlanError: Rows of images are no patches, and rotary positions count these.
+    """
+    length = arguments["language_max_sequence_length"]
+    sharding = sharding_of(groups.placement, sequence_length=length)
+    if sharding is None:
+        return None
+    if isinstance(sharding, MaskedSharding):
+        counts_patches = arguments["language_position_embedding_type"] == "mrope"
+        grid = image_grid(arguments) if counts_patches else None
+        return MaskedParts(sharding, groups, grid=grid)
+    return ZigzagParts(sharding, groups)
+
+
+def spec_for(
+    parts: ZigzagParts | MaskedParts,
+    spec: ModuleSpec,
+    config: TransformerConfig,
+    groups: ModuleGroups,
+) -> ModuleSpec:
+    """Copies the spec of the layers with core attention for parts of sequences.
+
+    Args:
+        parts: How sequences are split.
+        spec: The script's.
+        config: The language model's, which loses what the parts cannot be computed with.
+        groups: Groups of the language model.
+
+    Raises:
+        PlanError: The config asks for attention that cannot be computed under masks.
+    """
+    if isinstance(parts, ZigzagParts):
+        return _zigzag_spec(spec, parts.sharding, groups)
+    check_config(config)
+    # Fused kernels take one embedding for all samples.
+    config.apply_rope_fusion = config.fused_single_qkv_rope = False
+    return with_core_attention(spec, lambda _: core_attention(parts.attention))
+
+
+def _zigzag_spec(spec: ModuleSpec, sharding: SequenceSharding, groups: ModuleGroups) -> ModuleSpec:
+    """Lets Megatron's own attention gather keys; TransformerEngine's is context-parallel itself."""
+    if sharding.cp == 1:
+        return spec
     positions = tuple(
         tuple(_context_positions(sharding, cp=cp).numbers()) for cp in range(sharding.cp)
     )
     split = SplitTokens(
         group=groups.collection.cp, positions=positions, length=sharding.sequence_length
     )
-    return gathering(attention, split)
+    return with_core_attention(
+        spec,
+        lambda attention: (
+            gathering(attention, split) if attention is DotProductAttention else attention
+        ),
+    )
 
 
 def _context_positions(sharding: SequenceSharding, *, cp: int) -> Rows:
@@ -79,6 +143,14 @@ class _Tables(NamedTuple):
     text_from: torch.Tensor  # into [b * text]
     text_to: torch.Tensor  # into [s * b]
     rows_to: torch.Tensor  # into [s * b]
+    num_slots: int
+
+
+class _LabelTables(NamedTuple):
+    """Positions of the labels of this rank's context-parallel part ``[b, s]``."""
+
+    positions: torch.Tensor
+    is_token: torch.Tensor
 
 
 class SequenceMerge:
@@ -87,7 +159,7 @@ class SequenceMerge:
     Args:
         model: The language half, built without sequence and context parallelism.
         config: With them.
-        sharding: How sequences are split.
+        parts: How sequences are split.
         groups: Groups of the language model.
     """
 
@@ -96,26 +168,28 @@ class SequenceMerge:
         model: LLaVAModel,
         *,
         config: TransformerConfig,
-        sharding: SequenceSharding,
+        parts: SequenceParts,
         groups: ModuleGroups,
     ) -> None:
+        self.parts = parts
         self._model = model
-        self._sharding = sharding
         self._groups = groups
-        self._samples: Samples = ()
-        position = groups.position
-        self._own = sharding.positions(cp=position.cp, tp=position.tp if sharding.tp > 1 else 0)
+        self._samples: tuple[SampleSequence, ...] = ()
         self._tables = lru_cache(_CACHED_TABLES)(self._make_tables)
+        self._label_tables = lru_cache(_CACHED_TABLES)(self._make_label_tables)
         model.config = config
-        model.sequence_parallel_lm = config.sequence_parallel
+        # Only then LLaVAModel asks for what split_labels returns.
+        model.sequence_parallel_lm = True
         model.context_parallel_lm = config.context_parallel_size
         # Every sequence has the full length, so that all ranks know who keeps which position.
         model._language_is_pipeline_parallel = True
         model._preprocess_data = self.preprocess
         model._process_embedding_token_parallel = self.split_labels
+        if isinstance(parts, MaskedParts):
+            embed_slots(model.language_model)
 
-    def take(self, samples: Samples) -> None:
-        """Takes where the image rows of the next microbatch belong."""
+    def take(self, samples: tuple[SampleSequence, ...]) -> None:
+        """Takes the samples of the next microbatch."""
         self._samples = samples
 
     def preprocess(
@@ -160,47 +234,91 @@ class SequenceMerge:
         loss_mask: torch.Tensor | None,
         packed_seq_params: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Any]:
-        """Stands for ``LLaVAModel._process_embedding_token_parallel``: embeddings are split."""
-        if getattr(packed_seq_params, "qkv_format", "sbhd") != "sbhd":
+        """Stands for ``LLaVAModel._process_embedding_token_parallel``: embeddings are split.
+
+        Returns:
+            Embeddings as they are, labels and loss mask of this rank's context-parallel part, and
+            what the layers get as ``packed_seq_params``.
+
+        Raises:
+            HostError: Samples are packed, and the plan asks for no mask that tells them apart.
+        """
+        device = torch.device(torch.cuda.current_device())
+        sequences = self.parts.sequences(self._samples, device)
+        if sequences is None and getattr(packed_seq_params, "qkv_format", "sbhd") != "sbhd":
             raise HostError(
                 f"script: qkv_format={packed_seq_params.qkv_format} must be sbhd under a plan with "
-                f"context or sequence parallelism; pad the samples so that none is packed"
+                f"context or sequence parallelism; add attention: {{mask: multimodal_packed}} to "
+                f"modules.language, or pad the samples so that none is packed"
             )
-        if labels is not None and self._sharding.cp > 1:
-            positions = _context_positions(self._sharding, cp=self._groups.position.cp)
+        if labels is not None:
             assert loss_mask is not None
-            labels, loss_mask = (
-                torch.cat([tensor[:, start:stop] for start, stop in positions], dim=1)
-                for tensor in (labels, loss_mask)
+            tables = self._label_tables(self._samples, device)
+            labels = labels.gather(1, tables.positions).masked_fill(
+                ~tables.is_token, llava_model.IGNORE_INDEX
             )
-        return embeddings, labels, loss_mask, packed_seq_params
+            loss_mask = loss_mask.gather(1, tables.positions).masked_fill(~tables.is_token, 0)
+        return embeddings, labels, loss_mask, sequences or packed_seq_params
 
     def _merge(self, image_rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         batch, length, hidden = text.shape
         tables = self._tables(self._samples, length, text.device)
-        if self._sharding.tp > 1:
+        if self.parts.splits_tp:
             # Every rank has all text embeddings and uses some: their gradients add up.
             text = copy_to_tensor_model_parallel_region(text, group=self._groups.collection.tp)
-        merged = text.new_zeros(self._sharding.local_length * batch, hidden)
+        merged = text.new_zeros(tables.num_slots * batch, hidden)
         merged = merged.index_copy(
             0, tables.text_to, text.reshape(-1, hidden).index_select(0, tables.text_from)
         )
         merged = merged.index_copy(0, tables.rows_to, image_rows)
-        return merged.view(self._sharding.local_length, batch, hidden)
+        return merged.view(tables.num_slots, batch, hidden)
 
-    def _make_tables(self, samples: Samples, text_length: int, device: torch.device) -> _Tables:
-        places = Places(self._own)
+    def _make_tables(
+        self, samples: tuple[SampleSequence, ...], text_length: int, device: torch.device
+    ) -> _Tables:
+        local = self.parts.tokens(samples)
         text_from, text_to, rows_to = [], [], []
-        for sample, runs in enumerate(samples):
-            for token, span in text_spans(runs, text_length=text_length):
-                for inside in self._own.inside(span):
-                    first = sample * text_length + token - span.start
-                    text_from += range(first + inside.start, first + inside.stop)
-                    text_to += _flat(places, inside, sample, len(samples))
-            for run in runs:
-                for inside in self._own.inside(run):
-                    rows_to += _flat(places, inside, sample, len(samples))
-        return _Tables(*(_to_device(each, device) for each in (text_from, text_to, rows_to)))
+        for sample, (positions, (images, _)) in enumerate(zip(local.own, samples, strict=True)):
+            tokens, is_row = _sources(images, length=self.parts.length, text_length=text_length)
+            # The slots behind a rank's last token are nobody's.
+            slots = np.flatnonzero(positions != NOBODY)
+            token, flat = tokens[positions[slots]], slots * len(samples) + sample
+            text_from.append(sample * text_length + token[token >= 0])
+            text_to.append(flat[token >= 0])
+            rows_to.append(flat[is_row[positions[slots]]])
+        return _Tables(
+            text_from=to_device(np.concatenate(text_from), device),
+            text_to=to_device(np.concatenate(text_to), device),
+            rows_to=to_device(np.concatenate(rows_to), device),
+            num_slots=local.num_slots,
+        )
+
+    def _make_label_tables(
+        self, samples: tuple[SampleSequence, ...], device: torch.device
+    ) -> _LabelTables:
+        context = self.parts.tokens(samples).context
+        is_token = context != NOBODY
+        return _LabelTables(
+            to_device(np.where(is_token, context, 0), device), to_device(is_token, device)
+        )
+
+
+def _sources(
+    images: Runs, *, length: int, text_length: int
+) -> tuple[Integers, npt.NDArray[np.bool_]]:
+    """Tells what lies at the positions of a sample: a token of the text, an image row or nothing.
+
+    Returns:
+        The token at each position, -1 where there is none; and whether there is an image row.
+    """
+    tokens = np.full(length, -1, dtype=np.int64)
+    for token, span in text_spans(images, text_length=text_length):
+        inside = span.clip(Interval(0, length))
+        tokens[slice(*inside)] = np.arange(token, token + inside.size)
+    is_row = np.zeros(length, dtype=np.bool_)
+    for run in images:
+        is_row[slice(*run.clip(Interval(0, length)))] = True
+    return tokens, is_row
 
 
 def text_spans(runs: Runs, *, text_length: int) -> Iterator[tuple[int, Interval]]:
@@ -218,15 +336,3 @@ def text_spans(runs: Runs, *, text_length: int) -> Iterator[tuple[int, Interval]
         token, position = token + tokens + 1, run.stop
     if token < text_length:
         yield token, Interval(position, position + text_length - token)
-
-
-def _flat(places: Places, inside: Interval, sample: int, batch: int) -> Sequence[int]:
-    """Flat indices into ``[s * b]`` of some positions of a sample."""
-    own = places.slice(inside)
-    return range(own.start * batch + sample, own.stop * batch + sample, batch)
-
-
-def _to_device(indices: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Copies indices without waiting for the device."""
-    table = torch.tensor(indices, dtype=torch.int64)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)

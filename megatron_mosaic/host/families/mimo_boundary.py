@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.comm.boundary import ONE_ROW, Samples
+from megatron_mosaic.comm.boundary import ONE_ROW
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.families.family import Batch, token_ids
-from megatron_mosaic.host.reports import flops_per_token
+from megatron_mosaic.host.reports import flops_per_token, item_cost
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.rows import Interval
 
 if TYPE_CHECKING:
+    from megatron_mosaic.host.data.facts import SampleFacts
     from megatron_mosaic.host.families.mimo_parts import ModalityPart
 
 
@@ -104,9 +107,10 @@ class MimoBoundary:
         key = LANGUAGE if self._name == LANGUAGE else self._parts[self._name].modality
         return output[key]
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> Mapping[str, Any]:
+    def begin(self, samples: "Sequence[SampleFacts]") -> None:
+        """Needs to know nothing: MimoModel finds all in the batch."""
+
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
         """Returns rows or a hidden state under the names that MimoModel looks for.
 
         Rows of a modality whose encoders are modules of their own are combined and projected.
@@ -142,6 +146,10 @@ class MimoBoundary:
             name: [(Interval(0, number),) for number in numbers] for name, numbers in counts.items()
         }
 
+    def document_stops(self, batch: Batch) -> None:
+        """Returns None: masks that follow from a batch are LLaVAModel's."""
+        return None
+
     def take_samples(self, batch: Batch, samples: Interval) -> Batch:
         """Refuses to cut a batch: what belongs to a sample only the script knows.
 
@@ -153,6 +161,20 @@ class MimoBoundary:
             "module reads its own samples; return data sets from the provider"
         )
 
+    def take_items(self, batch: Batch, items: Sequence[Sequence[int]]) -> Batch:
+        """Leaves a batch of a data set as it is: the rows of a sample are one item.
+
+        Raises:
+            HostError: The batch has other samples too.
+        """
+        if all(items):
+            return batch
+        return self.take_samples(batch, Interval(0, 0))
+
+    def item_cost(self) -> ItemCost:
+        """Tells the cost of a sample's rows, as if they all were of one image."""
+        return item_cost([] if self._name == LANGUAGE else self._configs())
+
     def flops_per_row(self, args: argparse.Namespace, *, trained: Mapping[str, float]) -> float:
         """Counts the operations of encoders and projection behind a row.
 
@@ -161,14 +183,18 @@ class MimoBoundary:
         """
         if self._name == LANGUAGE:
             return 0.0
+        share = max(trained.values(), default=1.0)
+        passes = 2 + share if share else 1
+        return sum(passes * flops_per_token(config) for config in self._configs())
+
+    def _configs(self) -> list[TransformerConfig]:
+        """Configs of the module's transformers, each once."""
         configs = {
             id(module.config): module.config
             for module in self._model.modality_submodules.modules()
             if hasattr(module, "layers") and hasattr(module, "config")
         }
-        share = max(trained.values(), default=1.0)
-        passes = 2 + share if share else 1
-        return sum(passes * flops_per_token(config) for config in configs.values())
+        return list(configs.values())
 
     def _row_width(self) -> int:
         if self._name == LANGUAGE:

@@ -10,6 +10,7 @@ from megatron_mosaic.planner.emit.emission import (
     Launch,
     check_pipelined,
     check_tiling,
+    refuse_attention_and_items,
     refuse_outputs,
     refuse_uneven_stages,
     refuse_virtual_stages,
@@ -32,6 +33,7 @@ def emit_bridge(plan: Plan, launch: Launch) -> Emission:
         all replicas and is cut by each module.
     """
     refuse_outputs(plan)
+    refuse_attention_and_items(plan)
     if not plan.encoders:
         raise InexpressibleError("modules: names=['language'] must have an encoder beside language")
     check_tiling(plan)

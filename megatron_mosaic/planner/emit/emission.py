@@ -70,6 +70,21 @@ def refuse_outputs(plan: Plan) -> None:
         )
 
 
+def refuse_attention_and_items(plan: Plan) -> None:
+    """Refuses masks and assignments of tokens and items that only this package knows."""
+    attention = plan.language.attention
+    if attention is not None:
+        raise InexpressibleError(
+            f"modules.language: attention={attention.mask} must be absent, only causal attention "
+            f"with tokens in zigzag order is known"
+        )
+    for name in plan.encoders:
+        if plan.modules[name].items != "in_order":
+            raise InexpressibleError(
+                f"modules.{name}: items={plan.modules[name].items} must be in_order"
+            )
+
+
 def refuse_uneven_stages(placement: ModulePlacement) -> None:
     """Refuses layers that are not split evenly."""
     split = placement.layers_per_stage

@@ -11,6 +11,7 @@ from megatron_mosaic.planner.emit.emission import (
     Launch,
     check_single_microbatches,
     environment_notes,
+    refuse_attention_and_items,
     refuse_other_recompute,
     refuse_outputs,
     shell_lines,
@@ -32,6 +33,7 @@ def emit_megatron(plan: Plan, launch: Launch) -> Emission:
             f"in order, {show_ranks(range(plan.world_size))}"
         )
     refuse_outputs(plan)
+    refuse_attention_and_items(plan)
     for name in plan.encoders:
         _check_encoder(plan.modules[name], language)
     refuse_other_recompute(plan)

@@ -10,6 +10,7 @@ from megatron_mosaic.planner.emit.emission import (
     check_pipelined,
     check_tiling,
     environment_notes,
+    refuse_attention_and_items,
     refuse_other_recompute,
     refuse_outputs,
     refuse_uneven_stages,
@@ -27,6 +28,7 @@ def emit_mimo(plan: Plan, launch: Launch) -> Emission:
         examples/mimo/model_providers/nemotron_moe_vlm.py for sequence parallelism.
     """
     refuse_outputs(plan)
+    refuse_attention_and_items(plan)
     check_tiling(plan)
     if plan.encoders:
         check_pipelined(plan)

@@ -124,7 +124,8 @@ function breakdownTable(data) {
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...heads)),
   );
   const body = element("tbody", {});
-  for (const term of Object.keys(data.colors.time)) {
+  const named = (term) => data.breakdown.some(({ terms }) => term in terms);
+  for (const term of Object.keys(data.colors.time).filter(named)) {
     const cells = data.breakdown.map(({ terms }) =>
       element("td", {}, seconds((terms[term] || 0) * 1e6)),
     );
@@ -144,6 +145,7 @@ function timeColor(data, term) {
 function termName(term) {
   const names = {
     compute_s: "compute",
+    imbalance_s: "imbalance of tokens and items",
     communication_s: "exposed communication",
     bubble_s: "waiting (bubble)",
     sync_s: "synchronising",

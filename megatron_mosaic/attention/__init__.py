@@ -1,0 +1,1 @@
+"""Computes attention under multimodal masks, on one GPU and over context-parallel ranks."""
