@@ -121,8 +121,16 @@ def measure_mask(setting: Setting, preset: str, length: int) -> dict[str, Any]:
         "length": length,
         "visible_pairs": pairs,
         "arms": rows,
+        "of_causal": _ratio(rows["mosaic"], rows["causal_flash"]),
+        "again_of_first": _ratio(rows["mosaic_again"], rows["mosaic"]),
         "ranks": [measure_ranks(setting, mask, tensors, cp) for cp in setting.cp],
     }
+
+
+def _ratio(arm: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """Of the rates on visible pairs, where both arms ran."""
+    rate, base = arm["flops_per_s"], other["flops_per_s"]
+    return rate / base if rate and base else None
 
 
 def measure_ranks(setting: Setting, mask: Any, tensors: Any, cp: int) -> dict[str, Any]:
@@ -206,17 +214,18 @@ def describe_device(device: torch.device) -> Mapping[str, Any]:
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """One line: TFLOP/s of each arm, and the slowest rank over the mean."""
+    """One line: TFLOP/s of each arm, ratios, and the slowest rank over the mean."""
     rates = (
         f"{name} {arm['flops_per_s'] / 1e12:.3g}" if arm["flops_per_s"] else f"{name} failed"
         for name, arm in row["arms"].items()
     )
+    ratios = (f"{name} {row[name] or 0:.3f}" for name in ("of_causal", "again_of_first"))
     ranks = (
         f"cp{each['cp']} {method} {each[method]['slowest_of_mean'] or 0:.3f}"
         for each in row["ranks"]
         for method in ("zigzag", "balanced")
     )
-    return f"{row['preset']:18} {row['length']:7}  {'  '.join((*rates, *ranks))}"
+    return f"{row['preset']:18} {row['length']:7}  {'  '.join((*rates, *ratios, *ranks))}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,6 +26,8 @@ def test_dry_run_measures_every_arm_under_every_mask(tmp_path, capsys):
             pairs = 130 * 131 // 2 if name == "causal_flash" else row["visible_pairs"]
             flops = FLOPS_PER_PAIR * 4 * 16 * pairs
             assert arm["flops_per_s"] == pytest.approx(flops / arm["median_s"])
+        rates = {name: arm["flops_per_s"] for name, arm in row["arms"].items()}
+        assert row["of_causal"] == pytest.approx(rates["mosaic"] / rates["causal_flash"])
         (group,) = row["ranks"]
         assert group["cp"] == 2
         for method in ("zigzag", "balanced"):
