@@ -49,12 +49,14 @@ class Arm:
 
     def prepare(self) -> None:
         """Makes the mask, its copies to the device included."""
-        if self.prepare_s is None:
-            start_s = time.perf_counter()
-            self.made = self.make()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.prepare_s = time.perf_counter() - start_s
+        if self.prepare_s is not None:
+            return
+        self.make()  # once for what is compiled on the way
+        start_s = time.perf_counter()
+        self.made = self.make()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.prepare_s = time.perf_counter() - start_s
 
     def step(self) -> object:
         """Runs forward and backward once."""
@@ -81,7 +83,9 @@ def arms(mask: SequenceMask, tensors: Sequence[torch.Tensor]) -> list[Arm]:
 
     def causal(_: None) -> object:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                leaves[0], leaves[1], leaves[2], is_causal=True, enable_gqa=True
+            )
         return torch.autograd.grad(out, leaves, grad)
 
     return [
@@ -99,15 +103,15 @@ def _flex(part: Part, leaves: Sequence[torch.Tensor], grad: torch.Tensor) -> Arm
     attend = flex_attention if on_host else torch.compile(flex_attention)
 
     def make() -> object:
-        # Compiled, as it would write out the whole matrix; its time includes the compilation.
+        # Compiled, as it would write out the whole matrix.
         create = create_block_mask if on_host else torch.compile(create_block_mask)
         num = part.query_slots
         return create(mask_mod_of(*part.codes), 1, None, num, num, device=str(part.device))
 
     def run(block_mask: Any) -> object:
         # There is no backward pass of it on a host.
-        inputs = [each.detach() for each in leaves] if on_host else leaves
-        out = attend(*inputs, block_mask=block_mask, enable_gqa=True)
+        query, key, value = (each.detach() if on_host else each for each in leaves)
+        out = attend(query, key, value, block_mask=block_mask, enable_gqa=True)
         return out if on_host else torch.autograd.grad(out, leaves, grad)
 
     return Arm(name="flex", make=make, run=run)
@@ -162,7 +166,7 @@ def simulated_ranks(
             parts.append(_part(mask, own, received, slots, grad.device))
             keys.append([_leaf(each, received, slots) for each in (key, value)])
         run = _rank_run(_leaf(query, own, own.size), keys, _leaf(grad, own, own.size).detach())
-        make = partial(list, map(_kernel, parts))
+        make = partial(_kernels, parts)
         found.append(Arm(name=f"rank {rank}", make=make, run=run))
     return found
 
@@ -210,6 +214,10 @@ def _kernel(part: Part) -> Kernel:
     kernel = FlexKernel(part=part)
     _ = kernel.block_mask
     return kernel
+
+
+def _kernels(parts: Sequence[Part]) -> list[Kernel]:
+    return [_kernel(part) for part in parts]
 
 
 def _leaf(tensor: torch.Tensor, held: Held, slots: int) -> torch.Tensor:

@@ -17,9 +17,9 @@ from megatron_mosaic.comm.boundary import BoundaryRoutes, BoundaryShape, ItemSha
 from megatron_mosaic.comm.exchange import Exchange
 from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.layout.attention import AttentionPlan
-from megatron_mosaic.layout.ownership import sharding_of
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, split_evenly
+from megatron_mosaic.layout.sequences import sharding_of
 
 CPU = torch.device("cpu")
 

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.timed_plans import TimedPlan
-from megatron_mosaic.comm.boundary import ItemShape
+from megatron_mosaic.comm.boundary import ItemShape, Samples, TaskOwners
 from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import HostClock, TaskTrace
 from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.host.channels import ActivationSizes, ChannelSet, RowFacts
+from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
 from megatron_mosaic.schedule.ahead import Part, prologue_of
@@ -51,6 +52,16 @@ class Counts(NamedTuple):
     with_waits: int
 
 
+class StepImages(NamedTuple):
+    """Images of a step, in an encoder that deals them, or has them in order."""
+
+    module: str
+    samples: Samples
+    owners: TaskOwners
+    works_s: Mapping[int, Mapping[tuple[int, ...], float]]
+    """Time of each forward task, by replica."""
+
+
 class WaitingStage:
     """Runs a stage's tasks: each takes the time that it is given, and leaves zeros.
 
@@ -59,6 +70,7 @@ class WaitingStage:
         timed: The plan and its times.
         channels: Know the shapes of what leaves.
         longest: Microbatches of every stage's longest task.
+        works_s: Time of each forward task on this rank, if not in proportion to its microbatches.
     """
 
     def __init__(
@@ -68,6 +80,7 @@ class WaitingStage:
         timed: TimedPlan,
         channels: ChannelSet,
         longest: Mapping[Stage, int],
+        works_s: Mapping[tuple[int, ...], float] | None = None,
     ) -> None:
         self.waits = True
         self._module = stage.module
@@ -76,6 +89,7 @@ class WaitingStage:
         self._channels = channels
         self._times = timed.tasks_s[stage]
         self._longest = longest[stage]
+        self._works_s = works_s
         self._received: dict[Task, Mapping[str, torch.Tensor]] = {}
 
     def forward(self, task: Task, received: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -96,6 +110,9 @@ class WaitingStage:
     def _wait_s(self, task: Task) -> float:
         if not self.waits:
             return 0.0
+        if self._works_s is not None:
+            passes = self._times.backward_s / self._times.forward_s if task.kind == "B" else 1.0
+            return passes * self._works_s[task.microbatches]
         return self._times[task.kind == "B"] * len(task.microbatches) / self._longest
 
     def _leaving(self, task: Task) -> torch.Tensor | None:
@@ -161,6 +178,7 @@ class TimedEngine:
         rank: This rank.
         trace: Writes down the tasks, if any.
         schedule: Runs in place of the one that is built for the plan.
+        images: Of every step, where they are unlike.
 
     Note:
         Collective over the world.
@@ -173,6 +191,7 @@ class TimedEngine:
         rank: int,
         trace: TaskTrace | None = None,
         schedule: Schedule | None = None,
+        images: StepImages | None = None,
     ) -> None:
         plan = timed.plan
         self._schedule = schedule or build_schedule(plan)
@@ -181,13 +200,23 @@ class TimedEngine:
         self._channels = _channels(plan, self._factory, rank)
         longest = longest_tasks(self._schedule)
         self._runners = {
-            stage: WaitingStage(stage, timed=timed, channels=self._channels, longest=longest)
+            stage: WaitingStage(
+                stage,
+                timed=timed,
+                channels=self._channels,
+                longest=longest,
+                works_s=_works_s(images, stage, plan, rank),
+            )
             for stage in hosted_stages(plan, rank)
         }
         item = (Interval(0, ITEM_ROWS),)
         samples_per_microbatch = plan.global_batch_size // plan.num_microbatches
         num_samples = samples_per_microbatch * self._schedule.num_microbatches
-        self._samples = dict.fromkeys(plan.modules, (item,) * num_samples)
+        self._samples: dict[str, Samples] = dict.fromkeys(plan.modules, (item,) * num_samples)
+        self._owners: dict[str, TaskOwners] = {}
+        if images is not None:
+            self._samples[images.module] = images.samples
+            self._owners[images.module] = images.owners
         self._progress = Progress(trace=trace)
         self._kept: Rows | None = None
 
@@ -198,7 +227,7 @@ class TimedEngine:
         progress, schedule = self._progress, self._schedule
         part = Part.BEGINS if self._kept is None else Part(0)
         prologue = prologue_of(self._steps, schedule, part)
-        self._channels.begin(self._samples, schedule=schedule)
+        self._channels.begin(self._samples, schedule=schedule, owners=self._owners)
         progress.begin_step(
             progress.place.count + 1,
             num_microbatches=schedule.num_microbatches,
@@ -235,12 +264,21 @@ def longest_tasks(schedule: Schedule) -> dict[Stage, int]:
     return longest
 
 
+def _works_s(
+    images: StepImages | None, stage: Stage, plan: Plan, rank: int
+) -> Mapping[tuple[int, ...], float] | None:
+    if images is None or stage.module != images.module:
+        return None
+    return images.works_s[plan.modules[stage.module].coordinates(rank).dp]
+
+
 def _channels(plan: Plan, factory: GroupFactory, rank: int) -> ChannelSet:
     channels = ChannelSet(plan, factory, rank=rank, nodes=(0,) * plan.world_size)
     facts = RowFacts(
         width=HIDDEN_SIZE,
         flops=0.0,
         item=ItemShape(rows=ITEM_ROWS, tokens=ITEM_ROWS, hidden_size=HIDDEN_SIZE),
+        item_cost=ItemCost(item_rows=ITEM_ROWS, row_flops=0.0, pair_flops=0.0),
         keeps_parts=False,
         sequence_length=SEQUENCE_LENGTH,
     )

@@ -1,14 +1,17 @@
 """Refuses what the operator cannot compute, before anything travels and alike on every rank."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
+from megatron_mosaic.attention.choice import ExchangeWish
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
 
 MAX_HEAD_DIM = 256
+MIN_HEAD_DIM_OF_KERNEL = 16  # torch._inductor, lowering of flex_attention
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,13 +23,19 @@ def check_attention(
     masks: Sequence[SequenceMask],
     assignments: Sequence[TokenAssignment] | None,
     cp: int,
+    exchange: str,
     dropout: float,
 ) -> None:
     """Checks that tensors, masks and assignments fit each other.
 
     Raises:
-        LayoutError: They do not, or dropout is not 0.
+        LayoutError: They do not, keys cannot travel in that way, or dropout is not 0.
     """
+    if exchange not in get_args(ExchangeWish):
+        raise LayoutError(
+            f"attention: exchange={exchange} must be one of {', '.join(get_args(ExchangeWish))}; "
+            f"choose how keys travel"
+        )
     if dropout:
         raise LayoutError(
             f"attention: dropout={dropout} must be 0 with multimodal masks; "
@@ -64,6 +73,11 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     if d > MAX_HEAD_DIM:
         raise LayoutError(
             f"attention: head_dim={d} must be <= {MAX_HEAD_DIM}; use more heads of fewer channels"
+        )
+    if d < MIN_HEAD_DIM_OF_KERNEL and query.device.type != "cpu":
+        raise LayoutError(
+            f"attention: head_dim={d} must be >= {MIN_HEAD_DIM_OF_KERNEL} on a GPU; "
+            f"use fewer heads of more channels"
         )
     if heads % groups:
         raise LayoutError(

@@ -47,11 +47,10 @@ def post_keys(rows: torch.Tensor, received: Received, *, group: dist.ProcessGrou
     Note:
         Collective over the group.
     """
-    wire = received.wire
     if received.exchange == "all_gather":
-        return _post_gather(rows, torch.from_numpy(wire.gathered_rows).to(rows.device), group=group)
-    chosen = rows[torch.from_numpy(wire.send_rows).to(rows.device)]
-    return _post(chosen, wire.send_counts, wire.receive_counts, group=group)
+        return _post_gather(rows, received.gathered_rows, group=group)
+    chosen = rows[received.send_rows]
+    return _post(chosen, received.send_counts, received.receive_counts, group=group)
 
 
 def post_gradients(
@@ -70,8 +69,7 @@ def post_gradients(
     Note:
         Collective over the group.
     """
-    wire = received.wire
-    return _post(rows, wire.receive_counts, wire.send_counts, group=group)
+    return _post(rows, received.receive_counts, received.send_counts, group=group)
 
 
 def _post(

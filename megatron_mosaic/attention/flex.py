@@ -49,6 +49,8 @@ class FlexKernel:
             scale=scale,
             enable_gqa=query.size(1) != key.size(1),
             return_aux=AuxRequest(lse=True),
+            # Few queries would be computed by a kernel for decoding, whose limits are others.
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )
         return output, aux.lse
 
@@ -64,11 +66,12 @@ def _block_mask(part: Part) -> BlockMask:
     full = [each.full for each in tiles]
     partial = [_without(each.computed.numbers(), each.full, each.num_columns) for each in tiles]
     shape = (tiles[0].num_rows, tiles[0].num_columns)
+    turned = (tiles[0].num_columns, tiles[0].num_rows)
     kv_num_blocks, kv_indices = _lists(partial, shape, part.device)
     full_kv_num_blocks, full_kv_indices = _lists(full, shape, part.device)
     partial, full = ([(column, row) for row, column in each] for each in (partial, full))
-    q_num_blocks, q_indices = _lists(partial, shape[::-1], part.device)
-    full_q_num_blocks, full_q_indices = _lists(full, shape[::-1], part.device)
+    q_num_blocks, q_indices = _lists(partial, turned, part.device)
+    full_q_num_blocks, full_q_indices = _lists(full, turned, part.device)
     return BlockMask(
         seq_lengths=(part.query_slots, part.key_slots),
         kv_num_blocks=kv_num_blocks,

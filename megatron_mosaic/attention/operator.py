@@ -68,7 +68,14 @@ def multimodal_attention(
     """
     size = 1 if group is None else group.size()
     check_attention(
-        query, key, value, masks=masks, assignments=assignments, cp=size, dropout=dropout
+        query,
+        key,
+        value,
+        masks=masks,
+        assignments=assignments,
+        cp=size,
+        exchange=exchange,
+        dropout=dropout,
     )
     plan = rank_plan(
         masks,
@@ -112,14 +119,15 @@ class _Exchanged(torch.autograd.Function):
         s, b = key.shape[:2]
         rows = torch.cat([key, value], dim=2).view(s * b, -1)
         pending = post_keys(rows, received, group=group)
-        leaves = [each.detach().requires_grad_(differentiable) for each in (query, key, value)]
+        leaves = tuple(t.detach().requires_grad_(differentiable) for t in (query, key, value))
+        q, k, v = leaves
         with torch.set_grad_enabled(differentiable):
-            parts = [_attend(own, *leaves, scale)]
+            parts = [_attend(own, q, k, v, scale)]
             arrived = _place(pending.wait(), received, b).unflatten(-1, (2, *key.shape[2:]))
             arrived.requires_grad_(differentiable)
             if received.kernel is not None:
                 keys, values = arrived.unbind(2)
-                parts.append(_attend(received.kernel, leaves[0], keys, values, scale))
+                parts.append(_attend(received.kernel, q, keys, values, scale))
         if differentiable:
             ctx.kept = (leaves, arrived, parts, received, group)
         output = merge([(out.detach(), lse.detach()) for out, lse in parts])
@@ -134,8 +142,8 @@ class _Exchanged(torch.autograd.Function):
         grad_arrived = torch.zeros_like(arrived)
         if others:
             grad_query, grad_arrived = _grads(*others[0], (leaves[0], arrived))
-        into = torch.from_numpy(received.wire.receive_rows).to(arrived.device)
-        pending = post_gradients(grad_arrived.flatten(0, 1).flatten(1)[into], received, group=group)
+        grad_rows = grad_arrived.flatten(0, 1).flatten(1)[received.receive_rows]
+        pending = post_gradients(grad_rows, received, group=group)
         own_query, *own_keys = _grads(*own, leaves)
         grad_query = own_query if grad_query is None else grad_query + own_query
         grad_key, grad_value = _add_returned(own_keys, pending, received)
@@ -153,7 +161,7 @@ def _attend(
 def _place(rows: torch.Tensor, received: Received, b: int) -> torch.Tensor:
     """Puts rows from the order of the wire into their slots, ``[slots, b, width]``."""
     placed = rows.new_zeros(received.slots * b, rows.size(1))
-    placed[torch.from_numpy(received.wire.receive_rows).to(rows.device)] = rows
+    placed[received.receive_rows] = rows
     return placed.view(received.slots, b, rows.size(1))
 
 
@@ -169,9 +177,9 @@ def _add_returned(
     """Adds the gradients that come back, in the order of the ranks that send them."""
     total = torch.cat(list(own), dim=2).float()
     flat = total.view(-1, total[0, 0].numel())
-    rows = torch.from_numpy(received.wire.send_rows).to(flat.device)
-    counts = received.wire.send_counts
+    counts = received.send_counts
+    returned = zip(received.send_rows.split(counts), pending.wait().split(counts), strict=True)
     # Rows of one rank are unlike, so nothing is added to one place twice at a time.
-    for places, part in zip(rows.split(counts), pending.wait().split(counts), strict=True):
+    for places, part in returned:
         flat.index_add_(0, places, part.float())
     return [each.to(own[0].dtype) for each in total.chunk(2, dim=2)]

@@ -54,7 +54,8 @@ class Part:
 
     def _tiles(self, mask: SequenceMask, queries: Held, keys: Held, tile: Tile) -> TileMap:
         rows, columns = -(-self.query_slots // tile.queries), -(-self.key_slots // tile.keys)
-        computed, full = Ranges.none(), (np.empty(0, dtype=np.int64),) * 2
+        nothing = np.empty(0, dtype=np.int64)
+        computed, full = Ranges.none(), (nothing, nothing)
         if queries.size and keys.size:
             found = tile_map(mask, tile=tile, queries=queries, keys=keys)
             computed = found.computed

@@ -1,9 +1,10 @@
 """What a rank computes and exchanges for a batch, derived from masks and assignments once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
+from logging import getLogger
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from megatron_mosaic.attention.part import Kernel, Part
 from megatron_mosaic.attention.wire import WireRows
 from megatron_mosaic.cost.collectives import Group
 from megatron_mosaic.tokens.assignment import TokenAssignment
+from megatron_mosaic.tokens.held import Held
 from megatron_mosaic.tokens.mask import SequenceMask
+
+_LOGGER = getLogger(__name__)
 
 _PLANS_KEPT = 32
 """Plans of the last batches: those of the microbatches under way, which backward and
@@ -29,13 +33,21 @@ class Received:
 
     Args:
         exchange: How keys come to the ranks of the group, the same on all of them.
-        wire: Rows of this rank's messages.
+        send_counts: As :class:`WireRows` has it, and so what follows; on the device.
+        send_rows: Ditto.
+        receive_counts: Ditto.
+        receive_rows: Ditto.
+        gathered_rows: Ditto.
         slots: Slots of the received keys, zero where the rank needs none.
         kernel: Computes attention to them; None where the rank needs none.
     """
 
     exchange: Exchange
-    wire: WireRows
+    send_counts: list[int]
+    send_rows: torch.Tensor
+    receive_counts: list[int]
+    receive_rows: torch.Tensor
+    gathered_rows: torch.Tensor
     slots: int
     kernel: Kernel | None
 
@@ -115,7 +127,7 @@ def _rank_plan(
     samples = [NeededKeys.of(*each) for each in zip(batch.masks, batch.assignments, strict=True)]
     rows = np.sum([needed.rows() for needed in samples], axis=0)
 
-    def kernel(keys: Sequence, key_slots: int) -> Kernel:
+    def kernel(keys: Sequence[Held], key_slots: int) -> Kernel:
         part = Part(
             masks=batch.masks,
             queries=held,
@@ -128,20 +140,47 @@ def _rank_plan(
 
     received = None
     if rows.any():
-        keys = [needed.received(rank) for needed in samples]
-        most = max(each.size for each in keys)
-        # Whole tiles, so that few lengths occur and no kernel is compiled for each of them.
-        key_slots = most if device.type == "cpu" else -(-most // TILE.keys) * TILE.keys
-        gathered_rows = slots * len(samples)
-        exchange = (
-            cheaper_exchange(rows, slots=gathered_rows, row_bytes=row_bytes, links=links)
-            if wish == "auto"
-            else wish
-        )
-        received = Received(
-            exchange=exchange,
-            wire=WireRows.of(samples, rank=rank, slots=slots),
-            slots=key_slots,
-            kernel=kernel(keys, key_slots) if most else None,
-        )
+        exchange = wish
+        if exchange == "auto":
+            in_all = slots * len(samples)
+            exchange = cheaper_exchange(rows, slots=in_all, row_bytes=row_bytes, links=links)
+            if rank == 0:
+                _log_choice(exchange)
+        received = _received(samples, rank, slots, device, exchange, kernel)
     return RankPlan(own=kernel(held, slots), received=received)
+
+
+def _received(
+    samples: Sequence[NeededKeys],
+    rank: int,
+    slots: int,
+    device: torch.device,
+    exchange: Exchange,
+    kernel: Callable[[Sequence[Held], int], Kernel],
+) -> Received:
+    keys = [needed.received(rank) for needed in samples]
+    key_slots = max(each.size for each in keys)
+    if device.type != "cpu":
+        # Whole tiles, so that few lengths occur and no kernel is compiled for each of them.
+        key_slots = -(-key_slots // TILE.keys) * TILE.keys
+    wire = WireRows.of(samples, rank=rank, slots=slots)
+    # On the device once: every layer of every microbatch takes rows by them.
+    rows = (wire.send_rows, wire.receive_rows, wire.gathered_rows)
+    send_rows, receive_rows, gathered_rows = (torch.from_numpy(each).to(device) for each in rows)
+    return Received(
+        exchange=exchange,
+        send_counts=wire.send_counts,
+        send_rows=send_rows,
+        receive_counts=wire.receive_counts,
+        receive_rows=receive_rows,
+        gathered_rows=gathered_rows,
+        slots=key_slots,
+        kernel=kernel(keys, key_slots) if key_slots else None,
+    )
+
+
+@cache
+def _log_choice(exchange: Exchange) -> None:
+    """Says once of each way that it was chosen."""
+    what = {"blocks": "the blocks that ranks need travel", "all_gather": "ranks gather all keys"}
+    _LOGGER.info("attention keys: auto -> %s: %s", exchange, what[exchange])

@@ -4,7 +4,7 @@ A message has the rows of its first sample first, and of each sample in the orde
 Messages of several ranks follow each other by rank: that is the order of the wire.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,9 +12,7 @@ import numpy as np
 
 from megatron_mosaic.attention.needed import NeededKeys
 from megatron_mosaic.tokens.held import Held
-from megatron_mosaic.tokens.ranges import Integers
-
-_Among = Callable[[NeededKeys, int, int], Held]  # of a sample, the sender and the receiver
+from megatron_mosaic.tokens.ranges import Integers, counted_from
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,35 +38,34 @@ class WireRows:
     @classmethod
     def of(cls, samples: Sequence[NeededKeys], *, rank: int, slots: int) -> Self:
         """Derives them for a batch, whose samples have the same ranks."""
-        cp = samples[0].assignment.cut.cp
-        send = [_rows(samples, rank, peer, _own) for peer in range(cp)]
-        receive = [_rows(samples, peer, rank, _received) for peer in range(cp)]
-        gathered = [
-            _rows(samples, peer, rank, _own) + peer * slots * len(samples) for peer in range(cp)
-        ]
+        cp, b = samples[0].assignment.cut.cp, len(samples)
+        send, receive, gathered = ([[] for _ in range(cp)] for _ in range(3))
+        for sample, needed in enumerate(samples):
+            own, received = needed.assignment.held(rank), needed.received(rank)
+            for peer in range(cp):
+                if peer == rank:
+                    continue
+                outgoing = needed.sent(rank, to=peer)
+                send[peer].append(_places(outgoing, own) * b + sample)
+                incoming = needed.sent(peer, to=rank)
+                receive[peer].append(_places(incoming, received) * b + sample)
+                theirs = _places(incoming, needed.assignment.held(peer))
+                gathered[peer].append((peer * slots + theirs) * b + sample)
         return cls(
-            send_counts=[len(rows) for rows in send],
-            send_rows=np.concatenate(send),
-            receive_counts=[len(rows) for rows in receive],
-            receive_rows=np.concatenate(receive),
-            gathered_rows=np.concatenate(gathered),
+            send_counts=[sum(map(len, rows)) for rows in send],
+            send_rows=_joined(send),
+            receive_counts=[sum(map(len, rows)) for rows in receive],
+            receive_rows=_joined(receive),
+            gathered_rows=_joined(gathered),
         )
 
 
-def _own(needed: NeededKeys, sender: int, receiver: int) -> Held:
-    return needed.assignment.held(sender)
+def _places(moved: Held, among: Held) -> Integers:
+    """Where tokens are among others: those that follow each other do so there too."""
+    first = among.place(moved.start)
+    return counted_from(first, moved.stop - moved.start, first)[1]
 
 
-def _received(needed: NeededKeys, sender: int, receiver: int) -> Held:
-    return needed.received(receiver)
-
-
-def _rows(samples: Sequence[NeededKeys], sender: int, receiver: int, among: _Among) -> Integers:
-    """Rows that go from one rank to another, as they lie among others."""
-    rows = [np.empty(0, dtype=np.int64)]
-    for sample, needed in enumerate(samples) if sender != receiver else ():
-        moved = needed.sent(sender, to=receiver)
-        positions = moved.position(np.arange(moved.size))
-        slots = among(needed, sender, receiver).place(positions)
-        rows.append(slots * len(samples) + sample)
-    return np.concatenate(rows)
+def _joined(rows_of_peers: Sequence[Sequence[Integers]]) -> Integers:
+    rows = [rows for peer in rows_of_peers for rows in peer]
+    return np.concatenate([np.empty(0, dtype=np.int64), *rows])

@@ -13,16 +13,18 @@ from megatron_mosaic.comm.rank_route import BoundarySides, Direction, Microbatch
 from megatron_mosaic.comm.route import NodeOf, Route
 from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.item_costs import Owners
-from megatron_mosaic.layout.ownership import Selection, Sharding, count_rows, row_offsets
+from megatron_mosaic.layout.ownership import Selection, count_rows, row_offsets
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, Sharding
 
 # Replica of every item, by task (its microbatches) and sample of the task.
 TaskOwners = Mapping[tuple[int, ...], Owners]
 
 # Microbatches whose samples have equal rows share their routes, in one step and over the steps.
+# Where positions matter they seldom do, and a route is kept with the positions of all its rows.
 _CACHED_ROUTES = 4096
+_CACHED_ROUTES_BY_POSITION = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,8 @@ class BoundaryRoutes:
         self._group_of: dict[int, tuple[int, ...]] = {}
         self._carried = self._made = _StepRows((), owners={})
         self._by_mask = isinstance(shape.sharding, MaskedSharding)
-        self._routes = lru_cache(_CACHED_ROUTES)(self._derive)
+        size = _CACHED_ROUTES if shape.sharding is None else _CACHED_ROUTES_BY_POSITION
+        self._routes = lru_cache(size)(self._derive)
 
     def begin(
         self,
@@ -130,12 +133,6 @@ class BoundaryRoutes:
         """Items of a microbatch, such as images, that a replica of the source turns into rows."""
         return self._sides.items_made(self._microbatch(microbatch, of=self._made), dp=dp)
 
-    def samples(self, microbatch: int, *, dp: int) -> Samples:
-        """Where the rows belong of the samples that a replica of the destination runs."""
-        size = self._sides.samples_per_replica
-        first = microbatch * self._size + dp * size
-        return self._carried.samples[first : first + size]
-
     def route(self, direction: Direction, microbatch: int, *, rank: int) -> Route:
         """A rank's part of the route of a microbatch's rows, or of their gradient back.
 
@@ -156,33 +153,25 @@ class BoundaryRoutes:
                 # Only how many rows there are matters: more microbatches then share their routes.
                 runs_of = {count: (Interval(0, count),) for count in set(counts)}
                 samples = tuple([runs_of[count] for count in counts])
-            # Rows that are made, but not carried yet, need not know who keeps them.
-            sequences = tuple(of.sequences[own]) or None if self._by_mask else None
-            found = self._place(
-                microbatch, samples, row_offsets(counts), owners=of.owners, sequences=sequences
-            )
+            found = self._place(microbatch, samples, counts, of=of)
             of.microbatches[microbatch] = found
         return found
 
     def _place(
-        self,
-        microbatch: int,
-        samples: Samples,
-        offsets: Sequence[int],
-        *,
-        owners: TaskOwners,
-        sequences: tuple[SampleSequence, ...] | None,
+        self, microbatch: int, samples: Samples, counts: Sequence[int], *, of: "_StepRows"
     ) -> Microbatch:
         """Places a microbatch in its group, or tells to whom its items are dealt."""
         group = self._group_of[microbatch]
+        own = slice(microbatch * self._size, (microbatch + 1) * self._size)
         first, group_size, dealt = (microbatch - group[0]) * self._size, len(group), None
-        if group in owners:
-            own = owners[group][first : first + self._size]
-            dealt = DealtItems.of(own, offsets=offsets)
+        if group in of.owners:
+            dealt = DealtItems.of(of.owners[group][first : first + self._size], of.samples[own])
             first, group_size = 0, 1
+        # Rows that are made, but not carried yet, need not know who keeps them.
+        sequences = tuple(of.sequences[own]) or None if self._by_mask else None
         return Microbatch(
             samples=samples,
-            offsets=offsets,
+            offsets=row_offsets(counts),
             first=first,
             group_size=group_size * self._size,
             dealt=dealt,

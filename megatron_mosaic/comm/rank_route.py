@@ -16,14 +16,13 @@ from megatron_mosaic.layout.ownership import (
     Ownership,
     Runs,
     Selection,
-    Sharding,
     kept,
     produced,
     replicas_of,
 )
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, Sharding
 from megatron_mosaic.layout.shard_table import ShardTable
 from megatron_mosaic.layout.sharding import SequenceSharding
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_mosaic.errors import PlanError, ScheduleError
 from megatron_mosaic.layout.plan import Plan, check_world_size
 from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.layout.rows import split_evenly
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,5 +104,5 @@ def _task_size(plan: Plan, name: str) -> tuple[int, str]:
         num_microbatches = plan.schedule.group_size(plan.num_microbatches)
     num_samples = num_microbatches * plan.micro_batch_size * plan.language.data_parallel_size
     replicas = plan.modules[name].data_parallel_size
-    sizes = {part.size for part in encoder_samples(num_samples, data_parallel_size=replicas)}
+    sizes = {part.size for part in split_evenly(num_samples, replicas)}
     return num_microbatches, "-".join(map(str, sorted(sizes)))

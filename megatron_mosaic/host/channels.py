@@ -21,10 +21,9 @@ from megatron_mosaic.comm.groups import GroupFactory, warm_up
 from megatron_mosaic.comm.pipeline import PipelineChannel, PipelineLink, Shape
 from megatron_mosaic.engine.walk import Channel
 from megatron_mosaic.layout.item_costs import ItemCost
-from megatron_mosaic.layout.ownership import sharding_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sharding_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import (
     Edge,
@@ -187,15 +186,6 @@ class ChannelSet:
         routes = next(routes for edge, routes in self.routes.items() if edge.source == module)
         dp = self._plan.modules[module].coordinates(self._rank).dp
         return sum(routes.items_made(m, dp=dp) for m in microbatches)
-
-    def samples_kept(self, module: str, microbatches: Sequence[int]) -> dict[str, Samples]:
-        """Where the rows belong that reach this rank's replica of a module for one task."""
-        dp = self._plan.modules[module].coordinates(self._rank).dp
-        return {
-            edge.source: tuple(runs for m in microbatches for runs in routes.samples(m, dp=dp))
-            for edge, routes in self.routes.items()
-            if edge.destination == module
-        }
 
     def _create_groups(self, kind: TransferKind, edge: Edge, factory: GroupFactory) -> None:
         for ranks in communicators(self._plan, edge):

@@ -264,9 +264,6 @@ class PlanForwardBackward:
                 if makes_rows and groups.is_last_stage
             },
             items={each: channels.items_made(name, each) for each in forward if makes_rows},
-            samples={
-                each: channels.samples_kept(name, each) for each in forward if groups.is_first_stage
-            },
             facts={each: self._facts_of(name, each, batches) for each in forward},
             gradient_to=self._awaiting_gradient(runner.stage) if backward else frozenset(),
             last_backward=backward[-1] if backward else None,

@@ -35,7 +35,8 @@ class MaskedSequences(PackedSeqParams):
         assignments: Which context-parallel rank has which tokens of every sample; None without
             context parallelism.
         rotary_positions: Of the token in every slot of this rank's context-parallel part, counted
-            from the beginning of its document ``[s, b]``.
+            from the beginning of its document ``[1, b, s]``, or along time, height and width for
+            M-RoPE ``[3, b, s]``.
         num_positions: Tokens of a sample; all rotary positions are below.
     """
 
@@ -131,45 +132,11 @@ def core_attention(attention: AttentionPlan) -> Callable[..., torch.nn.Module]:
     return partial(MultimodalCoreAttention, attention=attention)
 
 
-class RotaryOfSlots(torch.nn.Module):
-    """Gives every slot of a rank the rotary embedding of the token that lies in it.
-
-    Upstream's embeddings are those of consecutive positions, the same in all samples. It asks
-    them for a length first, of which only they know what it means: here that is the microbatch.
-
-    Args:
-        rotary: Upstream's embedding.
-    """
-
-    def __init__(self, rotary: Any) -> None:
-        super().__init__()
-        self.rotary = rotary
-
-    def get_rotary_seq_len(
-        self,
-        inference_context: Any,
-        transformer: Any,
-        transformer_input: Any,
-        transformer_config: Any,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> PackedSeqParams | None:
-        """Returns what :meth:`forward` takes."""
-        return packed_seq_params
-
-    def forward(self, sequences: MaskedSequences, **unused: Any) -> Any:
-        """Returns the embedding ``[s, b, 1, d]``; with what upstream's returns beside it."""
-        embedding = self.rotary.get_emb(sequences.num_positions)
-        table, *scale = embedding if isinstance(embedding, tuple) else (embedding,)
-        own = table[:, 0, 0][sequences.rotary_positions][:, :, None]
-        return (own, *scale) if scale else own
-
-
-def check_config(config: TransformerConfig, *, position_embedding_type: str) -> None:
+def check_config(config: TransformerConfig) -> None:
     """Checks that the operator computes what a language model's config asks for.
 
     Args:
         config: The language model's.
-        position_embedding_type: As the script has it.
 
     Raises:
         PlanError: It does not.
@@ -178,6 +145,7 @@ def check_config(config: TransformerConfig, *, position_embedding_type: str) -> 
         ("attention_dropout", config.attention_dropout, 0.0, "add --attention-dropout 0"),
         ("window_size", config.window_size, None, "use no sliding window"),
         ("softmax_type", config.softmax_type, "vanilla", "use Megatron's default"),
+        ("qk_clip", config.qk_clip, False, "train without clipped logits"),
         ("multi_latent_attention", config.multi_latent_attention, False, "use another model"),
         ("mtp_num_layers", config.mtp_num_layers, None, "train without multi-token prediction"),
     )
@@ -187,8 +155,3 @@ def check_config(config: TransformerConfig, *, position_embedding_type: str) -> 
                 f"modules.language: {name}={value} must be {legal} with attention; {advice}, or "
                 f"remove the key attention"
             )
-    if position_embedding_type == "mrope":
-        raise PlanError(
-            "modules.language: position_embedding_type=mrope must be rope with attention, for "
-            "LLaVAModel gives its language model no positions; use rope or yarn"
-        )

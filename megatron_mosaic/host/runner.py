@@ -16,7 +16,6 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from megatron.core.utils import get_model_config, make_viewless_tensor
 
-from megatron_mosaic.comm.boundary import Samples
 from megatron_mosaic.host.agreement import RankError
 from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
@@ -41,7 +40,6 @@ class StepWork:
         rows: Boundary rows that each task of an encoder's last stage makes on this rank.
         items: Items, such as images, that this rank's replica of an encoder takes in each task; a
             module with a loss has none, it runs without rows too.
-        samples: Where the rows belong that arrive for each task, by the module that made them.
         facts: What is known of the samples of this rank's replica in each task.
         gradient_to: Modules that wait for the gradient of what they sent this one; its own name
             stands for its previous stage.
@@ -56,7 +54,6 @@ class StepWork:
     batches: Mapping[tuple[int, ...], Batch | None]
     rows: Mapping[tuple[int, ...], int]
     items: Mapping[tuple[int, ...], int]
-    samples: Mapping[tuple[int, ...], Mapping[str, Samples]]
     facts: Mapping[tuple[int, ...], Sequence[SampleFacts]]
     gradient_to: frozenset[str]
     last_backward: Task | None
@@ -144,7 +141,7 @@ class ModuleRunner:
                 self._reader(work.batches[task.microbatches]),
                 self.model,
                 work.num_microbatches,
-                self._inputs_of(task, leaves),
+                self._inputs_of(leaves),
                 work.losses,
                 self.config,
                 cp_group_size=self.groups.collection.cp.size(),
@@ -239,12 +236,11 @@ class ModuleRunner:
     def _leaf(self, source: str, values: torch.Tensor) -> torch.Tensor:
         return values.detach().requires_grad_(source in self._current_work().gradient_to)
 
-    def _inputs_of(self, task: Task, leaves: Mapping[str, torch.Tensor]) -> Any:
+    def _inputs_of(self, leaves: Mapping[str, torch.Tensor]) -> Any:
         """Returns what ``set_input_tensor`` takes: a hidden state, or what rows stand for."""
         if not leaves:
             return None
-        samples = self._current_work().samples.get(task.microbatches, {})
-        return self.boundary.inputs_of(leaves, samples=samples)
+        return self.boundary.inputs_of(leaves)
 
     def _forward_step_func(self, work: StepWork) -> Callable[..., Any]:
         """Returns the script's function; with context parallelism its loss counts all tokens."""

@@ -120,6 +120,27 @@ SEAMS: tuple[Seam, ...] = (
         why="it slices whole sequences; wrapped in the same halves",
     ),
     Seam(
+        symbol="megatron.core.packed_seq_params:PackedSeqParams",
+        how="subclass",
+        parameters=("qkv_format", "cp_group"),
+        why="masks and assignments of a microbatch must reach its layers, also where they compute "
+        "again while other microbatches are under way",
+    ),
+    Seam(
+        symbol="megatron.core.transformer.attention:SelfAttentionSubmodules",
+        how="argument",
+        parameters=("core_attention",),
+        why="upstream's core attention knows causal masks, and zigzag parts of sequences",
+    ),
+    Seam(
+        symbol="megatron.core.models.common.embeddings.rotary_pos_embedding:"
+        "RotaryEmbedding.get_rotary_seq_len",
+        how="wrapped",
+        parameters=("packed_seq_params",),
+        why="it gives consecutive positions to all samples; wrapped in language halves whose "
+        "ranks have the tokens that their masks ask for",
+    ),
+    Seam(
         symbol="megatron.core.models.vision.clip_vit_model:CLIPViTModel.forward",
         how="wrapped",
         parameters=("x",),

@@ -9,9 +9,10 @@ import torch
 
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.multimodal_attention import MaskedSequences
+from megatron_mosaic.host.rotary import Grid, document_positions, grid_positions
 from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence
 from megatron_mosaic.layout.sharding import SequenceSharding
-from megatron_mosaic.tokens.mask import NO_DOCUMENT, SequenceMask
+from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.ranges import Integers
 
 NOBODY = -1  # the position of a slot without a token
@@ -99,14 +100,17 @@ class MaskedParts:
     Args:
         sharding: How.
         groups: Groups of the language model.
+        grid: Patches of an image, where rotary positions count their rows and columns (M-RoPE).
     """
 
-    def __init__(self, sharding: MaskedSharding, groups: ModuleGroups) -> None:
+    def __init__(
+        self, sharding: MaskedSharding, groups: ModuleGroups, *, grid: Grid | None = None
+    ) -> None:
         position = groups.position
         self.length = sharding.sequence_length
         self.splits_tp = sharding.tp > 1
         self.attention = sharding.attention
-        self._sharding = sharding
+        self._sharding, self._grid = sharding, grid
         self._place = position.cp, position.tp if self.splits_tp else 0
         self._tokens = lru_cache(_CACHED)(self._find_tokens)
         self._sequences = lru_cache(_CACHED)(self._make_sequences)
@@ -134,30 +138,24 @@ class MaskedParts:
         self, samples: tuple[SampleSequence, ...], device: torch.device
     ) -> MaskedSequences:
         masks = [self._sharding.mask(sample) for sample in samples]
-        context = self.tokens(samples).context
-        rotary = np.zeros_like(context)
-        for row, positions, mask in zip(rotary, context, masks, strict=True):
-            own = positions != NOBODY
-            row[own] = document_positions(mask)[positions[own]]
         assignments = [self._sharding.assignment(sample) for sample in samples]
+        context = self.tokens(samples).context
+        rotary = [
+            np.where(own != NOBODY, self._positions(mask, sample)[:, own], 0)
+            for own, mask, sample in zip(context, masks, samples, strict=True)
+        ]
         return MaskedSequences(
             masks=tuple(masks),
             assignments=tuple(assignments) if self._sharding.cp > 1 else None,
-            rotary_positions=to_device(rotary.T, device),
+            rotary_positions=to_device(np.stack(rotary, axis=1), device),
             num_positions=self.length,
         )
 
-
-def document_positions(mask: SequenceMask) -> Integers:
-    """Position of every token from the beginning of its document; 0 of padding.
-
-    Megatron counts so in packed (``thd``) sequences.
-    """
-    begins = np.diff(mask.document, prepend=NO_DOCUMENT - 1) != 0
-    first = mask.starts[np.flatnonzero(begins)][np.cumsum(begins) - 1]
-    sizes = np.diff(mask.stops, prepend=0)
-    positions = np.arange(mask.length) - np.repeat(first, sizes)
-    return np.where(np.repeat(mask.document != NO_DOCUMENT, sizes), positions, 0)
+    def _positions(self, mask: SequenceMask, sample: SampleSequence) -> Integers:
+        """Rotary positions of all tokens of a sample, along each axis."""
+        if self._grid is None:
+            return document_positions(mask)[None]
+        return grid_positions(mask, sample, grid=self._grid)
 
 
 def to_device(table: Integers, device: torch.device) -> torch.Tensor:

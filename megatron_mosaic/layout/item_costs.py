@@ -1,6 +1,9 @@
 """What an item of an encoder costs, such as an image, from its rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_mosaic.layout.rows import Interval
 
 Owners = tuple[tuple[int, ...], ...]
 """Data-parallel rank that runs each item, by sample of a task and item of the sample."""
@@ -12,7 +15,7 @@ class ItemCost:
 
     Args:
         item_rows: Boundary rows of an item, where all have as many and a sample has several; None
-            where the rows of a sample are one item, of any size.
+            where each run of rows of a sample is one item, of any size.
         row_flops: Operations of a forward pass for each row, in linear layers.
         pair_flops: Those for each pair of rows of an item, in scores and weighted values.
     """
@@ -21,15 +24,16 @@ class ItemCost:
     row_flops: float
     pair_flops: float
 
-    def sizes(self, num_rows: int) -> tuple[int, ...]:
+    def sizes(self, runs: Sequence[Interval]) -> tuple[int, ...]:
         """Rows of every item of a sample.
 
         Args:
-            num_rows: Rows of the sample; without any it has no item.
+            runs: Where its rows belong; without any it has no item.
         """
-        if self.item_rows is not None:
-            return (self.item_rows,) * (num_rows // self.item_rows)
-        return (num_rows,) if num_rows else ()
+        sizes = tuple(stop - start for start, stop in runs if stop > start)
+        if self.item_rows is None:
+            return sizes
+        return (self.item_rows,) * (sum(sizes) // self.item_rows)
 
     def flops(self, rows: int) -> float:
         """Operations of a forward pass of one item, whose tokens all see each other.

@@ -7,18 +7,17 @@ are counted within one microbatch's boundary tensor, from 0.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.dealt import DealtItems
 from megatron_mosaic.layout.placement import Coordinates, ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows, split_evenly
-from megatron_mosaic.layout.sequences import MaskedSharding
 from megatron_mosaic.layout.shard_table import Part, ShardTable, add_rows
 from megatron_mosaic.layout.sharding import SequenceSharding
 
-Sharding = SequenceSharding | MaskedSharding
-"""How sequences are split: all alike, or each by its mask."""
+if TYPE_CHECKING:  # it needs numpy, which commands that only read plans do not load
+    from megatron_mosaic.layout.sequences import Sharding
 
 TableOf = Callable[[int], ShardTable]
 """Returns who keeps which positions of a sample of a microbatch."""
@@ -73,16 +72,6 @@ def language_samples(samples_per_replica: int, *, data_parallel_size: int) -> tu
         Interval(dp * samples_per_replica, (dp + 1) * samples_per_replica)
         for dp in range(data_parallel_size)
     )
-
-
-def sharding_of(placement: ModulePlacement, *, sequence_length: int) -> Sharding | None:
-    """Returns how a placement splits sequences, or None if every rank keeps them whole.
-
-    Raises:
-        LayoutError: The length cannot be split as Megatron does it.
-    """
-    by_mask = MaskedSharding.of(placement, sequence_length=sequence_length)
-    return by_mask or SequenceSharding.of(placement, sequence_length=sequence_length)
 
 
 def row_offsets(counts: Sequence[int]) -> list[int]:
@@ -192,7 +181,7 @@ def kept(
     *,
     samples: Sequence[Runs],
     samples_per_replica: int,
-    sharding: Sharding | None = None,
+    sharding: "Sharding | None" = None,
     selection: Selection | None = None,
     offsets: Sequence[int] | None = None,
     table_of: TableOf | None = None,
@@ -297,7 +286,7 @@ def _parts(
     samples: Sequence[Runs],
     inside: Iterable[Interval],
     *,
-    sharding: Sharding,
+    sharding: "Sharding",
     table_of: TableOf,
     offsets: Sequence[int],
     selection: Selection | None,

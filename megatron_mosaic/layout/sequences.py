@@ -16,6 +16,7 @@ from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval, Rows
 from megatron_mosaic.layout.shard_table import ShardTable
+from megatron_mosaic.layout.sharding import SequenceSharding
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
@@ -28,8 +29,10 @@ from megatron_mosaic.tokens.tiles import Tile
 # device: those of ranks, and of runs on other machines, must agree.
 KERNEL_TILE = Tile(queries=128, keys=128)
 
-# Samples whose masks and assignments are kept: some tens of KB each at a million tokens.
+# Samples whose masks and assignments are kept, 130 KB each at a million tokens, and those whose
+# tables are: routes alone ask for them, and they have 2 MB.
 _CACHED = 1024
+_CACHED_TABLES = 128
 
 
 class SampleSequence(NamedTuple):
@@ -172,7 +175,21 @@ class MaskedSharding:
         return Rows.of_sorted(list(map(Interval, starts, stops)))
 
 
-@lru_cache(_CACHED)
+Sharding = SequenceSharding | MaskedSharding
+"""How sequences are split: all alike, or each by its mask."""
+
+
+def sharding_of(placement: ModulePlacement, *, sequence_length: int) -> Sharding | None:
+    """Returns how a placement splits sequences, or None if every rank keeps them whole.
+
+    Raises:
+        LayoutError: The length cannot be split as Megatron does it.
+    """
+    by_mask = MaskedSharding.of(placement, sequence_length=sequence_length)
+    return by_mask or SequenceSharding.of(placement, sequence_length=sequence_length)
+
+
+@lru_cache(_CACHED_TABLES)
 def _table(sharding: MaskedSharding, sample: SampleSequence, local_length: int) -> ShardTable:
     assignment = sharding.assignment(sample)
     starts, stops, owner = _stretches(assignment)

@@ -71,8 +71,8 @@ class _Pieces(NamedTuple):
 
     amounts: Numbers  # cost and tokens, as shares of a rank's mean [2, pieces]
     document: Integers  # ascending from 0
-    first: Numbers  # first key that it sees; positions are shares of a rank's mean, too
-    last: Numbers  # behind the last key
+    first: Numbers  # first key that it sees, in shares of a rank's mean, too; inf for none
+    last: Numbers  # behind the last key; -inf for none
 
     @classmethod
     def of(
@@ -87,6 +87,7 @@ class _Pieces(NamedTuple):
         last = np.zeros(mask.num_segments, dtype=np.int64)
         np.minimum.at(first, visible.seen.row, visible.seen.start)
         np.maximum.at(last, visible.seen.row, visible.seen.stop)
+        first, last = first[visible.row_of], last[visible.row_of]
         causal = visible.causal_from >= 0
         first[causal] = np.minimum(first, visible.causal_from)[causal]
         own_last = np.where(causal[index], np.minimum(mask.stops[index], ends[row]), 0)
@@ -95,11 +96,12 @@ class _Pieces(NamedTuple):
         last = np.maximum.reduceat(np.maximum(last[index], own_last), starts)
         document = np.cumsum(np.diff(mask.document[segment], prepend=mask.document[0]) != 0)
         mean_cost, mean_tokens = max(int(costs.sum()), 1) / cut.cp, mask.length / cut.cp
+        sees = first < last
         return cls(
             amounts=np.stack((costs / mean_cost, cut.sizes / mean_tokens)).astype(np.float64),
             document=document,
-            first=np.minimum(first, last) / mean_tokens,
-            last=last / mean_tokens,
+            first=np.where(sees, first / mean_tokens, np.inf),
+            last=np.where(sees, last / mean_tokens, -np.inf),
         )
 
 
@@ -298,10 +300,12 @@ def _more_traffic(
     before = _hull(pieces, mine, np.searchsorted(held, document, side="left"), begins)
     behind = _hull(pieces, mine, ends, np.searchsorted(held, document, side="right"))
     left = np.maximum(before[1], behind[1]) - np.minimum(before[0], behind[0])
-    less = np.maximum(left, 0) - (division.last - division.first)[rank, document]
+    was = division.last[rank, document] - division.first[rank, document]
+    less = np.maximum(left, 0) - np.maximum(was, 0)
     there = division.first[:, document], division.last[:, document]
     present = np.maximum(there[1] - there[0], 0)
-    return np.maximum(there[1], last) - np.minimum(there[0], first) - present + less
+    together = np.maximum(there[1], last) - np.minimum(there[0], first)
+    return np.maximum(together, 0) - present + less
 
 
 def _hull(

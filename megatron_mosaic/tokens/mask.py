@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.errors import LayoutError
-
-Integers = NDArray[np.int64]
+from megatron_mosaic.tokens.ranges import Integers
 
 TEXT = 1  # the class of text; modality m is shown as class 1 << (1 + m)
 EVERYTHING = (1 << 62) - 1
@@ -195,22 +194,14 @@ class SequenceMask:
             positions: Theirs, any shape; those outside of the sequence become padding.
         """
         segment = np.searchsorted(self.stops, positions, side="right")
-        inside = (positions >= 0) & (segment < self.num_segments)
-        segment = np.where(inside, segment, 0)
-
-        def column(values: Integers, outside: int) -> Integers:
-            return (
-                np.where(inside, values[segment], outside)
-                if len(values)
-                else (np.full(positions.shape, outside, dtype=np.int64))
-            )
-
+        segment = np.where(positions >= 0, segment, self.num_segments)
+        # Behind the last segment stands one of padding, for what is outside.
         return TokenCodes(
             position=positions,
-            document=column(self.document, NO_DOCUMENT),
-            group=column(self.group, NO_GROUP),
-            shown=column(self.shown, 0),
-            sees=column(self.sees, 0),
+            document=np.append(self.document, NO_DOCUMENT)[segment],
+            group=np.append(self.group, NO_GROUP)[segment],
+            shown=np.append(self.shown, 0)[segment],
+            sees=np.append(self.sees, 0)[segment],
         )
 
 

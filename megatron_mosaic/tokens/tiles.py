@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mosaic.tokens.held import Held, whole
-from megatron_mosaic.tokens.mask import Integers, SequenceMask
-from megatron_mosaic.tokens.ranges import Ranges, counted_from, merged
+from megatron_mosaic.tokens.mask import SequenceMask
+from megatron_mosaic.tokens.ranges import Integers, Ranges, counted_from, merged
 from megatron_mosaic.tokens.visible import VisibleKeys
 
 
@@ -93,12 +93,13 @@ def tile_counts(
     visible = visible or VisibleKeys.of(mask)
     keys = keys or whole(mask.length)
     pieces = _pieces(mask, queries or whole(mask.length), edges[1:-1])
-    alone = np.bincount(pieces.row, minlength=len(edges) - 1)[pieces.row] == 1
-    computed = _computed(visible, pieces.select(~alone), keys, tile_keys)
+    simple = _simple_rows(visible, pieces)
+    is_simple = np.zeros(len(edges) - 1, dtype=np.bool_)
+    is_simple[simple.row] = True
+    computed = _computed(visible, pieces.select(~is_simple[pieces.row]), keys, tile_keys)
     sizes = computed.stop - computed.start
     counts = np.bincount(computed.row, weights=sizes, minlength=len(edges) - 1).astype(np.int64)
-    pure = pieces.select(alone)
-    counts[pure.row] = _count_alone(visible, pure, keys, tile_keys, mask.num_segments)
+    counts[simple.row] = _count_simple(visible, simple, keys, tile_keys)
     return counts
 
 
@@ -123,7 +124,8 @@ def visible_pairs(
     causal_from = visible.causal_from[pieces.segment]
     # A query at p sees p + 1 - causal_from of the keys that end with it.
     causal = num_queries * (pieces.start + 1 - causal_from) + num_queries * (num_queries - 1) // 2
-    return int((num_queries * seen[pieces.segment] + np.where(causal_from < 0, 0, causal)).sum())
+    seen = seen[visible.row_of[pieces.segment]]
+    return int((num_queries * seen + np.where(causal_from < 0, 0, causal)).sum())
 
 
 def needed(
@@ -140,9 +142,16 @@ def needed(
     Returns:
         A boolean for each block.
     """
+    visible = visible or VisibleKeys.of(mask)
     pieces = _pieces(mask, queries, np.empty(0, dtype=np.int64))
-    seen = _seen(visible or VisibleKeys.of(mask), pieces, behind=pieces.stop)
-    seen = merged(Ranges(np.zeros_like(seen.row), seen.start, seen.stop))
+    causal_from = visible.causal_from[pieces.segment]
+    causal = causal_from >= 0
+    is_seen = np.zeros(mask.num_segments, dtype=np.bool_)
+    is_seen[visible.row_of[pieces.segment]] = True
+    listed = visible.seen.select(is_seen[visible.seen.row])
+    start = np.concatenate((listed.start, causal_from[causal]))
+    stop = np.concatenate((listed.stop, pieces.stop[causal]))
+    seen = merged(Ranges(np.zeros_like(start), start, stop))
     first = np.searchsorted(edges, seen.start, side="right") - 1
     last = np.searchsorted(edges, seen.stop - 1, side="right") - 1
     changes = np.zeros(len(edges), dtype=np.int64)
@@ -193,8 +202,9 @@ def _seen(visible: VisibleKeys, pieces: _Pieces, *, behind: Integers) -> Ranges:
         behind: Behind the query of each piece that is asked: its causal keys end there.
     """
     number = np.arange(len(pieces.row))
-    begins = np.searchsorted(visible.seen.row, pieces.segment, side="left")
-    ends = np.searchsorted(visible.seen.row, pieces.segment, side="right")
+    row_of = visible.row_of[pieces.segment]
+    begins = np.searchsorted(visible.seen.row, row_of, side="left")
+    ends = np.searchsorted(visible.seen.row, row_of, side="right")
     rows, index = counted_from(begins, ends - begins, number)
     causal_from = visible.causal_from[pieces.segment]
     causal = causal_from >= 0
@@ -215,25 +225,68 @@ def _computed(visible: VisibleKeys, pieces: _Pieces, keys: Held, tile_keys: int)
     return merged(columns)
 
 
-def _count_alone(
-    visible: VisibleKeys, pieces: _Pieces, keys: Held, tile_keys: int, num_segments: int
-) -> Integers:
-    """Columns with a visible pair of pieces that are rows of their own.
+class _SimpleRows(NamedTuple):
+    """Rows of tiles that see one row of ``VisibleKeys.seen``, causal keys or both."""
 
-    Rows of a long segment see the same keys but for the causal ones: those are counted once.
-    """
+    row: Integers
+    seen_row: Integers  # -1 for none
+    causal_from: Integers  # -1 for none
+    causal_stop: Integers
+
+
+def _simple_rows(visible: VisibleKeys, pieces: _Pieces) -> _SimpleRows:
+    """Finds the rows of tiles whose columns can be counted without a list of them: nearly all."""
+    begins = np.flatnonzero(np.diff(pieces.row, prepend=-1))
+    sees = np.zeros(len(visible.row_of), dtype=np.bool_)
+    sees[visible.seen.row] = True
+    row_of = visible.row_of[pieces.segment]
+    seen_row, only_row = _only(np.where(sees[row_of], row_of, -1), begins)
+    causal = visible.causal_from[pieces.segment]
+    causal_from, only_document = _only(causal, begins)
+    causal_stop = np.maximum.reduceat(np.where(causal >= 0, pieces.stop, 0), begins)
+    rows = _SimpleRows(pieces.row[begins], seen_row, causal_from, causal_stop)
+    return _SimpleRows(*(each[only_row & only_document] for each in rows))
+
+
+def _only(values: Integers, begins: Integers) -> tuple[Integers, NDArray[np.bool_]]:
+    """The one value >= 0 of each stretch or -1, and whether there is no second one."""
+    largest = np.maximum.reduceat(values, begins)
+    least = np.minimum.reduceat(np.where(values < 0, np.iinfo(np.int64).max, values), begins)
+    return largest, (largest < 0) | (least == largest)
+
+
+def _count_simple(visible: VisibleKeys, rows: _SimpleRows, keys: Held, tile_keys: int) -> Integers:
+    """Columns with a visible pair of simple rows: the seen ones outside of the causal ones too."""
+    start, stop = keys.place(rows.causal_from), keys.place(rows.causal_stop)
+    some = (rows.causal_from >= 0) & (start < stop)
+    first = np.where(some, start // tile_keys, 0)
+    behind = np.where(some, (stop - 1) // tile_keys + 1, 0)
     seen = _placed(visible.seen, keys)
     seen = seen.select(seen.start < seen.stop)
     columns = merged(Ranges(seen.row, seen.start // tile_keys, (seen.stop - 1) // tile_keys + 1))
-    sizes = np.bincount(columns.row, weights=columns.stop - columns.start, minlength=num_segments)
-    last = np.full(num_segments, -1, dtype=np.int64)
-    last[columns.row] = columns.stop - 1
-    causal_from = visible.causal_from[pieces.segment]
-    start, stop = keys.place(causal_from), keys.place(pieces.stop)
-    first = start // tile_keys
-    causal = (stop - 1) // tile_keys + 1 - first - (last[pieces.segment] == first)
-    some = (causal_from >= 0) & (start < stop)
-    return sizes.astype(np.int64)[pieces.segment] + np.where(some, causal, 0)
+    end = np.full(len(rows.row), -(-keys.size // tile_keys))
+    before, within, total = (
+        _columns_before(columns, rows.seen_row, each) for each in (first, behind, end)
+    )
+    return behind - first + total - (within - before)
+
+
+def _columns_before(columns: Ranges, row: Integers, column: Integers) -> Integers:
+    """Counts the columns of a row that are before a column; a row below 0 has none."""
+    if not len(columns.row):
+        return np.zeros(len(row), dtype=np.int64)
+    sizes = columns.stop - columns.start
+    before = np.cumsum(sizes) - sizes
+    stride = int(max(columns.stop.max(), column.max(initial=0))) + 1
+    index = (
+        np.searchsorted(columns.row * stride + columns.start, row * stride + column, "right") - 1
+    )
+    there = (index >= 0) & (columns.row[index] == row)
+    of_row = before[np.searchsorted(columns.row, row[there])]
+    index, counts = index[there], np.zeros(len(row), dtype=np.int64)
+    reached = np.minimum(column[there] - columns.start[index], sizes[index])
+    counts[there] = before[index] - of_row + reached
+    return counts
 
 
 def _full(

@@ -8,35 +8,38 @@ import numpy as np
 from megatron_mosaic.tokens.mask import (
     NO_DOCUMENT,
     NO_GROUP,
-    Integers,
     SequenceMask,
 )
-from megatron_mosaic.tokens.ranges import Ranges, counted_from, merged
+from megatron_mosaic.tokens.ranges import Integers, Ranges, counted_from, merged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VisibleKeys:
     """What the queries of each segment see.
 
-    A query of segment ``i`` at position ``p`` sees the keys of ``seen`` of that segment and, if
-    ``causal_from[i] >= 0``, those from there to ``p``. None of these touch each other.
+    A query of segment ``i`` at position ``p`` sees the keys of row ``row_of[i]`` of ``seen`` and,
+    if ``causal_from[i] >= 0``, those from there to ``p``. None of these touch each other.
 
     Args:
-        seen: Intervals of positions by segment, all of which every query of it sees.
+        seen: Intervals of positions by row, all of which every query of its segments sees.
+        row_of: Row of each segment: its own number, or that of the first segment of its group if
+            members see nothing else. A group of many images is listed once.
         causal_from: First of the keys that end with the query itself; -1 where there are none.
     """
 
     seen: Ranges
+    row_of: Integers
     causal_from: Integers
 
     @classmethod
     def of(cls, mask: SequenceMask) -> Self:
         """Derives the intervals from the rule of a mask."""
         documents = _Documents.of(mask)
+        row_of, of_groups = _by_group(mask)
         found = (
             _plain(mask, documents),
             _by_class(mask, documents),
-            _by_group(mask),
+            of_groups,
             _own(mask),
         )
         rows, starts, stops = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -46,7 +49,7 @@ class VisibleKeys:
         causal = (mask.group[ranges.row] == NO_GROUP) & (ranges.stop == mask.stops[ranges.row])
         causal_from = np.full(mask.num_segments, -1, dtype=np.int64)
         causal_from[ranges.row[causal]] = ranges.start[causal]
-        return cls(seen=ranges.select(~causal), causal_from=causal_from)
+        return cls(seen=ranges.select(~causal), row_of=row_of, causal_from=causal_from)
 
 
 class _Documents(NamedTuple):
@@ -69,7 +72,9 @@ class _Documents(NamedTuple):
         first[real] = own[begins][index]
         gaps = np.cumsum(~real)
         plain = np.zeros(mask.num_segments, dtype=np.int64)
-        plain[real] = ((mask.sees[real] & shown) == shown) & (gaps[own] == gaps[first[real]])
+        shown_at_all = np.logical_and.reduceat(mask.shown[real] != 0, begins)[index]
+        everything = ((mask.sees[real] & shown) == shown) & shown_at_all
+        plain[real] = everything & (gaps[own] == gaps[first[real]])
         return cls(first, plain)
 
 
@@ -89,19 +94,29 @@ def _by_class(mask: SequenceMask, documents: _Documents) -> Ranges:
     return Ranges(rows, mask.starts[others], mask.stops[others])
 
 
-def _by_group(mask: SequenceMask) -> Ranges:
-    """Segments of the same group of the same document, the segment itself among them."""
+def _by_group(mask: SequenceMask) -> tuple[Integers, Ranges]:
+    """Segments of the same group of the same document, the segment itself among them.
+
+    Returns:
+        The row of each segment, and the ranges of each row that is in a group.
+    """
+    row_of = np.arange(mask.num_segments)
     grouped = np.flatnonzero((mask.group != NO_GROUP) & (mask.document != NO_DOCUMENT))
     order = grouped[np.lexsort((grouped, mask.group[grouped], mask.document[grouped]))]
     if not len(order):
-        return Ranges.none()
+        return row_of, Ranges.none()
     names = np.stack((mask.document[order], mask.group[order]))
     begins = np.flatnonzero(np.any(np.diff(names, prepend=-2), axis=0))
     sizes = np.diff(begins, append=len(order))
-    size = np.repeat(sizes, sizes)
-    rows, members = counted_from(np.repeat(begins, sizes), size, order)
+    group = np.repeat(np.arange(len(begins)), sizes)
+    # The first member with nothing but its group stands for all such members.
+    alone = mask.sees[order] == 0
+    leader = np.minimum.reduceat(np.where(alone, order, mask.num_segments), begins)[group]
+    row_of[order] = np.where(alone, leader, order)
+    listed = row_of[order] == order
+    rows, members = counted_from(begins[group][listed], sizes[group][listed], order[listed])
     others = order[members]
-    return Ranges(rows, mask.starts[others], mask.stops[others])
+    return row_of, Ranges(rows, mask.starts[others], mask.stops[others])
 
 
 def _own(mask: SequenceMask) -> Ranges:

@@ -49,7 +49,7 @@ class Case:
     def masks(self) -> list[SequenceMask]:
         """Two samples: with items, and with other ones and padding."""
         return [
-            self._mask(ITEMS[self.length], self.length),
+            self._mask(ITEMS.get(self.length, []), self.length),
             self._mask([Item(0, self.length // 3)], self.length - self.length // 5),
         ]
 

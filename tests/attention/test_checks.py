@@ -24,6 +24,7 @@ def attend(*, query=(10, 1, 4, 8), key=(10, 1, 2, 8), dtype=torch.float32, **opt
     ("options", "message"),
     [
         ({"dropout": 0.1}, r"dropout=0.1 must be 0 .*--attention-dropout 0"),
+        ({"exchange": "ring"}, r"exchange=ring must be one of auto, blocks, all_gather"),
         ({"masks": [MASK, MASK]}, r"masks=2 must be one for each of the 1 samples"),
         ({"assignments": []}, r"assignments=0 must be one for each of the 1 samples"),
         ({"assignments": [assignment(cp=2)]}, r"cp=2 of an assignment must be the group's size 1"),

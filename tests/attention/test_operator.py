@@ -17,10 +17,10 @@ from megatron_mosaic.tokens.presets import preset_mask
 from tests.attention.cases import ITEMS, PRESETS, Case, difference, reference
 from tests.ranks import run_ranks
 
-METHODS = ("contiguous", "zigzag", "lpt", "balanced")
-# Every preset with every length, every method with each preset and with each length.
+METHODS = ("contiguous", "zigzag", "lpt", "balanced", "local")
+# Every preset and every method with every length.
 SQUARE = [
-    Case(preset=preset, length=length, method=METHODS[(i + j) % 4], heads=1 + (length < 2000))
+    Case(preset=preset, length=length, method=METHODS[(i + j) % 5], heads=1 + (length < 2000))
     for i, preset in enumerate(PRESETS)
     for j, length in enumerate(ITEMS)
 ]
@@ -29,6 +29,7 @@ SHAPES = [
     Case(preset="encoder_embedded", length=283, heads=2, groups=2, head_dim=256),
     Case(preset="multimodal_packed", length=283, spare_slots=5, exchange="all_gather"),
     Case(preset="prefix_lm", length=1000, exchange="all_gather"),
+    Case(preset="causal", length=3),  # there are more ranks than tokens
     Case(preset="multimodal_packed", length=1000, exchange="auto"),
 ]
 CASES = SQUARE + SHAPES

@@ -6,7 +6,7 @@ import torch
 
 from megatron_mosaic.attention.choice import blocks_s, cheaper_exchange
 from megatron_mosaic.attention.needed import NeededKeys
-from megatron_mosaic.attention.plan import rank_plan
+from megatron_mosaic.attention.plan import _log_choice, _rank_plan, rank_plan
 from megatron_mosaic.attention.wire import WireRows
 from megatron_mosaic.cluster.spec import Curve, LinkTier
 from megatron_mosaic.cost.collectives import Group
@@ -92,9 +92,38 @@ def test_all_gather_is_cheaper_where_a_node_would_send_blocks_twice():
     assert cheaper_exchange(EVERY // 3, slots=30, links=links) == "blocks"
 
 
+def test_plan_goes_by_the_links_where_they_are_known():
+    slow = tier(bytes_per_s=1.0, latency_s=0.0)
+    links = Group(size=2, near_size=2, near=slow, far=slow)
+
+    plans = [
+        rank_plan([CAUSAL], [IN_TURN], rank=0, slots=slots, device=CPU, links=links)
+        for slots in (4, 5)
+    ]
+
+    # Blocks: 4 rows to the busier rank, as many as an all-gather of 4 slots brings it.
+    chosen = [plan.received.exchange for plan in plans if plan.received]
+    assert chosen == ["all_gather", "blocks"]
+
+
 def test_blocks_take_latency_and_the_time_of_the_busiest_rank():
     one = tier(bytes_per_s=10.0, latency_s=1.0)
     links = Group(size=4, near_size=4, near=one, far=one)
 
     assert blocks_s(EVERY * 0, links) == 0.0
     assert blocks_s(EVERY, links) == pytest.approx(1.0 + 90 / 10)
+
+
+def test_choice_is_logged_once(caplog):
+    _log_choice.cache_clear()
+    _rank_plan.cache_clear()
+
+    with caplog.at_level("INFO"):
+        for slots in (4, 5, 6):
+            rank_plan([CAUSAL], [IN_TURN], rank=0, slots=slots, device=CPU)
+
+    # 4 rows are sent, and 4, 5 or 6 gathered.
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention keys: auto -> all_gather: ranks gather all keys",
+        "attention keys: auto -> blocks: the blocks that ranks need travel",
+    ]

@@ -37,7 +37,7 @@ def _microbatches(boundary):
             offsets, dealt = row_offsets(boundary.counts()[own]), None
             if boundary.owners:
                 owners = boundary.owners[group][index * size : (index + 1) * size]
-                dealt = DealtItems.of(owners, offsets=offsets)
+                dealt = DealtItems.of(owners, boundary.samples[own])
             yield Microbatch(
                 samples=boundary.samples[own],
                 offsets=offsets,
@@ -106,6 +106,21 @@ def test_items_that_are_dealt_are_counted_where_they_are_made():
         Leg(1, 2, Interval(4, 6)),
     )
     assert routes.route("gradient", 0, rank=1).wanted == {1: Rows([(0, 2), (4, 6)])}
+
+
+def test_items_of_unlike_sizes_are_the_runs_of_a_sample():
+    vision = ModulePlacement(name="vision", ranks=(0, 1), data_parallel_size=2)
+    language = ModulePlacement(name="language", ranks=(2,))
+    routes = BoundaryRoutes(vision, language, shape=BoundaryShape(samples_per_replica=1))
+    # An image of five rows and one of two, with text in between.
+    sample = (Interval(0, 5), Interval(7, 9))
+
+    routes.begin((sample,), groups=[(0,)], owners={(0,): ((1, 0),)})
+    assert [routes.rows_made(0, rank=rank) for rank in (0, 1)] == [2, 5]
+
+    # The same number of rows, of other items: another route.
+    routes.begin(((Interval(0, 3), Interval(3, 7)),), groups=[(0,)], owners={(0,): ((1, 0),)})
+    assert routes.route("activation", 0, rank=0).legs == (Leg(0, 2, Interval(3, 7)),)
 
 
 def test_route_of_a_rank_without_a_part_is_empty():

@@ -11,9 +11,13 @@ from megatron_mosaic.attention.part import Part
 from megatron_mosaic.tokens.held import Held
 from tests.attention.cases import Case, difference, reference
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"
+    ),
+    # torch's compiler warns of what it could do faster.
+    pytest.mark.filterwarnings("default"),
+]
 
 GPU = torch.device("cuda")
 BF16_BOUND = 1e-2  # some roundings of 2 ** -9 each

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -70,18 +71,18 @@ def _exchange(rank: int) -> bool:
 def _merge(rank: int) -> bool:
     """A context-parallel rank's merge, the first with its tables and the next from the cache."""
     from megatron_mosaic.host.families.llava_sequence import SequenceMerge
+    from megatron_mosaic.host.sequence_parts import ZigzagParts
     from megatron_mosaic.layout.placement import Coordinates
     from megatron_mosaic.layout.rows import Interval
+    from megatron_mosaic.layout.sequences import SampleSequence
     from megatron_mosaic.layout.sharding import SequenceSharding
 
-    config = SimpleNamespace(sequence_parallel=False, context_parallel_size=2)
-    merge = SequenceMerge(
-        SimpleNamespace(),  # type: ignore[arg-type]
-        config=config,  # type: ignore[arg-type]
-        sharding=SequenceSharding(sequence_length=8, cp=2),
-        groups=SimpleNamespace(position=Coordinates(0, 0, 0, 0)),  # type: ignore[arg-type]
-    )
-    merge.take(((Interval(1, 5),),))
+    config: Any = SimpleNamespace(sequence_parallel=False, context_parallel_size=2)
+    groups: Any = SimpleNamespace(position=Coordinates(0, 0, 0, 0))
+    model: Any = SimpleNamespace()
+    parts = ZigzagParts(SequenceSharding(sequence_length=8, cp=2), groups)
+    merge = SequenceMerge(model, config=config, parts=parts, groups=groups)
+    merge.take((SampleSequence((Interval(1, 5),)),))
     # Positions 0, 1, 6 and 7 are this rank's; the image has rows at 1-4, text tokens the rest.
     text = torch.arange(5.0, device="cuda").view(1, 5, 1)
     rows = torch.full((1, 1), 10.0, device="cuda")

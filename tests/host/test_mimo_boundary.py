@@ -27,9 +27,7 @@ def _gradient_of_packed_rows(rank):
     made = {"feature": torch.tensor([[5.0]]), "tokens": torch.tensor([[3.0, 4.0]])}
     rows = MimoBoundary(model, "images", parts=parts).rows_of({"images": made})
     leaf = rows.detach().requires_grad_()
-    received = MimoBoundary(model, "language", parts=parts).inputs_of({"images": leaf}, samples={})[
-        "images"
-    ]
+    received = MimoBoundary(model, "language", parts=parts).inputs_of({"images": leaf})["images"]
     (2 * received["tokens"]).sum().backward()
     return rows.tolist(), received["feature"].tolist(), leaf.grad.tolist()
 

@@ -5,10 +5,15 @@ from hypothesis import strategies as st
 
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.attention import AttentionPlan
-from megatron_mosaic.layout.ownership import kept, sharding_of
+from megatron_mosaic.layout.ownership import kept
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sample_assignment
+from megatron_mosaic.layout.sequences import (
+    MaskedSharding,
+    SampleSequence,
+    sample_assignment,
+    sharding_of,
+)
 from megatron_mosaic.layout.sharding import SequenceSharding
 
 CAUSAL = AttentionPlan(mask="causal", tokens="contiguous")

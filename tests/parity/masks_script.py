@@ -3,22 +3,20 @@
 Under a plan it says nothing of masks: they follow from the batch. Stock Megatron gets them dense.
 """
 
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import numpy as np
 import torch
+from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX
+from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_mosaic.tokens.mask import dense
 from megatron_mosaic.tokens.presets import Item, document_stops, preset_mask
 from tests.parity import vlm_script
-from tests.parity.vlm_script import (
-    DEFAULT_IMAGE_TOKEN_INDEX,
-    ImageTextSamples,
-    get_num_image_embeddings,
-    loss_func,
-    model_provider,
-    partial,
-    run_script,
-)
+from tests.parity.vlm_script import ImageTextSamples, loss_func, model_provider, run_script
 
 PACKED = "multimodal_packed"
 
@@ -37,7 +35,11 @@ class MaskedSamples(ImageTextSamples):
         sample |= {"tokens": tokens, "loss_mask": sample["loss_mask"] * is_text}
         if args.mask == PACKED:
             ids = torch.tensor(_documents(index, self._length))
+            if args.damaged_batch == "documents_backwards" and index % 3 == 1:
+                ids = ids.flip(0)
             sample |= {"document_ids": ids, "loss_mask": sample["loss_mask"] * (ids >= 0)}
+            if args.damaged_batch == "no_documents":
+                del sample["document_ids"]
         return sample
 
 
@@ -45,15 +47,15 @@ def _places(mask, index, num_images, length):
     """At the start, at the end, back to back in the middle, or spread."""
     first = {0: 0, 1: length - num_images, 2: length // 2}.get(index % 4)
     if mask == "encoder_prepended":
-        first = 0
+        first = int(get_args().damaged_batch == "text_first")
     if first is None:
-        return [1 + 2 * image for image in range(num_images)]
+        return [1 + image * (length // 7) for image in range(num_images)]
     return list(range(first, first + num_images))
 
 
 def _documents(index, length):
     """Two documents and padding, three, or one."""
-    ends = ((4, length - 1), (1, 6, length), (length,))[index % 3]
+    ends = ((length // 3, length - 5), (1, length // 2, length), (length,))[index % 3]
     ids = np.searchsorted(ends, np.arange(length), side="right")
     return np.where(ids < len(ends), ids, -1)
 
@@ -93,29 +95,67 @@ def dense_masks(tokens, ids):
     return torch.from_numpy(np.stack(masks))[:, None]
 
 
+def patch_positions(tokens):
+    """Positions of M-RoPE ``[3, b, s]`` token by token, for images of 2 by 2 patches."""
+    samples = []
+    for sample in tokens.tolist():
+        own, after = [], 0
+        for token in sample:
+            if token != DEFAULT_IMAGE_TOKEN_INDEX:
+                own.append((after,) * 3)
+                after += 1
+                continue
+            own += [(after, after + row, after + column) for row in (0, 1) for column in (0, 1)]
+            after += 2
+        samples.append(own)
+    longest = max(map(len, samples))
+    padded = [own + [(0, 0, 0)] * (longest - len(own)) for own in samples]
+    return torch.tensor(padded).permute(2, 0, 1)
+
+
+@contextmanager
+def counting_patches(model, tokens):
+    """Gives stock LLaVAModel's language model the positions that M-RoPE wants and it does not."""
+
+    def with_positions(_, args, kwargs):
+        return args, kwargs | {"position_ids": patch_positions(tokens)}
+
+    language = unwrap_model(model).language_model
+    hook = language.register_forward_pre_hook(with_positions, with_kwargs=True)
+    yield
+    hook.remove()
+
+
 def forward_step(data_iterator, model):
     args = get_args()
     data = next(data_iterator) if data_iterator is not None else None
     ids = None if data is None else data.get("document_ids")
     batch = vlm_script.get_batch(None if data is None else iter([data]))
-    mask = None
-    if not hasattr(args, "mosaic_plan"):
+    is_stock = not hasattr(args, "mosaic_plan")
+    mask, positions = None, nullcontext()
+    if is_stock:
         each = [None] * len(batch["tokens"]) if ids is None else ids
         mask = dense_masks(batch["tokens"], each)
-    output, loss_mask = model(
-        batch["image"],
-        batch["tokens"],
-        batch["position_ids"],
-        mask,
-        batch["labels"],
-        batch["loss_mask"],
-    )
+    if is_stock and args.position_embedding_type == "mrope":
+        positions = counting_patches(model, batch["tokens"])
+    with positions:
+        output, loss_mask = model(
+            batch["image"],
+            batch["tokens"],
+            batch["position_ids"],
+            mask,
+            batch["labels"],
+            batch["loss_mask"],
+        )
     return output, partial(loss_func, loss_mask)
 
 
 def add_script_args(parser):
     parser = vlm_script.add_script_args(parser)
     parser.add_argument("--mask", required=True)
+    parser.add_argument(
+        "--damaged-batch", choices=("text_first", "documents_backwards", "no_documents")
+    )
     return parser
 
 

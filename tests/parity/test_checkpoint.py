@@ -78,6 +78,7 @@ def _without_copy(own: dict, other: dict) -> dict:
         ("colocated_v2_l2", "colocated_v2_l2", SHARDED),
         ("colocated_v2_l2", "colocated_v2_l2pp2", SHARDED),
         ("colocated_v2_l2", "partial_interleaved", SHARDED),
+        ("colocated_v2_l2", "items_colocated", SHARDED),
         ("partial_interleaved", "one_rank", SHARDED),
         ("disjoint_v2_lpp2", "disjoint_v2_lpp2", SHARDED),
         ("disjoint_v2_lpp2", "colocated_v2_l2", SHARDED),

@@ -80,6 +80,8 @@ def _reference(shards: str, replicas: int, *options: str) -> Whole:
         # Pipelines read at both ends, vision on ranks of its own.
         ("interleaved_ranks", 1, "loaders_provider"),
         ("partial_overlap_dp3", 1, "loaders_provider"),
+        # Vision's replicas read both loaders, and drop each other's images.
+        ("items_colocated", 2, "loaders_provider"),
     ],
 )
 def test_plan_trains_on_loaders_like_one_process(plan, replicas, provider, shards):
@@ -104,8 +106,10 @@ def _relative(own: dict, other: dict) -> float:
         ("colocated_vtp2_ldp2", False, ()),
         # Two steps are read ahead.
         ("ahead_disjoint_sparse", True, FROZEN),
+        # Three are, and the items are dealt as before.
+        ("items_ahead_frozen", True, FROZEN),
     ],
-    ids=["states", "reading_past", "states_ahead"],
+    ids=["states", "reading_past", "states_ahead", "items_ahead"],
 )
 def test_resumed_run_reads_on_where_the_checkpoint_stopped(
     shards, tmp_path, plan, keeps_states, script_options

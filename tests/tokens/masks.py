@@ -19,7 +19,7 @@ def masks(draw, max_segments=8, max_length=24):
             continue
         document += draw(st.sampled_from((0, 0, 0, 1, 2)))
         group = draw(st.sampled_from((NO_GROUP, NO_GROUP, 0, 1)))
-        shown = draw(st.sampled_from(CLASSES[:-1]))
+        shown = draw(st.sampled_from((0, *CLASSES[:-1])))
         sees = draw(st.sampled_from((0, *CLASSES)))
         segments.append(Segment(length, document, group, shown, sees))
     return SequenceMask.of(segments)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.tokens.assign import assign, balanced, block_size, contiguous, longest_first
+from megatron_mosaic.tokens.assign import assign, balanced, contiguous, longest_first
 from megatron_mosaic.tokens.assign import zigzag as zigzag_of
 from megatron_mosaic.tokens.assignment import SequenceCut, TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask, modality_tokens, text
@@ -133,16 +133,21 @@ def test_balanced_exchanges_blocks_that_rounds_have_dealt_unevenly():
     assert sorted(found.tolist()) == [15, 16]
 
 
-def test_block_is_the_kernels_row_of_tiles_where_ranks_have_eight_of_them():
-    assert block_size(32768, cp=32, tile=TILE) == 128
-    # 1023 tokens a rank are 7 blocks of 128, so 15 of 64.
-    assert block_size(32767, cp=32, tile=TILE) == 64
-    assert block_size(131072, cp=4, tile=Tile(256, 64)) == 256
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_rows_of_a_ranks_tiles_are_blocks_so_that_nothing_is_computed_twice(length, cp):
+    # What ranks compute together is what the blocks cost, whichever rank has them.
+    mask = embedded(length)
+    found = assign(mask, cp=cp, method="balanced", tile=TILE)
 
+    computed = 0
+    for rank in range(cp):
+        held = found.held(rank)
+        edges = np.append(np.arange(0, held.size, TILE.queries), held.size)
+        if held.size:
+            computed += tile_counts(mask, edges=edges, tile_keys=TILE.keys, queries=held).sum()
 
-def test_block_is_never_below_what_a_matrix_instruction_has():
-    assert block_size(57, cp=4, tile=TILE) == 16
-    assert block_size(57, cp=4, tile=Tile(8, 8)) == 8
+    assert computed == tile_counts(mask, edges=found.cut.edges, tile_keys=TILE.keys).sum()
 
 
 def test_sequence_below_one_block_is_cut_evenly():

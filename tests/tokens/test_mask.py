@@ -105,6 +105,14 @@ def test_sequence_of_padding_alone_computes_nothing():
     assert len(found.computed.row) == 0
 
 
+def test_tokens_that_show_nothing_are_seen_by_nobody():
+    segments = [Segment(1, shown=0), text(1)]
+    mask = SequenceMask.of(segments)
+
+    assert drawn(mask) == ["..", ".x"]
+    assert tile_map(mask, tile=Tile(1, 1)).computed.start.tolist() == [1]
+
+
 def test_documents_that_run_backwards_are_refused():
     with pytest.raises(LayoutError, match="document=0 must not come after document 1"):
         SequenceMask.of([text(1, document=1), padding(2), text(1)])

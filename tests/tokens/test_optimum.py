@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from ortools.sat.python import cp_model
 
 from benchmarks.drawn_masks import Sizes, draw_mask
+from benchmarks.optimal_deal import optimal_deal
 from megatron_mosaic.tokens.assign import balanced
 from megatron_mosaic.tokens.assignment import SequenceCut
 from megatron_mosaic.tokens.tiles import tile_counts
@@ -18,36 +18,9 @@ CASES += [(family, LARGE_IMAGES, 2) for family in ("EE", "EEg", "MP")]
 
 
 def optimum(costs, cp, found):
-    """The least that the most loaded of some ranks can have, with equally many blocks for each.
-
-    Blocks of one cost are alike: what is decided is how many of each cost a rank has.
-
-    Args:
-        costs: Cost of each block.
-        cp: Ranks.
-        found: What is known to be possible, which the search starts from.
-    """
-    values, counts = np.unique(costs, return_counts=True)
-    levels = list(zip(values.tolist(), counts.tolist(), strict=True))
-    model = cp_model.CpModel()
-    most = model.new_int_var(-(-int(costs.sum()) // cp), found, "most")
-    taken = [
-        [model.new_int_var(0, count, f"{rank}_{value}") for value, count in levels]
-        for rank in range(cp)
-    ]
-    for row in taken:
-        model.add(sum(row) == len(costs) // cp)
-        model.add(cp_model.LinearExpr.weighted_sum(row, values.tolist()) <= most)
-    for column, (_, count) in zip(zip(*taken, strict=True), levels, strict=True):
-        model.add(sum(column) == count)
-    model.minimize(most)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = 10.0
-    status = solver.solve(model)
-    assert status == cp_model.OPTIMAL, f"not proven: {solver.status_name(status)}"
-    return round(solver.objective_value)
+    best = optimal_deal(costs, cp, found)
+    assert best.bound == best.most, "not proven"
+    return best.most
 
 
 @pytest.mark.parametrize(("cp", "blocks_per_rank"), RANKS_AND_BLOCKS)

@@ -12,7 +12,7 @@ from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.data.shares import Microbatches, deals_items
 from megatron_mosaic.layout.item_costs import ItemCost, Owners
 from megatron_mosaic.layout.items import balanced_items
-from megatron_mosaic.layout.ownership import count_rows
+from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import tasks_of
@@ -35,13 +35,13 @@ class ItemDeal:
     data_parallel_size: int
     cost: ItemCost
 
-    def owners(self, rows: Sequence[int]) -> Owners:
+    def owners(self, samples: Sequence[Runs]) -> Owners:
         """Finds the replica of every item of a task.
 
         Args:
-            rows: Boundary rows of each of its samples.
+            samples: Where the boundary rows of each of its samples belong.
         """
-        sizes = [self.cost.sizes(number) for number in rows]
+        sizes = [self.cost.sizes(runs) for runs in samples]
         costs = [self.cost.flops(size) for sample in sizes for size in sample]
         owners = iter(
             balanced_items(
@@ -86,7 +86,7 @@ def deal_step(
     def owners(name: str, task: Microbatches) -> Owners:
         first = task[0] * microbatch_size
         samples = facts[first : first + len(task) * microbatch_size]
-        return deals[name].owners([count_rows(sample.rows[name]) for sample in samples])
+        return deals[name].owners([sample.rows[name] for sample in samples])
 
     return {name: {task: owners(name, task) for task in deal.tasks} for name, deal in deals.items()}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.comm.boundary import ItemShape, Samples
+from megatron_mosaic.comm.boundary import ItemShape
 from megatron_mosaic.errors import HostError, PlanError
 from megatron_mosaic.host.data.batches import batch_fields
 from megatron_mosaic.host.groups import ModuleGroups
@@ -60,16 +60,12 @@ class ModuleBoundary(Protocol):
         """Takes what is known of the samples of the next forward task, in every stage."""
         ...
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> Any:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Any:
         """Turns what a stage received into what ``set_input_tensor`` takes.
 
         Args:
             received: Rows by the module that made them; or under the module's own name the
                 hidden state of the stage before.
-            samples: Where the rows belong of each sample of this rank's replica, by the module
-                that made them; empty on other stages than the first.
         """
         ...
 

@@ -18,9 +18,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape, Samples
+from megatron_mosaic.comm.boundary import ONE_ROW, ItemShape
 from megatron_mosaic.errors import HostError, PlanError
-from megatron_mosaic.host.attention import with_core_attention
 from megatron_mosaic.host.data.batches import batch_fields, is_absent, take_items, take_samples
 from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.families.family import Batch, check_edges, facts_of, token_ids
@@ -28,7 +27,8 @@ from megatron_mosaic.host.families.llava_masks import check_masks, stops_of_batc
 from megatron_mosaic.host.families.llava_sequence import (
     SequenceMerge,
     building_on_parts,
-    zigzag_attention,
+    parts_of,
+    spec_for,
 )
 from megatron_mosaic.host.families.llava_vision import (
     become_stage,
@@ -39,20 +39,17 @@ from megatron_mosaic.host.families.llava_vision import (
     with_gathered_attention,
 )
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.multimodal_attention import check_config, core_attention
 from megatron_mosaic.host.recompute import set_recompute
 from megatron_mosaic.host.reports import encoder_flops, item_cost
 from megatron_mosaic.host.sequence_parts import (
     MaskedParts,
-    ZigzagParts,
 )
 from megatron_mosaic.layout.item_costs import ItemCost
 from megatron_mosaic.layout.model_facts import check_module
-from megatron_mosaic.layout.ownership import Runs, sharding_of
+from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
-from megatron_mosaic.layout.sequences import MaskedSharding
 
 VISION = "vision"
 
@@ -153,41 +150,17 @@ def _building_language(
         "pre_process": groups.is_first_stage,
         "post_process": groups.is_last_stage,
     }
-    parts = _parts_of(arguments, groups)
+    parts = parts_of(arguments, groups)
     if parts is None:
         yield
         return
-    spec = arguments["language_transformer_layer_spec"]
-    if isinstance(parts, ZigzagParts):
-        spec = zigzag_attention(spec, parts.sharding, groups)
-    else:
-        check_config(config, position_embedding_type=arguments["language_position_embedding_type"])
-        spec = with_core_attention(spec, lambda _: core_attention(parts.attention))
-        # Fused kernels take one embedding for all samples.
-        config.apply_rope_fusion = config.fused_single_qkv_rope = False
+    spec = spec_for(parts, arguments["language_transformer_layer_spec"], config, groups)
     whole = copy.copy(config)
     whole.sequence_parallel, whole.context_parallel_size = False, 1
     arguments["language_transformer_config"] = whole
     with building_on_parts(config, spec):
         yield
     model.sequence_merge = SequenceMerge(model, config=config, parts=parts, groups=groups)
-
-
-def _parts_of(
-    arguments: Mapping[str, Any], groups: ModuleGroups
-) -> ZigzagParts | MaskedParts | None:
-    """Returns how ranks have parts of sequences; None if all have them whole, without a mask.
-
-    Raises:
-        LayoutError: The length cannot be split as Megatron does it.
-    """
-    placement, length = groups.placement, arguments["language_max_sequence_length"]
-    sharding = sharding_of(placement, sequence_length=length)
-    if sharding is None:
-        return None
-    if isinstance(sharding, MaskedSharding):
-        return MaskedParts(sharding, groups)
-    return ZigzagParts(sharding, groups)
 
 
 @contextmanager
@@ -295,9 +268,7 @@ class LlavaBoundary:
         """Leaves a hidden state as it is."""
         return output
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> torch.Tensor:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Inverse of :meth:`rows_of`; no image gives LLaVA's empty ``[0, 0, h]``.
 
         Where ranks keep parts of sequences the rows stay as they are, to be merged one by one.

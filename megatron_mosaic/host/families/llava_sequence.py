@@ -4,7 +4,7 @@ Upstream merges whole sequences on every rank, then slices. Here a rank receives
 rows that it keeps, and puts them and its text embeddings into its part of the sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,16 +22,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.attention import SplitTokens, gathering, with_core_attention
 from megatron_mosaic.host.groups import ModuleGroups
-from megatron_mosaic.host.multimodal_attention import RotaryOfSlots
+from megatron_mosaic.host.multimodal_attention import check_config, core_attention
+from megatron_mosaic.host.rotary import embed_slots, image_grid
 from megatron_mosaic.host.sequence_parts import (
     NOBODY,
     MaskedParts,
-    SampleSequence,
     SequenceParts,
+    ZigzagParts,
     to_device,
 )
 from megatron_mosaic.layout.ownership import Runs
 from megatron_mosaic.layout.rows import Interval, Rows
+from megatron_mosaic.layout.sequences import MaskedSharding, SampleSequence, sharding_of
 from megatron_mosaic.layout.sharding import SequenceSharding
 from megatron_mosaic.tokens.ranges import Integers
 
@@ -62,11 +64,57 @@ def building_on_parts(config: TransformerConfig, spec: ModuleSpec) -> Iterator[N
         llava_model.GPTModel = original
 
 
-def zigzag_attention(spec: ModuleSpec, sharding: SequenceSharding, groups: ModuleGroups) -> Any:
-    """Copies the spec of the layers with core attention for Megatron's split of sequences.
+def parts_of(
+    arguments: Mapping[str, Any], groups: ModuleGroups
+) -> ZigzagParts | MaskedParts | None:
+    """Tells how ranks have parts of sequences; None if all have them whole, without a mask.
 
-    TransformerEngine's attention is context-parallel by itself; Megatron's own is not.
+    Args:
+        arguments: LLaVAModel's.
+        groups: Groups of the language model.
+
+    Raises:
+        LayoutError: The length cannot be split as Megatron does it.
+        PlanError: Rows of images are no patches, and rotary positions count these.
     """
+    length = arguments["language_max_sequence_length"]
+    sharding = sharding_of(groups.placement, sequence_length=length)
+    if sharding is None:
+        return None
+    if isinstance(sharding, MaskedSharding):
+        counts_patches = arguments["language_position_embedding_type"] == "mrope"
+        grid = image_grid(arguments) if counts_patches else None
+        return MaskedParts(sharding, groups, grid=grid)
+    return ZigzagParts(sharding, groups)
+
+
+def spec_for(
+    parts: ZigzagParts | MaskedParts,
+    spec: ModuleSpec,
+    config: TransformerConfig,
+    groups: ModuleGroups,
+) -> ModuleSpec:
+    """Copies the spec of the layers with core attention for parts of sequences.
+
+    Args:
+        parts: How sequences are split.
+        spec: The script's.
+        config: The language model's, which loses what the parts cannot be computed with.
+        groups: Groups of the language model.
+
+    Raises:
+        PlanError: The config asks for attention that cannot be computed under masks.
+    """
+    if isinstance(parts, ZigzagParts):
+        return _zigzag_spec(spec, parts.sharding, groups)
+    check_config(config)
+    # Fused kernels take one embedding for all samples.
+    config.apply_rope_fusion = config.fused_single_qkv_rope = False
+    return with_core_attention(spec, lambda _: core_attention(parts.attention))
+
+
+def _zigzag_spec(spec: ModuleSpec, sharding: SequenceSharding, groups: ModuleGroups) -> ModuleSpec:
+    """Lets Megatron's own attention gather keys; TransformerEngine's is context-parallel itself."""
     if sharding.cp == 1:
         return spec
     positions = tuple(
@@ -137,9 +185,8 @@ class SequenceMerge:
         model._language_is_pipeline_parallel = True
         model._preprocess_data = self.preprocess
         model._process_embedding_token_parallel = self.split_labels
-        language: Any = model.language_model
-        if isinstance(parts, MaskedParts) and hasattr(language, "rotary_pos_emb"):
-            language.rotary_pos_emb = RotaryOfSlots(language.rotary_pos_emb)
+        if isinstance(parts, MaskedParts):
+            embed_slots(model.language_model)
 
     def take(self, samples: tuple[SampleSequence, ...]) -> None:
         """Takes the samples of the next microbatch."""

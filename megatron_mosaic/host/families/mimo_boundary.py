@@ -8,7 +8,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.comm.boundary import ONE_ROW, Samples
+from megatron_mosaic.comm.boundary import ONE_ROW
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.families.family import Batch, token_ids
 from megatron_mosaic.host.reports import flops_per_token, item_cost
@@ -110,9 +110,7 @@ class MimoBoundary:
     def begin(self, samples: "Sequence[SampleFacts]") -> None:
         """Needs to know nothing: MimoModel finds all in the batch."""
 
-    def inputs_of(
-        self, received: Mapping[str, torch.Tensor], *, samples: Mapping[str, Samples]
-    ) -> Mapping[str, Any]:
+    def inputs_of(self, received: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
         """Returns rows or a hidden state under the names that MimoModel looks for.
 
         Rows of a modality whose encoders are modules of their own are combined and projected.

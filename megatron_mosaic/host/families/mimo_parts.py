@@ -99,6 +99,11 @@ def check_sizes(placement: ModulePlacement) -> None:
         PlanError: It asks for what this version can do with other models only.
     """
     where, reason = f"modules.{placement.name}", "not supported by this version with MimoModel"
+    if placement.attention is not None:
+        raise PlanError(
+            f"{where}: attention.mask={placement.attention.mask} must not stand in the plan: masks "
+            f"are {reason}, whose script alone knows where its items lie; remove the key"
+        )
     if placement.context_parallel_size > 1:
         raise PlanError(
             f"{where}: context_parallel_size={placement.context_parallel_size} must be 1: context "

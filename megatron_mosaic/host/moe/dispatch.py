@@ -14,8 +14,8 @@ def check_equal_lengths(
     """Checks that replicas which gather each other's tokens have equally many.
 
     LLaVA pads a replica's microbatch to its longest sample, and all to one length only where the
-    language model has stages or ranks with parts of sequences. The dispatcher ``allgather`` takes
-    the lengths as equal: with others its collectives hang.
+    language model has stages, ranks with parts of sequences, or a mask. The dispatcher
+    ``allgather`` takes the lengths as equal: with others its collectives hang.
 
     Args:
         rows: Rows that an encoder makes of every sample of a step.
@@ -25,9 +25,12 @@ def check_equal_lengths(
     Raises:
         HostError: They have not; alike on every rank.
     """
+    joined = _joined_replicas(language)
+    if language.attention is not None:
+        _check_equal_slots(language, joined)
+        return
     if language.num_stages > 1 or splits_sequences(language):
         return
-    joined = _joined_replicas(language)
     samples = joined * samples_per_replica
     for first in range(0, len(rows), samples):
         most = [
@@ -40,6 +43,18 @@ def check_equal_lengths(
                 f"with moe_token_dispatcher_type=allgather, which joins them; "
                 f"use --moe-token-dispatcher-type alltoall"
             )
+
+
+def _check_equal_slots(language: ModulePlacement, joined: int) -> None:
+    """Checks that no mask decides how many slots the ranks of a replica have."""
+    assert language.attention is not None
+    tokens = language.attention.tokens
+    if joined > 1 and language.context_parallel_size > 1 and tokens in ("lpt", "local"):
+        raise HostError(
+            f"modules.language: attention.tokens={tokens} must be balanced with "
+            f"moe_token_dispatcher_type=allgather, which joins {joined} replicas with equally many "
+            f"tokens each; change it, or use --moe-token-dispatcher-type alltoall"
+        )
 
 
 def _joined_replicas(language: ModulePlacement) -> int:
