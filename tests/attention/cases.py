@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from megatron_mosaic.attention.flex import TILE
 from megatron_mosaic.tokens.assign import assign
-from megatron_mosaic.tokens.assignment import Method, TokenAssignment
+from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask, dense
+from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
 
 PRESETS: tuple[Preset, ...] = (
