@@ -92,8 +92,11 @@ def multimodal_attention(
         output, _ = _attend(plan.own, query, key, value, scale)
         return output.to(query.dtype).permute(2, 0, 1, 3)
     assert group is not None, "nothing travels in a group of one rank"
+    differentiable = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (query, key, value)
+    )
     return _Exchanged.apply(
-        query, key, value, plan.own, plan.received, group, scale, torch.is_grad_enabled()
+        query, key, value, plan.own, plan.received, group, scale, differentiable
     )
 
 
@@ -135,6 +138,7 @@ class _Exchanged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        assert ctx.kept is not None, "backward ran before, and freed what forward kept"
         # Memory is free as soon as both graphs have run, as it is with torch's own functions.
         (leaves, arrived, parts, received, group), ctx.kept = ctx.kept, None
         own, *others = zip(parts, merge_grads(grads[0].permute(1, 2, 0, 3), parts), strict=True)

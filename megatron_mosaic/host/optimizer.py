@@ -13,7 +13,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 _FIELD_OF_DIMS: dict[tuple[str, ...], str] = {
-    ("dp",): "dp",
+    # Upstream tells the replicas of what it saves by this one alone, and context-parallel ranks are
+    # replicas too; nothing else asks for it.
+    ("dp",): "dp_cp",
     ("dp", "cp"): "dp_cp",
     ("tp",): "tp",
     ("pp",): "pp",

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from megatron_mosaic.attention.flex import TILE
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.assignment import TokenAssignment
-from megatron_mosaic.tokens.mask import SequenceMask, dense
+from megatron_mosaic.tokens.mask import (
+    EVERYTHING,
+    NO_GROUP,
+    TEXT,
+    Segment,
+    SequenceMask,
+    dense,
+    padding,
+)
 from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
 
@@ -35,9 +43,13 @@ DOCUMENT_STOPS = {57: [10, 57], 283: [91, 230, 283], 1000: [498, 992], 2176: [65
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One batch: shapes, masks, and how its tokens are assigned."""
+    """One batch: shapes, masks, and how its tokens are assigned.
 
-    preset: Preset
+    With a seed, masks are such as no preset makes.
+    """
+
+    preset: Preset = "causal"
+    seed: int | None = None
     length: int
     method: Method = "balanced"
     heads: int = 2
@@ -49,6 +61,9 @@ class Case:
 
     def masks(self) -> list[SequenceMask]:
         """Two samples: with items, and with other ones and padding."""
+        if self.seed is not None:
+            generator = np.random.default_rng(self.seed)
+            return [random_mask(generator, self.length) for _ in range(2)]
         return [
             self._mask(ITEMS.get(self.length, []), self.length),
             self._mask([Item(0, self.length // 3)], self.length - self.length // 5),
@@ -107,6 +122,23 @@ class Case:
         """Positions that a rank keeps of each sample."""
         held = [each.held(rank) for each in self.assignments(cp)]
         return [each.position(np.arange(each.size)) for each in held]
+
+
+def random_mask(generator, length) -> SequenceMask:
+    """Segments of any kind and class, padding between them too."""
+    document, left, segments = 0, length, []
+    while left:
+        size = min(int(generator.integers(1, 24)), left)
+        left -= size
+        document += int(generator.random() < 0.2)
+        if generator.random() < 0.1:
+            segments.append(padding(size))
+            continue
+        group = int(generator.choice([NO_GROUP, NO_GROUP, 0, 1]))
+        shown = int(generator.choice([TEXT, 2, 4, TEXT | 2]))
+        sees = int(generator.choice([0, TEXT, 6, EVERYTHING]))
+        segments.append(Segment(size, document, group, shown, sees))
+    return SequenceMask.of(segments)
 
 
 @cache

@@ -32,7 +32,17 @@ SHAPES = [
     Case(preset="causal", length=3),  # there are more ranks than tokens
     Case(preset="multimodal_packed", length=1000, exchange="auto"),
 ]
-CASES = SQUARE + SHAPES
+RANDOM = [
+    Case(
+        seed=seed,
+        length=97,
+        method=METHODS[seed % 5],
+        head_dim=8,
+        exchange=("auto", "blocks")[seed % 2],
+    )
+    for seed in range(30)
+]
+CASES = [*SQUARE, *RANDOM, *SHAPES]
 ROUNDED = Case(preset="encoder_embedded", length=283, dtype=torch.bfloat16, groups=2)
 
 

@@ -27,6 +27,7 @@ EXPERTS = (
 )
 # Enough layers for an uneven split over the stages of plans that have two on each rank.
 DEEP = ("--encoder-num-layers", "5", "--decoder-num-layers", "5", *SHARDED)
+MASKED = ("--mask", "encoder_embedded", "--text-length", "120", *SHARDED)
 SAVED_STEP = 2
 
 
@@ -95,6 +96,7 @@ def _without_copy(own: dict, other: dict) -> dict:
         ("colocated_v2_l2", "virtual_uneven_vision", DEEP),
         ("virtual_tied_one_rank", "virtual_tied_pp2", TIED),
         ("virtual_tied_pp2", "virtual_tied_one_rank", TIED),
+        ("mask_embedded_pp2", "mask_embedded_cp2_virtual", MASKED),
     ],
 )
 def test_resumed_run_ends_as_the_uninterrupted_one(saved_under, resumed_under, options):

@@ -276,9 +276,9 @@ class SequenceMerge:
     def _make_tables(
         self, samples: tuple[SampleSequence, ...], text_length: int, device: torch.device
     ) -> _Tables:
-        own = self.parts.tokens(samples).own
+        local = self.parts.tokens(samples)
         text_from, text_to, rows_to = [], [], []
-        for sample, (positions, (images, _)) in enumerate(zip(own, samples, strict=True)):
+        for sample, (positions, (images, _)) in enumerate(zip(local.own, samples, strict=True)):
             tokens, is_row = _sources(images, length=self.parts.length, text_length=text_length)
             # The slots behind a rank's last token are nobody's.
             slots = np.flatnonzero(positions != NOBODY)
@@ -290,7 +290,7 @@ class SequenceMerge:
             text_from=to_device(np.concatenate(text_from), device),
             text_to=to_device(np.concatenate(text_to), device),
             rows_to=to_device(np.concatenate(rows_to), device),
-            num_slots=own.shape[1],
+            num_slots=local.num_slots,
         )
 
     def _make_label_tables(
