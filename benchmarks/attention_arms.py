@@ -19,9 +19,9 @@ from megatron_mosaic.attention.merge import merge, merge_grads
 from megatron_mosaic.attention.needed import NeededKeys
 from megatron_mosaic.attention.part import Kernel, Part
 from megatron_mosaic.tokens.assign import assign
-from megatron_mosaic.tokens.assignment import Method
 from megatron_mosaic.tokens.held import Held, whole
 from megatron_mosaic.tokens.mask import SequenceMask
+from megatron_mosaic.tokens.names import Method
 
 _ROWS_AT_A_TIME: Final = 4096  # of a dense mask: what is compared on the way takes little memory
 

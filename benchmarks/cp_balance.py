@@ -23,8 +23,9 @@ from benchmarks.drawn_masks import Family, Sizes, draw_mask
 from benchmarks.machine import RESULTS, write_results
 from benchmarks.optimal_deal import optimal_deal
 from megatron_mosaic.tokens.assign import assign
-from megatron_mosaic.tokens.assignment import Method, TokenAssignment
+from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
+from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.ranges import Integers
 from megatron_mosaic.tokens.tiles import Tile, needed, tile_counts
 from megatron_mosaic.tokens.visible import VisibleKeys

@@ -113,6 +113,21 @@ def test_check_prints_the_grid_of_experts(tmp_path, capsys):
     ]
 
 
+def test_check_prints_the_mask_and_what_is_balanced(tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "format: 1\nworld_size: 2\nglobal_batch_size: 2\nmicro_batch_size: 1\n"
+        "modules:\n  vision: {ranks: 0-1, data_parallel_size: 2, items: balanced}\n"
+        "  language: {ranks: 0-1, context_parallel_size: 2, attention: {mask: prefix_lm}}\n"
+        "edges: [[vision, language]]\nschedule: {kind: colocated}\n"
+    )
+
+    assert main(["check", str(plan)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "attention under the mask prefix_lm, tokens balanced over 2 ranks, keys auto" in lines
+    assert "items of vision go to replicas by cost" in lines
+
+
 def test_check_refuses_another_number_of_launched_ranks(good_plan, capsys):
     status = main(["check", good_plan, "--world-size", "8"])
 

@@ -56,8 +56,23 @@ def _summary(plan: Plan) -> str:
     idle = [rank for rank in range(plan.world_size) if rank not in hosts]
     if idle:
         lines.append(f"idle ranks {show_ranks(idle)}")
+    lines += _balance(plan)
     lines.append(f"digest {plan.digest()[:16]}")
     return "\n".join(lines)
+
+
+def _balance(plan: Plan) -> list[str]:
+    """Masks, and what evens out the loads of ranks, where the plan says something of it."""
+    lines, attention = [], plan.language.attention
+    if attention is not None:
+        line, cp = f"attention under the mask {attention.mask}", plan.language.context_parallel_size
+        if cp > 1:
+            line += f", tokens {attention.tokens} over {cp} ranks, keys {attention.keys}"
+        lines.append(line)
+    balanced = [name for name, each in plan.modules.items() if each.items == "balanced"]
+    if balanced:
+        lines.append(f"items of {', '.join(balanced)} go to replicas by cost")
+    return lines
 
 
 def _table(plan: Plan) -> str:
@@ -80,6 +95,7 @@ def _table(plan: Plan) -> str:
 
 def _task_size(plan: Plan, name: str) -> tuple[int, str]:
     """Microbatches of one task of a module, and the samples that a replica has in it."""
+
     if name == "language":
         return 1, str(plan.micro_batch_size)
     num_microbatches = 1

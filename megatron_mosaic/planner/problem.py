@@ -209,7 +209,8 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
         value = yaml.safe_load(text)
         name, _, size = key.partition(".")
         if name in model.modules and size:
-            modules.setdefault(name, {})[_size(key, size)] = _value(key, size, value)
+            short = _size(key, size)
+            modules.setdefault(name, {})[short] = _value(key, size, value)
             if size.startswith("attention.") and Workload.of(model) is None:
                 raise PlanError(
                     f"set: {key} must go with a mask in model {model.name}, whose attention is "

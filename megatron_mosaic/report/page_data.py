@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS, module_colors
@@ -190,6 +191,7 @@ def _breakdown(prediction: Prediction) -> list[dict[str, Any]]:
 
 
 def _plan_rows(plan: Plan) -> Iterable[Mapping[str, Any]]:
+    named = any(map(_loads, plan.modules.values()))
     for name, placement in plan.modules.items():
         written = asdict(placement)
         yield {
@@ -199,7 +201,18 @@ def _plan_rows(plan: Plan) -> Iterable[Mapping[str, Any]]:
             "layers": _layers(placement.layers_per_stage),
             "trainable": _trainable(placement.trainable),
             "recompute": placement.recompute or "as the script says",
+            **({"loads": _loads(placement)} if named else {}),
         }
+
+
+def _loads(placement: ModulePlacement) -> str:
+    """Mask of the language model, and what evens out the loads of a module's ranks."""
+    words = [f"items {placement.items}"] if placement.items != "in_order" else []
+    if attention := placement.attention:
+        words.append(attention.mask)
+        if placement.context_parallel_size > 1:
+            words += [f"tokens {attention.tokens}", f"keys {attention.keys}"]
+    return ", ".join(words)
 
 
 def _layers(layers_per_stage: Sequence[int] | None) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_mosaic.attention.flex import TILE
 from megatron_mosaic.tokens.assign import assign
-from megatron_mosaic.tokens.assignment import Method, TokenAssignment
+from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import (
     EVERYTHING,
     NO_GROUP,
@@ -20,6 +20,7 @@ from megatron_mosaic.tokens.mask import (
     dense,
     padding,
 )
+from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
 
 PRESETS: tuple[Preset, ...] = (

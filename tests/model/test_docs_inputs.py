@@ -2,13 +2,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_mosaic.cluster.cluster_file import parse_cluster
 from megatron_mosaic.model.huggingface import SUPPORTED
-from megatron_mosaic.model.model_file import parse_model
+from megatron_mosaic.model.model_file import model_from_document, parse_model
 
 DOC = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
-MODEL, CLUSTER = re.findall(r"```yaml\n(.*?)```", DOC, flags=re.DOTALL)
+MODEL, MASK, CLUSTER = re.findall(r"```yaml\n(.*?)```", DOC, flags=re.DOTALL)
 
 
 def test_model_of_the_docs_is_read():
@@ -19,6 +20,15 @@ def test_model_of_the_docs_is_read():
     assert vision.items_per_sample.mean == pytest.approx(0.97)
     assert vision.trainable == ("projector",)
     assert model.language.num_layers == 24
+
+
+def test_mask_of_the_docs_is_read():
+    document = yaml.safe_load(MODEL)
+    document["modules"]["language"] |= yaml.safe_load(MASK)
+    language = model_from_document(document).language
+
+    assert language.mask == "multimodal_packed"
+    assert language.tokens_per_document.percentile(0.5) == 2400
 
 
 def test_cluster_of_the_docs_is_read():

@@ -1,20 +1,28 @@
 """A plan's prediction as text and as a picture."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from megatron_mosaic.cli import main
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.cost.context import TILE
+from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.model.tokens import Distribution
+from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.report.figure import draw_plan
+from megatron_mosaic.report.mask_figure import draw_mask, rank_of_tiles
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.report.terminal import describe
 from megatron_mosaic.report.timeline import draw_timelines
 from megatron_mosaic.report.units import gib, seconds
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.simulate import PassTimes
+from megatron_mosaic.tokens.assign import assign
+from tests.planner.problems import language, model
 from tests.report.plans import BASELINE_NOTES, LAYOUT_NOTE, PLAN, PREDICTED, compared_plan
 
 
@@ -83,7 +91,11 @@ def test_prediction_without_a_stage_has_no_times():
     ("change", "to", "message"),
     [
         ("step_s: 2.0", "step_s: soon", r"predicted\.step_s='soon' must be a number >= 0; plan"),
-        ("bubble_s: 0.7", "bubble: 0.7", r"breakdown\.bubble=0\.7 must be one of compute_s, imbalance_s, comm"),
+        (
+            "bubble_s: 0.7",
+            "bubble: 0.7",
+            r"breakdown\.bubble=0\.7 must be one of compute_s, imb",
+        ),
         ("weights: 1", "weight: 1", r"predicted\.memory_bytes\[0\]\.weight=1.* must be one of we"),
         ("[1.0, 1.0]", "[1.0]", r"predicted\.tasks_s\.vision\.0=\[1\.0\] must be the times of a"),
         ("[1.0, 1.0]", "[1.0, -1.0]", r"predicted\.tasks_s\.vision\.0=-1\.0 must be a number >= 0"),
@@ -239,3 +251,48 @@ def test_seconds_have_three_digits(value_s, expected):
 
 def test_gib_are_binary():
     assert gib(3 * 2**30) == "3.0 GiB"
+
+
+MASKED = """
+format: 1
+world_size: 4
+global_batch_size: 4
+micro_batch_size: 1
+modules:
+  language: {ranks: 0-3, context_parallel_size: 4, attention: {mask: multimodal_packed}}
+schedule: {kind: no_pipelining}
+"""
+
+
+def packed_language():
+    text = replace(
+        language(tokens=4096),
+        mask="multimodal_packed",
+        tokens_per_document=Distribution.constant(1024),
+    )
+    return model(language=text)
+
+
+def test_picture_of_a_mask_has_the_tiles_of_every_rank(tmp_path):
+    path = tmp_path / "mask.png"
+    draw_mask(Plan.loads(MASKED, where="plan.yaml"), packed_language(), path)
+    assert path.stat().st_size > 10_000
+
+    # Four documents of 8 rows of tiles have 8 * 9 / 2 = 36 each; ranks 0 and 1 of zigzag the first
+    # and the last one and so on: every rank one half of two documents.
+    (mask,) = draw_masks(Workload.of(packed_language()), count=1)
+    tiles = rank_of_tiles(mask, assign(mask, cp=4, method="zigzag", tile=TILE))
+    assert tiles.shape == (32, 32)
+    counts = np.bincount(tiles[np.isfinite(tiles)].astype(int))
+    # The first half of a document has 10 tiles, the second one 26.
+    assert counts.tolist() == [36, 36, 36, 36]
+
+
+def test_picture_of_a_mask_needs_one_in_plan_and_model(tmp_path):
+    plan = Plan.loads(MASKED.replace("multimodal_packed", "prefix_lm"), where="plan.yaml")
+
+    with pytest.raises(LayoutError, match="mask=prefix_lm must be that of model small=multimodal"):
+        draw_mask(plan, packed_language(), tmp_path / "mask.png")
+    path = tmp_path / "plan.yaml"
+    path.write_text(MASKED)
+    assert main(["show", str(path), "--mask", "llava-1.5-7b", "-o", str(tmp_path / "a.html")]) == 2

@@ -226,7 +226,7 @@ function fillPlan(data) {
   const names = Object.keys(rows[0]).filter(
     (name) => !usual.has(name) || rows.some((row) => row[name] > 1),
   );
-  const texts = new Set(["module", "ranks", "layers", "trainable", "recompute"]);
+  const texts = new Set(["module", "ranks", "layers", "trainable", "recompute", "loads"]);
   const kind = (name) => (texts.has(name) ? { class: "text" } : {});
   const head = names.map((name) => element("th", { scope: "col", ...kind(name) }, name));
   const body = rows.map((row) =>
