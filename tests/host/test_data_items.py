@@ -1,5 +1,6 @@
 """Encoder items that are dealt by cost: each rank reads its own, a step after their facts."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -161,6 +162,8 @@ def _images(batch):
 
 
 def _read_all(rank, kind, options):
+    # As torchrun's ranks start their loader processes; those of this pool would import torch anew.
+    multiprocessing.set_start_method("fork", force=True)
     dataset = {"whole": _Samples, "by item": _SamplesByItem}[kind]()
     steps = list(_reader(rank, dataset, **options))
     images = [[_images(batch) for batch in step.batches["vision"].values()] for step in steps]
@@ -184,8 +187,9 @@ OWN_SAMPLES = [[0, 2], [0, 5], [0, 5]]
         ("by item", {}),
         ("whole", {"loaders": True}),
         ("by item", {"hands_ahead": True}),
+        ("by item", {"num_workers": 1}),
     ],
-    ids=["whole_samples", "by_item", "loaders", "a_step_ahead"],
+    ids=["whole_samples", "by_item", "loaders", "a_step_ahead", "loader_processes"],
 )
 def test_every_rank_reads_the_items_that_are_dealt_to_it(kind, options):
     for rank, (images, samples, _, owners) in enumerate(run_ranks(_read_all, 3, kind, options)):
