@@ -158,8 +158,8 @@ def run(
                 columns["of_contiguous"] = columns["received"] / by_position[cp]
             row = {"generator": generator, "tile": tile_name, "length": length, "seeds": seeds}
             row |= {"family": family, "cp": cp, "method": method}
-            row |= {f"{key}_worst": float(each.max()) for key, each in columns.items()}
-            row |= {f"{key}_mean": float(each.mean()) for key, each in columns.items()}
+            row |= {f"{key}_worst": round(float(each.max()), 6) for key, each in columns.items()}
+            row |= {f"{key}_mean": round(float(each.mean()), 6) for key, each in columns.items()}
             row["above_goal"] = [
                 {"seed": seed, **proven(mask, cp, tile, tiles)}
                 for seed, (mask, tiles) in enumerate(zip(drawn, columns["tiles"], strict=True))
