@@ -40,8 +40,10 @@ TILES = {"128x32": PUBLISHED_TILE, "128x128": FLEX_TILE}
 METHODS: tuple[Method, ...] = ("contiguous", "zigzag", "lpt", "balanced", "local")
 FAMILIES: tuple[Family, ...] = ("EP", "EE", "EEg", "MP", "causal")
 RANKS = (2, 4, 8, 16, 32)
-PUBLISHED_FAMILIES = ("EP", "EE", "MP")
-LOCAL_FAMILIES = ("MP",)  # where documents are packed there are keys that need not travel
+PUBLISHED_FAMILIES: tuple[Family, ...] = ("EP", "EE", "MP")
+LOCAL_FAMILIES: tuple[Family, ...] = (
+    "MP",
+)  # where documents are packed there are keys that need not travel
 DETAILED_RANKS = (8, 32)
 # Tokens, and seeds from 0.
 LENGTHS = {
@@ -54,12 +56,12 @@ REPEATS = 3
 LIMIT_S = 10.0  # of CP-SAT, for each sequence above the goal
 
 # Published means over EP, EE, MP and 8 seeds at CP 2..32, block 128, tiles 128x32.
-PUBLISHED = {
+PUBLISHED: Mapping[Method, Sequence[float]] = {
     "contiguous": (1.270, 1.564, 1.874, 2.275, 2.687),
     "zigzag": (1.135, 1.281, 1.479, 1.723, 1.912),
 }
 # Published shares of all keys that a rank needs, contiguous and zigzag, 128k: family, CP.
-PUBLISHED_NEED = {
+PUBLISHED_NEED: Mapping[tuple[Family, int], Sequence[float]] = {
     ("EP", 8): (0.65, 0.79),
     ("EE", 8): (0.57, 0.79),
     ("MP", 8): (0.16, 0.18),
@@ -159,8 +161,8 @@ def run(
                 columns["of_contiguous"] = columns["received"] / by_position[cp]
             row = {"generator": generator, "tile": tile_name, "length": length, "seeds": seeds}
             row |= {"family": family, "cp": cp, "method": method}
-            row |= {f"{key}_worst": float(each.max()) for key, each in columns.items()}
-            row |= {f"{key}_mean": float(each.mean()) for key, each in columns.items()}
+            row |= {f"{key}_worst": round(float(each.max()), 6) for key, each in columns.items()}
+            row |= {f"{key}_mean": round(float(each.mean()), 6) for key, each in columns.items()}
             row["above_goal"] = [
                 {"seed": seed, **proven(mask, cp, tile, tiles)}
                 for seed, (mask, tiles) in enumerate(zip(drawn, columns["tiles"], strict=True))

@@ -54,10 +54,9 @@ def assign(mask: SequenceMask, *, cp: int, method: Method, tile: Tile) -> TokenA
 
 
 def contiguous(cut: SequenceCut) -> TokenAssignment:
-    """Gives every rank consecutive blocks, whatever they cost."""
-    per_rank = cut.num_blocks // cut.cp
-    blocks = np.repeat(np.arange(cut.cp), per_rank)
-    return TokenAssignment(cut=cut, owner=np.concatenate((blocks, _rest(cut))))
+    """Gives every rank consecutive pieces, of nearly as many tokens, whatever they cost."""
+    middle_doubled = cut.edges[:-1] + cut.edges[1:]
+    return TokenAssignment(cut=cut, owner=middle_doubled * cut.cp // (2 * cut.length))
 
 
 def zigzag(cut: SequenceCut) -> TokenAssignment:
