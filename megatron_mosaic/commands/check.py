@@ -95,7 +95,6 @@ def _table(plan: Plan) -> str:
 
 def _task_size(plan: Plan, name: str) -> tuple[int, str]:
     """Microbatches of one task of a module, and the samples that a replica has in it."""
-    from megatron_mosaic.layout.ownership import encoder_samples
 
     if name == "language":
         return 1, str(plan.micro_batch_size)
