@@ -7,21 +7,18 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mosaic.layout.sequences import KERNEL_TILE
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.held import whole
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
-from megatron_mosaic.tokens.tiles import Tile, needed, tile_counts
+from megatron_mosaic.tokens.tiles import needed, tile_counts
 from megatron_mosaic.tokens.visible import VisibleKeys
 
 NUM_SEQUENCES = 8
 """Sequences that are drawn: as many as samples of the largest microbatch that is searched."""
-
-TILE = Tile(128, 128)
-"""Tile of the kernel. Source: torch 2.11, torch/nn/attention/flex_attention.py,
-``_DEFAULT_SPARSE_BLOCK_SIZE``."""
 
 NUM_EXCHANGED = 4
 """Sequences of which it is counted which keys are a rank's own, and which it receives: that takes
@@ -143,7 +140,7 @@ class _Assigned(NamedTuple):
 
     @classmethod
     def of(cls, sequence: _Sequence, *, cp: int, method: Method) -> Self:
-        return cls(*sequence, assign(sequence.mask, cp=cp, method=method, tile=TILE))
+        return cls(*sequence, assign(sequence.mask, cp=cp, method=method, tile=KERNEL_TILE))
 
     def pairs(self) -> Floats:
         return rank_pairs(self.mask, self.assignment, visible=self.visible)
@@ -163,12 +160,12 @@ class _Assigned(NamedTuple):
         tiles = {True: 0, False: 0}
         for rank in range(self.assignment.cut.cp):
             held = self.assignment.held(rank)
-            edges = np.append(np.arange(0, held.size, TILE.queries), held.size)
+            edges = np.append(np.arange(0, held.size, KERNEL_TILE.queries), held.size)
             for own, keys in ((True, held), (False, whole(self.mask.length))):
                 counts = tile_counts(
                     self.mask,
                     edges=edges,
-                    tile_keys=TILE.keys,
+                    tile_keys=KERNEL_TILE.keys,
                     queries=held,
                     keys=keys,
                     visible=self.visible,
@@ -188,6 +185,6 @@ def rank_pairs(
         visible: ``VisibleKeys.of(mask)``, if it is known.
     """
     cut = assignment.cut
-    tiles = tile_counts(mask, edges=cut.edges, tile_keys=TILE.keys, visible=visible)
-    pairs = tiles * TILE.keys * cut.sizes
+    tiles = tile_counts(mask, edges=cut.edges, tile_keys=KERNEL_TILE.keys, visible=visible)
+    pairs = tiles * KERNEL_TILE.keys * cut.sizes
     return np.bincount(assignment.owner, weights=pairs, minlength=cut.cp)

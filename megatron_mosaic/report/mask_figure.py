@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from megatron_mosaic.cost.context import TILE, rank_pairs
+from megatron_mosaic.cost.context import rank_pairs
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.sequences import KERNEL_TILE
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.tokens.assign import assign
@@ -46,7 +47,7 @@ def draw_mask(plan: Plan, model: ModelSpec, path: Path) -> None:
             len(heights), len(methods), squeeze=False, height_ratios=heights, sharey="row"
         )
         for column, method in enumerate(methods):
-            assignment = assign(mask, cp=cp, method=method, tile=TILE)
+            assignment = assign(mask, cp=cp, method=method, tile=KERNEL_TILE)
             _draw_tiles(grid[0, column], mask, assignment, name=method)
             if cp > 1:
                 _draw_loads(grid[1, column], rank_pairs(mask, assignment))
@@ -85,7 +86,7 @@ def rank_of_tiles(mask: SequenceMask, assignment: TokenAssignment) -> NDArray[np
         ``[rows, columns]`` of tiles that are cut from the whole sequence, as large as a block; NaN
         where no query sees a key.
     """
-    size = min(assignment.cut.block, TILE.queries)
+    size = min(assignment.cut.block, KERNEL_TILE.queries)
     tiles = tile_map(mask, tile=Tile(size, size))
     starts = np.arange(tiles.num_rows) * size
     piece = np.searchsorted(assignment.cut.edges, starts, side="right") - 1

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron_mosaic.cli import main
-from megatron_mosaic.cost.context import TILE
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.sequences import KERNEL_TILE
 from megatron_mosaic.model.tokens import Distribution
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.report.figure import draw_plan
@@ -281,7 +281,7 @@ def test_picture_of_a_mask_has_the_tiles_of_every_rank(tmp_path):
     # Four documents of 8 rows of tiles have 8 * 9 / 2 = 36 each; ranks 0 and 1 of zigzag the first
     # and the last one and so on: every rank one half of two documents.
     (mask,) = draw_masks(Workload.of(packed_language()), count=1)
-    tiles = rank_of_tiles(mask, assign(mask, cp=4, method="zigzag", tile=TILE))
+    tiles = rank_of_tiles(mask, assign(mask, cp=4, method="zigzag", tile=KERNEL_TILE))
     assert tiles.shape == (32, 32)
     counts = np.bincount(tiles[np.isfinite(tiles)].astype(int))
     # The first half of a document has 10 tiles, the second one 26.
