@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megatron_mosaic.attention.codes import SlotCodes, visible
 from megatron_mosaic.attention.dense import DenseKernel
-from megatron_mosaic.attention.flex import TILE, FlexKernel, mask_mod_of
+from megatron_mosaic.attention.flex import FlexKernel, mask_mod_of
 from megatron_mosaic.attention.merge import merge, merge_grads
 from megatron_mosaic.attention.needed import NeededKeys
 from megatron_mosaic.attention.part import Kernel, Part
@@ -22,6 +22,7 @@ from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.held import Held, whole
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
+from megatron_mosaic.tokens.tiles import KERNEL_TILE
 
 _ROWS_AT_A_TIME: Final = 4096  # of a dense mask: what is compared on the way takes little memory
 
@@ -153,13 +154,13 @@ def simulated_ranks(
         cp: Ranks.
         method: How tokens are assigned.
     """
-    assignment = assign(mask, cp=cp, method=method, tile=TILE)
+    assignment = assign(mask, cp=cp, method=method, tile=KERNEL_TILE)
     needed = NeededKeys.of(mask, assignment)
     query, key, value, grad = (each.permute(1, 2, 0, 3) for each in tensors)
     found = []
     for rank in range(cp):
         own, received = assignment.held(rank), needed.received(rank)
-        slots = -(-received.size // TILE.keys) * TILE.keys  # as the operator has them
+        slots = -(-received.size // KERNEL_TILE.keys) * KERNEL_TILE.keys  # as the operator has them
         parts = [_part(mask, own, own, own.size, grad.device)]
         keys = [[_leaf(each, own, own.size) for each in (key, value)]]
         if slots:

@@ -12,14 +12,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from megatron_mosaic.attention.codes import SlotCodes
 from megatron_mosaic.attention.part import Part
 from megatron_mosaic.tokens.ranges import Integers
-from megatron_mosaic.tokens.tiles import Tile
-
-TILE = Tile(queries=128, keys=128)
-"""Tiles of a block mask.
-
-Source: torch.nn.attention.flex_attention, the default of ``BLOCK_SIZE``; kernels compute them in
-pieces that divide them.
-"""
+from megatron_mosaic.tokens.tiles import KERNEL_TILE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +55,7 @@ def _compiled(device_type: str) -> Callable[..., Any]:
 
 
 def _block_mask(part: Part) -> BlockMask:
-    tiles = part.tiles(TILE)
+    tiles = part.tiles(KERNEL_TILE)
     full = [each.full for each in tiles]
     partial = [_without(each.computed.numbers(), each.full, each.num_columns) for each in tiles]
     shape = (tiles[0].num_rows, tiles[0].num_columns)
@@ -82,7 +75,7 @@ def _block_mask(part: Part) -> BlockMask:
         q_indices=q_indices,
         full_q_num_blocks=full_q_num_blocks,
         full_q_indices=full_q_indices,
-        BLOCK_SIZE=(TILE.queries, TILE.keys),
+        BLOCK_SIZE=(KERNEL_TILE.queries, KERNEL_TILE.keys),
         mask_mod=mask_mod_of(*part.codes),
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mosaic.attention.choice import Exchange, ExchangeWish, cheaper_exchange
 from megatron_mosaic.attention.dense import DenseKernel
-from megatron_mosaic.attention.flex import TILE, FlexKernel
+from megatron_mosaic.attention.flex import FlexKernel
 from megatron_mosaic.attention.needed import NeededKeys, alone
 from megatron_mosaic.attention.part import Kernel, Part
 from megatron_mosaic.attention.wire import WireRows
@@ -19,6 +19,7 @@ from megatron_mosaic.cost.collectives import Group
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.held import Held
 from megatron_mosaic.tokens.mask import SequenceMask
+from megatron_mosaic.tokens.tiles import KERNEL_TILE
 
 _LOGGER = getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _received(
     key_slots = max(each.size for each in keys)
     if device.type != "cpu":
         # Whole tiles, so that few lengths occur and no kernel is compiled for each of them.
-        key_slots = -(-key_slots // TILE.keys) * TILE.keys
+        key_slots = -(-key_slots // KERNEL_TILE.keys) * KERNEL_TILE.keys
     wire = WireRows.of(samples, rank=rank, slots=slots)
     # On the device once: every layer of every microbatch takes rows by them.
     rows = (wire.send_rows, wire.receive_rows, wire.gathered_rows)

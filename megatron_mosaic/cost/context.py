@@ -7,14 +7,13 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mosaic.layout.sequences import KERNEL_TILE
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.held import whole
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
-from megatron_mosaic.tokens.tiles import needed, tile_counts
+from megatron_mosaic.tokens.tiles import KERNEL_TILE, needed, tile_counts
 from megatron_mosaic.tokens.visible import VisibleKeys
 
 NUM_SEQUENCES = 8

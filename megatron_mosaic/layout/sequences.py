@@ -22,12 +22,7 @@ from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.presets import Item, preset_mask
 from megatron_mosaic.tokens.ranges import Integers
-from megatron_mosaic.tokens.tiles import Tile
-
-# Tiles of FlexAttention, whose block masks have blocks of 128 (torch 2.11,
-# torch/nn/attention/flex_attention.py, _DEFAULT_SPARSE_BLOCK_SIZE). Assignments count them on every
-# device: those of ranks, and of runs on other machines, must agree.
-KERNEL_TILE = Tile(queries=128, keys=128)
+from megatron_mosaic.tokens.tiles import KERNEL_TILE
 
 # Samples whose masks and assignments are kept, 130 KB each at a million tokens, and those whose
 # tables are: routes alone ask for them, and they have 2 MB.

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from megatron_mosaic.cost.context import rank_pairs
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.sequences import KERNEL_TILE
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import SequenceMask
 from megatron_mosaic.tokens.names import Method
-from megatron_mosaic.tokens.tiles import Tile, tile_map
+from megatron_mosaic.tokens.tiles import KERNEL_TILE, Tile, tile_map
 
 _STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}
 _SIDE = 4.4  # inches of a mask

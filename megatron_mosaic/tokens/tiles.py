@@ -24,6 +24,15 @@ class Tile(NamedTuple):
     keys: int
 
 
+KERNEL_TILE = Tile(queries=128, keys=128)
+"""Tiles of FlexAttention, whose block masks have blocks of 128; kernels compute them in pieces
+that divide them. Assignments count them on every device: those of ranks, and of runs on other
+machines, must agree.
+
+Source: torch 2.11, torch/nn/attention/flex_attention.py, ``_DEFAULT_SPARSE_BLOCK_SIZE``.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileMap:
     """Tiles that are computed, by row of tiles.

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_mosaic.attention.flex import TILE
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.assignment import TokenAssignment
 from megatron_mosaic.tokens.mask import (
@@ -22,6 +21,7 @@ from megatron_mosaic.tokens.mask import (
 )
 from megatron_mosaic.tokens.names import Method
 from megatron_mosaic.tokens.presets import Item, Preset, preset_mask
+from megatron_mosaic.tokens.tiles import KERNEL_TILE
 
 PRESETS: tuple[Preset, ...] = (
     "causal",
@@ -86,7 +86,7 @@ class Case:
 
     def assignments(self, cp) -> list[TokenAssignment]:
         """One for each sample."""
-        return [assign(mask, cp=cp, method=self.method, tile=TILE) for mask in self.masks()]
+        return [assign(mask, cp=cp, method=self.method, tile=KERNEL_TILE) for mask in self.masks()]
 
     def slots(self, cp) -> int:
         """Slots of every rank."""

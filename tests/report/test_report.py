@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from megatron_mosaic.cli import main
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.layout.sequences import KERNEL_TILE
 from megatron_mosaic.model.tokens import Distribution
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.report.figure import draw_plan
@@ -22,6 +21,7 @@ from megatron_mosaic.report.units import gib, seconds
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.simulate import PassTimes
 from megatron_mosaic.tokens.assign import assign
+from megatron_mosaic.tokens.tiles import KERNEL_TILE
 from tests.planner.problems import language, model
 from tests.report.plans import BASELINE_NOTES, LAYOUT_NOTE, PLAN, PREDICTED, compared_plan
 
