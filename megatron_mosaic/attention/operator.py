@@ -10,10 +10,12 @@ its own:
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_mosaic.attention.checks import check_attention
 from megatron_mosaic.attention.choice import ExchangeWish
@@ -124,7 +126,7 @@ class _Exchanged(torch.autograd.Function):
         pending = post_keys(rows, received, group=group)
         leaves = tuple(t.detach().requires_grad_(differentiable) for t in (query, key, value))
         q, k, v = leaves
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable), _kept_as_they_are():
             parts = [_attend(own, q, k, v, scale)]
             arrived = _place(pending.wait(), received, b).unflatten(-1, (2, *key.shape[2:]))
             arrived.requires_grad_(differentiable)
@@ -152,6 +154,16 @@ class _Exchanged(torch.autograd.Function):
         grad_query = own_query if grad_query is None else grad_query + own_query
         grad_key, grad_value = _add_returned(own_keys, pending, received)
         return grad_query, grad_key, grad_value, None, None, None, None, None
+
+
+def _kept_as_they_are() -> AbstractContextManager[None]:
+    """Hides graphs made inside from a checkpoint around them that is not reentrant.
+
+    It would run forward again for each of the two graphs, and with it the exchange, when that
+    graph runs: ranks do so in unlike order, and one that receives no keys has one graph alone.
+    Such a checkpoint frees nothing in here; Megatron's are reentrant, and free all.
+    """
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _attend(

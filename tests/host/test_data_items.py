@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mosaic.layout.plan import Plan
+from tests.host.hosted import hosted_modules
 from tests.ranks import run_ranks
 
 # Rank 0 has vision alone, ranks 1 and 2 both modules. A task of vision is all eight samples.
@@ -112,26 +113,15 @@ def _reader(
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     from megatron_mosaic.host.data.facts import FactsLayout
     from megatron_mosaic.host.data.items import deal_step, item_deals
     from megatron_mosaic.host.data.reader import StepReader
     from megatron_mosaic.host.data.samples import SampleSource
     from megatron_mosaic.host.data.shares import step_shares
-    from megatron_mosaic.host.groups import ModuleGroups
     from megatron_mosaic.schedule.build import build_schedule
 
     plan = Plan.loads(plan, "plan")
-    hosted = {
-        name: ModuleGroups(
-            placement=plan.modules[name],
-            position=plan.modules[name].coordinates(rank),
-            expert_position=plan.modules[name].expert_coordinates(rank),
-            collection=ProcessGroupCollection(),
-        )
-        for name in plan.modules_of(rank)
-    }
+    hosted = hosted_modules(plan, rank)
     schedule = build_schedule(plan)
     shares = step_shares(schedule, hosted, language=plan.language, samples_per_replica=2)
     boundaries = {name: _boundary() for name in hosted}

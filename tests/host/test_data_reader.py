@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.rows import Interval
+from tests.host.hosted import hosted_modules
 from tests.ranks import run_ranks
 
 PLAN = """
@@ -54,25 +55,14 @@ def _reader(rank, dataset, *, first_sample=0, positions=False, hands_ahead=False
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     from megatron_mosaic.host.data.facts import FactsLayout
     from megatron_mosaic.host.data.reader import StepReader
     from megatron_mosaic.host.data.samples import SampleSource
     from megatron_mosaic.host.data.shares import step_shares
-    from megatron_mosaic.host.groups import ModuleGroups
     from megatron_mosaic.schedule.build import build_schedule
 
     plan = Plan.loads(PLAN, "plan")
-    hosted = {
-        name: ModuleGroups(
-            placement=plan.modules[name],
-            position=plan.modules[name].coordinates(rank),
-            expert_position=plan.modules[name].expert_coordinates(rank),
-            collection=ProcessGroupCollection(),
-        )
-        for name in plan.modules_of(rank)
-    }
+    hosted = hosted_modules(plan, rank)
     shares = step_shares(
         build_schedule(plan), hosted, language=plan.language, samples_per_replica=2
     )
