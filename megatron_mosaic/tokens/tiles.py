@@ -303,10 +303,12 @@ def _full(
 ) -> tuple[Integers, Integers]:
     """Tiles that are visible to every piece of their row: the first query of each sees least."""
     seen = _placed(_seen(visible, pieces, behind=pieces.start + 1), keys)
+    # What lies between two ranges may not be held: then they touch, and a tile may have of both.
+    seen = merged(seen.select(seen.start < seen.stop))
     covered = Ranges(pieces.row[seen.row], -(-seen.start // tile_keys), seen.stop // tile_keys)
     covered = covered.select(covered.start < covered.stop)
     rows, columns = covered.numbers()
-    # Of one piece no two ranges touch, so it covers a tile once or not at all.
+    # So no two ranges of a piece touch, and it covers a tile once or not at all.
     tiles, times = np.unique(rows * num_columns + columns, return_counts=True)
     num_pieces = np.bincount(pieces.row)
     rows, columns = np.divmod(tiles, num_columns)

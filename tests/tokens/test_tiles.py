@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mosaic.tokens.mask import dense
+from megatron_mosaic.tokens.mask import SequenceMask, dense, modality_tokens, text
 from megatron_mosaic.tokens.tiles import (
     Held,
     Tile,
@@ -43,7 +43,19 @@ def blocks(matrix, rows, columns):
             yield row, column, matrix[row * rows :, column * columns :][:rows, :columns]
 
 
-@settings(max_examples=300, deadline=None)
+def test_tile_over_keys_that_only_touch_where_some_are_not_held_is_full():
+    mask = SequenceMask.of(
+        [*(modality_tokens(1, group=0), text(1), modality_tokens(1, group=0)), text(1)]
+    )
+    images = Held(np.array([0, 2]), np.array([1, 3]))
+
+    found = tile_map(mask, tile=Tile(1, 2), queries=images, keys=images)
+
+    # Both queries see keys 0 and 2, which are the one tile of what is held.
+    assert [each.tolist() for each in found.full] == [[0, 1], [0, 0]]
+
+
+@settings(max_examples=2000, deadline=None)
 @given(st.data())
 def test_tile_map_of_parts_of_a_sequence_equals_the_dense_mask(data):
     mask = data.draw(masks())
