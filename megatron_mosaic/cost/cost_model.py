@@ -16,6 +16,7 @@ from megatron_mosaic.cost.costs import (
     StepEstimate,
 )
 from megatron_mosaic.cost.imbalance import DrawnItems, items_vary, slowed
+from megatron_mosaic.cost.layer_split import even_split, split_runs
 from megatron_mosaic.cost.memory import module_parts, stage_memory, with_memory
 from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.parts import module_costs
@@ -175,10 +176,9 @@ class CostModel:
         known = kept[1]
         split = layers_per_stage or even_split(costs.num_layers, costs.sizes.pp)
         stages, upstream = [], self._trains_before[costs.name]
-        runs = [[run.count, index] for index, run in enumerate(costs.layers) if run.count]
-        for number, count in enumerate(split):
+        runs = [(run.count, index) for index, run in enumerate(costs.layers)]
+        for number, layers in enumerate(split_runs(runs, split)):
             first, last = number == 0, number == len(split) - 1
-            layers = _take(runs, count)
             key = _StageKey(first, last, layers, upstream)
             if key not in known:
                 known[key] = self._stage(costs, key)
@@ -346,24 +346,3 @@ class CostModel:
 def _listed(trainable: tuple[str, ...] | None) -> list[str] | None:
     """As plans write it."""
     return None if trainable is None else list(trainable)
-
-
-def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage, as equal as they can be; the first stages have more."""
-    each, more = divmod(num_layers, num_stages)
-    return tuple(each + (stage < more) for stage in range(num_stages))
-
-
-def _take(runs: list[list[int]], count: int) -> tuple[tuple[int, int], ...]:
-    """Takes layers from the front of runs: how many of which run."""
-    taken = []
-    while count:
-        available, index = runs[0]
-        number = min(available, count)
-        taken.append((number, index))
-        count -= number
-        if number == available:
-            runs.pop(0)
-        else:
-            runs[0][0] -= number
-    return tuple(taken)

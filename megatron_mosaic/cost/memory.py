@@ -15,6 +15,7 @@ from megatron_mosaic.cost.ends import (
     output_keeps,
 )
 from megatron_mosaic.cost.kept import Kernels, TaskOnRank, total_bytes
+from megatron_mosaic.cost.layer_split import even_split, split_runs
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.cost.working import layer_working_bytes, weight_shapes
 from megatron_mosaic.model.layers import Layer
@@ -281,20 +282,8 @@ class _Weights(NamedTuple):
 
 def split_layers(layers: Sequence[PartRun], layers_per_stage: Sequence[int]) -> list[list[PartRun]]:
     """Cuts runs of equal layers into stages."""
-    stages: list[list[PartRun]] = []
-    waiting = [run for run in layers if run.count]
-    for number in layers_per_stage:
-        stage: list[PartRun] = []
-        while number:
-            count, costs = waiting[0]
-            taken = min(count, number)
-            stage.append(PartRun(taken, costs))
-            number -= taken
-            waiting[0] = PartRun(count - taken, costs)
-            if taken == count:
-                waiting.pop(0)
-        stages.append(stage)
-    return stages
+    stages = split_runs(layers, layers_per_stage)
+    return [[PartRun(*run) for run in stage] for stage in stages]
 
 
 def stages_memory(
@@ -317,8 +306,7 @@ def stages_memory(
     """
     if layers_per_stage is None:
         number = sum(run.count for run in parts.layers)
-        each, more = divmod(number, sizes.pp)
-        layers_per_stage = [each + (stage < more) for stage in range(sizes.pp)]
+        layers_per_stage = even_split(number, sizes.pp)
     stages = split_layers(parts.layers, layers_per_stage)
     stages[0].insert(0, PartRun(1, parts.input))
     stages[-1].append(PartRun(1, parts.output))

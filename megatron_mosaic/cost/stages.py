@@ -1,6 +1,5 @@
 """Costs of pipeline stages, from those of a module's parts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mosaic.cluster.spec import Cluster
@@ -46,30 +45,6 @@ def backward_s(part: PartCosts, *, upstream: bool) -> float:
     if not needed:
         return 0.0
     return part.trainable * part.weight_gradient_s + part.input_gradient_s + part.recompute_s
-
-
-def stage_works(
-    module: ModuleCosts, *, layers_per_stage: Sequence[int], upstream: bool = False
-) -> tuple[StageWork, ...]:
-    """Deals the parts of a module to its stages.
-
-    Args:
-        module: Costs of its parts.
-        layers_per_stage: Layers of each stage, over all of its chunks.
-        upstream: Whether anything trains before the module.
-    """
-    layers = list(module.each_layer())
-    works, start = [], 0
-    for stage, count in enumerate(layers_per_stage):
-        parts = layers[start : start + count]
-        start += count
-        if stage == 0:
-            parts = [module.input, *parts]
-        if stage == len(layers_per_stage) - 1:
-            parts = [*parts, module.output]
-        works.append(StageWork(parts=tuple(parts), upstream=upstream))
-        upstream = upstream or any(part.trainable > 0 for part in parts)
-    return tuple(works)
 
 
 def stage_costs(

@@ -19,7 +19,7 @@ class AttentionPlan:
         mask: What items (images, sounds) and packed documents of a sequence mean to attention.
         tokens: How the tokens of a sequence are assigned to context-parallel ranks.
         keys: ``blocks`` sends a rank what its queries see, ``all_gather`` sends everything to
-            every rank, ``auto`` takes the one that is predicted to be faster.
+            every rank, ``auto`` takes the one that moves fewer bytes at the busiest rank.
 
     Raises:
         PlanError: A field is another word.

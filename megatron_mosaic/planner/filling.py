@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import inf
 
-from megatron_mosaic.cost.cost_model import CostModel, even_split
+from megatron_mosaic.cost.cost_model import CostModel
+from megatron_mosaic.cost.layer_split import even_split
 from megatron_mosaic.cost.plan_memory import task_microbatches
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner.candidate import Candidate, EncoderChoice

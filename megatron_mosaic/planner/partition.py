@@ -64,17 +64,6 @@ class Room:
     live_tasks: Sequence[float]
 
 
-def one_f_one_b_room(num_bytes: float, *, num_stages: int, num_microbatches: int) -> Room:
-    """Memory of the stages of a 1F1B pipeline that ends with them.
-
-    Source:
-        Narayanan et al., 2021, arXiv:2104.04473, section 2.2.1: a stage holds as many microbatches
-        as there are stages from it to the end.
-    """
-    live = [min(num_microbatches, num_stages - stage) for stage in range(num_stages)]
-    return Room(num_bytes=num_bytes, live_tasks=live)
-
-
 def chain_of(
     costs: ModuleCosts, *, trainable_upstream: bool, frozen_aware: bool = True
 ) -> tuple[tuple[float, ...], float, float]:

@@ -4,10 +4,10 @@ import pytest
 
 from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
-from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
+from megatron_mosaic.cost.costs import PartCosts
 from megatron_mosaic.cost.exposed import waited_s
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
-from megatron_mosaic.cost.stages import backward_s, stage_works
+from megatron_mosaic.cost.stages import backward_s
 from megatron_mosaic.model.shipped import load_model
 
 PART = PartCosts(
@@ -32,29 +32,6 @@ def test_adapters_add_their_share_of_the_gradients_of_weights():
     adapted = replace(PART, trainable=0.01)
 
     assert backward_s(adapted, upstream=False) == pytest.approx(0.009 + 1.1 + 0.2)
-
-
-def test_stages_have_input_layers_and_output_in_order():
-    ends = PartCosts(forward_s=5.0), PartCosts(forward_s=7.0)
-    module = ModuleCosts(
-        name="language", sizes=ParallelSizes(pp=2), input=ends[0],
-        layers=(PartRun(1, FROZEN), PartRun(2, PART)), output=ends[1],
-    )  # fmt: skip
-
-    first, last = stage_works(module, layers_per_stage=(1, 2))
-    assert first.parts == (ends[0], FROZEN)
-    assert last.parts == (PART, PART, ends[1])
-
-
-def test_stage_knows_what_trains_before_it():
-    nothing = PartCosts(trainable=0.0)
-    module = ModuleCosts(
-        name="language", sizes=ParallelSizes(pp=3), input=nothing,
-        layers=(PartRun(1, FROZEN), PartRun(1, PART), PartRun(1, FROZEN)), output=nothing,
-    )  # fmt: skip
-
-    works = stage_works(module, layers_per_stage=(1, 1, 1))
-    assert [work.upstream for work in works] == [False, False, True]
 
 
 def test_communication_waits_for_what_no_computation_hides():

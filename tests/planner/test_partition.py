@@ -10,10 +10,15 @@ from megatron_mosaic.planner.partition import (
     Load,
     Room,
     chain_of,
-    one_f_one_b_room,
     split_chains,
     split_layers,
 )
+
+
+def one_f_one_b_room(num_bytes, *, num_stages, num_microbatches):
+    """A stage of 1F1B holds as many microbatches as there are stages from it to the end."""
+    live = [min(num_microbatches, num_stages - stage) for stage in range(num_stages)]
+    return Room(num_bytes=num_bytes, live_tasks=live)
 
 
 def chain(*times, first=0.0, last=0.0):
