@@ -56,12 +56,16 @@ def draw_mask(plan: Plan, model: ModelSpec, path: Path) -> None:
 
 def _sequence(plan: Plan, model: ModelSpec) -> SequenceMask:
     attention, workload = plan.language.attention, Workload.of(model)
-    asked = attention.mask if attention else "causal"
-    known = workload.mask if workload else "causal"
-    if attention is None or workload is None or asked != known:
+    if attention is None or workload is None:
+        where = "modules.language" if attention is None else f"model {model.name}: language"
+        key = "attention" if attention is None else "mask"
         raise LayoutError(
-            f"modules.language: attention.mask={asked} must be that of model {model.name}={known}, "
-            f"and not the causal one, whose picture is a triangle; plan for a model with a mask"
+            f"{where}: {key}=absent must name a mask to draw; plan for a model file with mask"
+        )
+    if attention.mask != workload.mask:
+        raise LayoutError(
+            f"modules.language: attention.mask={attention.mask} must be that of model "
+            f"{model.name}={workload.mask}; name the model that the plan was made for"
         )
     return draw_masks(workload, count=1)[0]
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from megatron_mosaic.cli import main
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.tokens import Distribution
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.report.figure import draw_plan
@@ -292,6 +293,12 @@ def test_picture_of_a_mask_needs_one_in_plan_and_model(tmp_path):
     plan = Plan.loads(MASKED.replace("multimodal_packed", "prefix_lm"), where="plan.yaml")
 
     with pytest.raises(LayoutError, match="mask=prefix_lm must be that of model small=multimodal"):
+        draw_mask(plan, packed_language(), tmp_path / "mask.png")
+    plan = Plan.loads(MASKED, where="plan.yaml")
+    with pytest.raises(LayoutError, match="7b: language: mask=absent must name a mask"):
+        draw_mask(plan, load_model("llava-1.5-7b"), tmp_path / "mask.png")
+    plan = replace(plan, modules={"language": replace(plan.language, attention=None)})
+    with pytest.raises(LayoutError, match="modules.language: attention=absent must name a mask"):
         draw_mask(plan, packed_language(), tmp_path / "mask.png")
     path = tmp_path / "plan.yaml"
     path.write_text(MASKED)
