@@ -298,7 +298,7 @@ def test_picture_of_a_mask_needs_one_in_plan_and_model(tmp_path):
     with pytest.raises(LayoutError, match="7b: language: mask=absent must name a mask"):
         draw_mask(plan, load_model("llava-1.5-7b"), tmp_path / "mask.png")
     plan = replace(plan, modules={"language": replace(plan.language, attention=None)})
-    with pytest.raises(LayoutError, match="modules.language: attention=absent must name a mask"):
+    with pytest.raises(LayoutError, match="language: attention=absent must name a mask"):
         draw_mask(plan, packed_language(), tmp_path / "mask.png")
     path = tmp_path / "plan.yaml"
     path.write_text(MASKED)
