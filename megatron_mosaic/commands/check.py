@@ -99,7 +99,7 @@ def _task_size(plan: Plan, name: str) -> tuple[int, str]:
     if name == "language":
         return 1, str(plan.micro_batch_size)
     num_microbatches = 1
-    if plan.schedule.kind in ("colocated", "bubble_fill"):
+    if plan.schedule.kind in ("colocated", "bubble_fill", "concurrent"):
         num_microbatches = plan.schedule.group_size(plan.num_microbatches)
     num_samples = num_microbatches * plan.micro_batch_size * plan.language.data_parallel_size
     replicas = plan.modules[name].data_parallel_size

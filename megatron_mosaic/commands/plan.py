@@ -182,7 +182,7 @@ def _layouts(entries: "Sequence[tuple[str, Simulated]]") -> str:
     for label, entry in entries:
         candidate = entry.candidate
         schedule = f"{candidate.kind} mbs {candidate.micro_batch_size}"
-        if candidate.kind in ("colocated", "bubble_fill"):
+        if candidate.kind in ("colocated", "bubble_fill", "concurrent"):
             schedule += f" group {candidate.encoder_group}"
         schedule += " ahead" if candidate.ahead else ""
         start = (label, candidate.placement, schedule)

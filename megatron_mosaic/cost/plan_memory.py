@@ -48,7 +48,7 @@ def ranks_memory(
         Bytes by term, keyed by the stages that ranks of the kind host; idle ranks have none.
     """
     number = plan.num_microbatches
-    if plan.schedule.kind in ("interleaved", "bubble_fill"):
+    if plan.schedule.kind in ("interleaved", "bubble_fill", "concurrent"):
         return _memory_of_lists(plan, stages)
     peaks = {
         Stage(name, index): memory_terms(
@@ -123,7 +123,7 @@ def _peak_bytes(
 
 def task_microbatches(plan: Plan, name: str) -> int:
     """Microbatches of a module's tasks, of the longest where they differ."""
-    in_groups = plan.schedule.kind in ("colocated", "bubble_fill")
+    in_groups = plan.schedule.kind in ("colocated", "bubble_fill", "concurrent")
     if not in_groups or LANGUAGE in upstream(plan, name) | {name}:
         return 1
     return len(encoder_groups(plan, num_microbatches=plan.num_microbatches)[0])

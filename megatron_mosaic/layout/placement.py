@@ -17,6 +17,7 @@ from megatron_mosaic.layout.grid import (
     rank_lists,
 )
 from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.layout.share import Share
 
 Axis = Literal["tp", "cp", "dp", "pp"]
 ExpertAxis = Literal["expt_tp", "ep", "expt_dp", "pp"]
@@ -55,6 +56,7 @@ class ModulePlacement:
         items: Which replica of an encoder runs which items (images, sounds) of a task:
             ``"in_order"`` runs equally many consecutive samples on each, ``"balanced"`` gives
             each items that cost about the same.
+        share: Quota of its GPUs while other modules run there at the same time; ``None`` is none.
 
     Raises:
         PlanError: ``recompute`` or ``items`` is another word.
@@ -80,6 +82,7 @@ class ModulePlacement:
     virtual_pipeline_model_parallel_size: int = 1
     attention: AttentionPlan | None = None
     items: ItemOrder = "in_order"
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         where = f"modules.{self.name}"

@@ -20,14 +20,16 @@ from megatron_mosaic.layout.plan_file import (
 from megatron_mosaic.layout.rules import check_plan
 from megatron_mosaic.layout.unsupported import refuse_unsupported
 
-ScheduleKind = Literal["no_pipelining", "1f1b", "interleaved", "colocated", "bubble_fill"]
+ScheduleKind = Literal[
+    "no_pipelining", "1f1b", "interleaved", "colocated", "bubble_fill", "concurrent"
+]
 
 # Keys of a schedule beside its kind, and the kinds that know them.
 _KINDS_OF_KEY: Mapping[str, tuple[ScheduleKind, ...]] = {
-    "encoder_group": ("colocated", "bubble_fill"),
-    "max_live": ("bubble_fill",),
-    "ahead": ("bubble_fill",),
-    "order": ("bubble_fill",),
+    "encoder_group": ("colocated", "bubble_fill", "concurrent"),
+    "max_live": ("bubble_fill", "concurrent"),
+    "ahead": ("bubble_fill", "concurrent"),
+    "order": ("bubble_fill", "concurrent"),
 }
 
 # Keys that came after format 1, at their defaults: without them a plan has the digest that it
@@ -38,6 +40,7 @@ _LATER_MODULE_DEFAULTS: Mapping[str, Any] = {
     "virtual_pipeline_model_parallel_size": 1,
     "attention": None,
     "items": "in_order",
+    "share": None,
 }
 _LATER_SCHEDULE_DEFAULTS: Mapping[str, Any] = {"max_live": None, "ahead": False, "order": None}
 
@@ -50,15 +53,15 @@ class ScheduleChoice:
         kind: ``no_pipelining``; ``1f1b`` with encoders on ranks of their own; ``interleaved``, the
             same with several stages of the language model on a rank; ``colocated`` with encoders
             that may share ranks with the language model; ``bubble_fill`` with encoder tasks in
-            the waits of the language model's pipeline.
-        encoder_group: Microbatches of one encoder task, with ``colocated`` and ``bubble_fill``;
-            ``None`` is the whole batch with the one, one microbatch with the other.
+            the waits of the language model's pipeline; ``concurrent`` with modules that run at
+            the same time where they share ranks, each in a lane of its own.
+        encoder_group: Microbatches of one encoder task, with the last three kinds; ``None`` is
+            the whole batch with ``colocated``, one microbatch with the others.
         max_live: Tasks of an encoder stage whose activations a rank may hold at the same time,
-            with ``bubble_fill``; ``None`` is no bound.
-        ahead: Frozen encoders run the next step's forward passes, with ``bubble_fill``.
-        order: Tasks of each kind of ranks as text, pairs of ranks and tasks, with
-            ``bubble_fill``; ``None`` leaves the order to durations of one unit forward and two
-            backward.
+            with the last two kinds; ``None`` is no bound.
+        ahead: Frozen encoders run the next step's forward passes, with the last two kinds.
+        order: Tasks of each kind of ranks as text, pairs of ranks and tasks, with the last two
+            kinds; ``None`` leaves the order to durations of one unit forward and two backward.
 
     Raises:
         PlanError: The kind does not exist.

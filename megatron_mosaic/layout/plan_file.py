@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.fields import (
     Parse,
     boolean,
@@ -21,10 +21,10 @@ from megatron_mosaic.fields import (
     show,
     text,
 )
-from megatron_mosaic.layout import unsupported
 from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.ranks import parse_ranks, rank_spans
+from megatron_mosaic.layout.share import Share
 
 FORMAT = 1
 
@@ -52,6 +52,15 @@ def _attention(field: str, value: object) -> AttentionPlan:
         raise PlanError(f"{field.removesuffix('attention')}{error}") from None
 
 
+def _share(field: str, value: object) -> Share:
+    """Reads a quota."""
+    keys = read_keys(f"{field}.", mapping(field, value), known={"sms": integer}, required=("sms",))
+    try:
+        return Share(**keys)
+    except LayoutError as error:
+        raise LayoutError(f"{field.removesuffix('share')}{error}") from None
+
+
 _MODULE_KEYS: Mapping[str, Parse] = {
     "ranks": parse_ranks,
     "tensor_model_parallel_size": integer,
@@ -67,6 +76,7 @@ _MODULE_KEYS: Mapping[str, Parse] = {
     "recompute": text,
     "attention": _attention,
     "items": text,
+    "share": _share,
 }
 
 
@@ -148,11 +158,10 @@ def _read_module(name: Any, module: Any) -> ModulePlacement:
             f"modules: name={show(name)} must be letters, digits and underscores; rename the module"
         )
     where = f"modules.{name}"
-    written = mapping(where, module)
-    unsupported.refuse_later_keys(where, written, unsupported.LATER_MODULE_KEYS)
-    return ModulePlacement(
-        name=name, **read_keys(f"{where}: ", written, known=_MODULE_KEYS, required=("ranks",))
+    written = read_keys(
+        f"{where}: ", mapping(where, module), known=_MODULE_KEYS, required=("ranks",)
     )
+    return ModulePlacement(name=name, **written)
 
 
 def written_modules(modules: Mapping[str, ModulePlacement]) -> dict[str, Any]:
@@ -170,6 +179,6 @@ def _written_module(placement: ModulePlacement) -> dict[str, Any]:
 
 
 def _written_value(value: object) -> object:
-    if isinstance(value, AttentionPlan):
+    if isinstance(value, AttentionPlan | Share):
         return value.written()
     return list(value) if isinstance(value, tuple) else value

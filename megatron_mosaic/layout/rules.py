@@ -29,6 +29,7 @@ def check_plan(plan: "Plan") -> None:
     _check_ahead(plan)
     _check_encoder_group(plan)
     _check_outputs(plan)
+    _check_shares(plan)
 
 
 def _check_modules(plan: "Plan") -> None:
@@ -131,7 +132,7 @@ def _check_acyclic(plan: "Plan") -> None:
 
 def _check_schedule(plan: "Plan") -> None:
     kind = plan.schedule.kind
-    if kind in ("colocated", "bubble_fill") and not plan.encoders:
+    if kind in ("colocated", "bubble_fill", "concurrent") and not plan.encoders:
         raise LayoutError(
             f"schedule: kind={kind} must have a module beside language to run; use 1f1b"
         )
@@ -160,7 +161,7 @@ def _check_virtual_stages(plan: "Plan") -> None:
             f"{where} must be > 1 on a pipeline of > 1 ranks, not {pp}, with kind=interleaved; "
             f"raise both or use 1f1b"
         )
-    if virtual > 1 and kind not in ("interleaved", "bubble_fill"):
+    if virtual > 1 and kind not in ("interleaved", "bubble_fill", "concurrent"):
         raise LayoutError(f"{where} must be 1 with kind={kind}; use interleaved or remove the key")
     if virtual > 1 and plan.num_microbatches % pp:
         raise LayoutError(
@@ -203,4 +204,34 @@ def _check_outputs(plan: "Plan") -> None:
             raise LayoutError(
                 f"modules.{name}: items={plan.modules[name].items} must be in_order in a module "
                 f"that language feeds, which takes its microbatches; remove the key"
+            )
+
+
+def _check_shares(plan: "Plan") -> None:
+    """Checks that modules share ranks where the plan lets them run at the same time."""
+    neighbours = {
+        name: [
+            other
+            for other in plan.modules
+            if other != name and not set(placement.ranks).isdisjoint(plan.modules[other].ranks)
+        ]
+        for name, placement in plan.modules.items()
+    }
+    if plan.schedule.kind == "concurrent" and not any(neighbours.values()):
+        raise LayoutError(
+            "schedule: kind=concurrent must find ranks that several modules share; "
+            "use 1f1b, or place modules on the same ranks"
+        )
+    for name, placement in plan.modules.items():
+        if placement.share is None:
+            continue
+        shown = f"modules.{name}: share.sms={placement.share.sms}"
+        if plan.schedule.kind != "concurrent":
+            raise LayoutError(
+                f"{shown} must go with kind=concurrent, not {plan.schedule.kind}, which runs one "
+                f"module at a time; remove share or change the kind"
+            )
+        if not neighbours[name]:
+            raise LayoutError(
+                f"{shown} must stand in a module that shares ranks with another; remove share"
             )

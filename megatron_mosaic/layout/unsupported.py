@@ -4,7 +4,6 @@ Nothing is ignored in silence: each wish is refused by name. Work that adds a fe
 its lines here; no other file assumes these limits.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import PlanError
@@ -13,24 +12,6 @@ from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 
 if TYPE_CHECKING:
     from megatron_mosaic.layout.plan import Plan
-
-LATER_MODULE_KEYS: Mapping[str, str] = {
-    "share": "a share of a GPU",
-}
-
-
-def refuse_later_keys(where: str, written: Mapping[str, object], later: Mapping[str, str]) -> None:
-    """Refuses keys of the design that this version does not know.
-
-    Raises:
-        PlanError: One of them is written.
-    """
-    for key, feature in later.items():
-        if key in written:
-            raise PlanError(
-                f"{where}: {key}={show(written[key])} must be absent: {feature} is not "
-                f"supported by this version; remove the key"
-            )
 
 
 def refuse_unsupported(plan: "Plan") -> None:

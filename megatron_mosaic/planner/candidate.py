@@ -92,7 +92,7 @@ class Candidate:
                 and encoder.sizes.recompute == self.language.recompute
                 for encoder in self.encoders
             )
-            and self.kind != "bubble_fill"
+            and self.kind not in ("bubble_fill", "concurrent")
             and self.encoder_group == 1
         )
 
@@ -116,7 +116,7 @@ def plan_of(
         for name in sizes
     }
     group = None
-    if candidate.kind in ("colocated", "bubble_fill"):
+    if candidate.kind in ("colocated", "bubble_fill", "concurrent"):
         samples = candidate.micro_batch_size * candidate.language.dp
         num_microbatches = global_batch_size // samples
         group = candidate.encoder_group

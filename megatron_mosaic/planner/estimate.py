@@ -322,5 +322,5 @@ def _live_tasks(
             ahead = 0 if choice.shares else 1
             live = 1 + ceil((depth - 1) / group) + ahead
             return (min(num_microbatches // group, live),) * stages
-        case "interleaved" | "bubble_fill":
+        case "interleaved" | "bubble_fill" | "concurrent":
             raise AssertionError(f"{candidate.kind} has no closed form")

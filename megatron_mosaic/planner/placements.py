@@ -38,7 +38,7 @@ def searched_kind(kind: ScheduleKind | None) -> ScheduleKind | None:
     match kind:
         case "interleaved":
             return "1f1b"
-        case "bubble_fill":
+        case "bubble_fill" | "concurrent":
             return "colocated"
     return kind
 

@@ -233,7 +233,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "micro batch": _counted(plan.micro_batch_size, "sample"),
         "microbatches": f"{plan.num_microbatches:,} a step",
     }
-    if plan.encoders and schedule.kind in ("colocated", "bubble_fill"):
+    if plan.encoders and schedule.kind in ("colocated", "bubble_fill", "concurrent"):
         group = schedule.group_size(plan.num_microbatches)
         facts["encoder task"] = _counted(group, "microbatch", "microbatches")
     if schedule.max_live is not None:

@@ -2,7 +2,14 @@
 
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule import bubble_fill, colocated, interleaved, no_pipelining, one_f_one_b
+from megatron_mosaic.schedule import (
+    bubble_fill,
+    colocated,
+    concurrent,
+    interleaved,
+    no_pipelining,
+    one_f_one_b,
+)
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.schedule import Schedule, restrict
 from megatron_mosaic.schedule.task_arrays import TaskArrays
@@ -26,7 +33,8 @@ def build_schedule(
         num_microbatches = plan.num_microbatches
     order = common_order(plan, num_microbatches=num_microbatches, forward_only=forward_only)
     if order is None:
-        return bubble_fill.bubble_fill(plan)
+        listed = plan.schedule.kind == "concurrent"
+        return concurrent.concurrent(plan) if listed else bubble_fill.bubble_fill(plan)
     return restrict(order, plan=plan, num_microbatches=num_microbatches, forward_only=forward_only)
 
 
@@ -36,11 +44,11 @@ def common_order(
     """Tasks of all stages in the one order that all ranks keep, each with its own.
 
     Evaluation, and steps with other microbatches than the plan's, keep to ``colocated`` where the
-    plan asks for ``bubble_fill``.
+    plan asks for ``bubble_fill`` or ``concurrent``.
 
     Returns:
-        Tasks whose ``stage`` counts the plan's ``stage_order``; None under ``bubble_fill``, where
-        every kind of ranks has an order of its own.
+        Tasks whose ``stage`` counts the plan's ``stage_order``; None under these two, where every
+        kind of ranks has an order of its own.
 
     Raises:
         PlanError: There is no microbatch.
@@ -59,7 +67,7 @@ def common_order(
             build = interleaved.interleaved
         case "colocated":
             build = colocated.colocated
-        case "bubble_fill":
+        case "bubble_fill" | "concurrent":
             if not forward_only and num_microbatches == plan.num_microbatches:
                 return None
             build = colocated.colocated
@@ -79,3 +87,5 @@ def max_live(plan: Plan, stage: Stage, *, num_microbatches: int) -> int:
             return colocated.max_live(plan, stage, num_microbatches=num_microbatches)
         case "bubble_fill":
             return bubble_fill.max_live(plan, stage, num_microbatches=num_microbatches)
+        case "concurrent":
+            return concurrent.max_live(plan, stage, num_microbatches=num_microbatches)

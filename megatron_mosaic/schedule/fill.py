@@ -21,7 +21,7 @@ from megatron_mosaic.schedule.graph import (
 )
 from megatron_mosaic.schedule.interleaved import MEGATRON_LEAD, language_order
 from megatron_mosaic.schedule.list_scheduling import Sequence, Work, best_sequence
-from megatron_mosaic.schedule.parts import Part, parts_of
+from megatron_mosaic.schedule.parts import Part, lanes_of_parts, parts_of
 from megatron_mosaic.schedule.program import START, TaskArrays, data_inputs, links_in_a_step
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.simulate import PassTimes
@@ -58,7 +58,8 @@ def fill(
     the next step have nothing after them and come last.
 
     Args:
-        plan: The plan; its schedule is of the kind ``bubble_fill``.
+        plan: The plan; its schedule is of the kind ``bubble_fill``, or ``concurrent``: then tasks
+            of different lanes do not wait for each other to end.
         tasks_s: Of a stage's longest task.
         transfers_s: Of one microbatch over an edge, either way; 0 where there is none.
 
@@ -184,11 +185,12 @@ def _filled(
     """Fills the waits of one order of the language model."""
     keys = _keys(plan, parts, order)
     passes_s = [tasks_s[part.stage] for part in parts]
+    machines = lanes_of_parts(plan, parts)
     work = Work.of(
-        [parts[p].kinds for p, _ in keys],
+        [machines[p] for p, _ in keys],
         [passes_s[p][task.kind == "B"] for p, task in keys],
         chain(
-            _orders(parts, keys, bound, frozenset(encoder_stages(plan))),
+            _orders(parts, machines, keys, bound, frozenset(encoder_stages(plan))),
             _inputs(plan, kinds, parts, keys, transfers_s),
         ),
     )
@@ -232,25 +234,30 @@ def _keys(plan: Plan, parts: tuple[Part, ...], order: list[Task]) -> list[Key]:
 
 
 def _orders(
-    parts: tuple[Part, ...], keys: list[Key], bound: int, encoders: frozenset[Stage]
+    parts: tuple[Part, ...],
+    machines: list[tuple[int, ...]],
+    keys: list[Key],
+    bound: int,
+    encoders: frozenset[Stage],
 ) -> Iterator[tuple[int, int, float]]:
     """Pairs of tasks of which the second comes later whatever their inputs; without time between.
 
-    Those are tasks of the language model's pipeline on one rank, of one stage and pass, the two
-    passes of one task, and those of an encoder of which the first frees the second's memory.
+    Those are tasks of the language model's pipeline in one lane of a rank, of one stage and pass,
+    the two passes of one task, and those of an encoder of which the first frees the second's
+    memory.
     """
     pairs: list[tuple[int, int]] = []
-    # Of an encoder's parts the positions of their tasks by pass, of the others those by rank.
+    # Of an encoder's parts the positions of their tasks by pass, of the others those by lane.
     passes: dict[tuple[int, str], list[int]] = {}
-    on_rank: dict[int, list[int]] = {}
+    in_lane: dict[int, list[int]] = {}
     forward: dict[tuple[int, int], int] = {}
     is_encoder = [part.stage in encoders for part in parts]
     for position, (p, task) in enumerate(keys):
         if is_encoder[p]:
             passes.setdefault((p, task.kind), []).append(position)
         else:
-            for kind in parts[p].kinds:
-                on_rank.setdefault(kind, []).append(position)
+            for machine in machines[p]:
+                in_lane.setdefault(machine, []).append(position)
         if task.kind == "F":
             forward[p, task.microbatches[0]] = position
         else:
@@ -259,6 +266,6 @@ def _orders(
         if kind == "B":
             pairs += zip(positions, passes[p, "F"][bound:], strict=False)
         pairs += pairwise(positions)
-    for positions in on_rank.values():
+    for positions in in_lane.values():
         pairs += pairwise(positions)
     return ((first, second, 0.0) for first, second in pairs)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import RankKind, Stage, stage_order
+from megatron_mosaic.schedule.lanes import lane_of
 from megatron_mosaic.schedule.steps import Edge, communicators, edges_of
 
 
@@ -48,6 +49,18 @@ def parts_of(plan: Plan, kinds: tuple[RankKind, ...], *, apart: bool) -> tuple[P
         joined = _joined_kinds(plan, kinds, stage, hosts) if apart else [hosts]
         parts += [Part(stage, tuple(members)) for members in joined]
     return tuple(parts)
+
+
+def lanes_of_parts(plan: Plan, parts: tuple[Part, ...]) -> list[tuple[int, ...]]:
+    """Numbers of the lanes in which each part runs its tasks: one on every kind of its ranks.
+
+    Ranks that run one module at a time have one lane each.
+    """
+    lanes = list(dict.fromkeys(lane_of(plan, part.stage.module) for part in parts))
+    return [
+        tuple(len(lanes) * k + lanes.index(lane_of(plan, part.stage.module)) for k in part.kinds)
+        for part in parts
+    ]
 
 
 def links_of(plan: Plan, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]) -> tuple[Link, ...]:

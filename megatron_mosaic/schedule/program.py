@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds, stage_order
-from megatron_mosaic.schedule.parts import Link, Part, links_of, parts_of
+from megatron_mosaic.schedule.parts import Link, Part, lanes_of_parts, links_of, parts_of
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Edge, crosses_steps, edges_of
 from megatron_mosaic.schedule.task import Task
@@ -45,7 +45,7 @@ class Program:
         edges: Edges that ``Inputs.edge`` counts.
         kinds: Ranks that host the same stages, and so have the same tasks; none that are idle.
         tasks: All tasks.
-        rank: For every task, the one before it on the first kind of ranks that runs it.
+        rank: For every task, the one before it in its lane on the first kind of its ranks.
         data: For every task, where its first input comes from.
         others: What some tasks wait for besides: more kinds of ranks, more inputs.
     """
@@ -140,7 +140,7 @@ def wire(
     edges, kinds = edges_of(plan), rank_kinds(plan)
     parts = parts_of(plan, kinds, apart=False) if parts is None else parts
     links = links_in_a_step(plan, kinds, parts, ahead)
-    rank, *more_ranks = _rank_inputs(tasks, parts, no_edge=len(edges))
+    rank, *more_ranks = _rank_inputs(tasks, lanes_of_parts(plan, parts), no_edge=len(edges))
     data, *more_data = data_inputs(tasks, links, len(parts), no_edge=len(edges))
     others = [np.concatenate(column) for column in zip(*more_ranks, *more_data, strict=True)]
     order = np.argsort(others[0], kind="stable") if others else np.array([], dtype=np.int64)
@@ -170,14 +170,16 @@ def _peak(backward: Integers) -> int:
     return int(np.cumsum(1 - 2 * backward).max()) if backward.any() else min(len(backward), 1)
 
 
-def _rank_inputs(tasks: TaskArrays, parts: tuple[Part, ...], *, no_edge: int) -> Iterator[Inputs]:
-    """Tasks before on the same ranks: all tasks' on their first kind, then those on others."""
-    hosts = [list(part.kinds) for part in parts]
+def _rank_inputs(
+    tasks: TaskArrays, lanes: Sequence[Sequence[int]], *, no_edge: int
+) -> Iterator[Inputs]:
+    """Tasks before in the same lanes: all tasks' on their first kind of ranks, then on others."""
+    hosts = list(map(list, lanes))
     # One row for every task and kind of ranks that runs it; `slot` counts those of one task.
     num_hosts = np.array([len(own) for own in hosts])[tasks.stage]
     task, slot = _spread(num_hosts)
     kind = _padded(hosts)[slot, tasks.stage[task]]
-    by_kind = np.argsort(kind.astype(np.int16), kind="stable")
+    by_kind = np.argsort(kind.astype(np.int32), kind="stable")
     same = kind[by_kind[1:]] == kind[by_kind[:-1]]
     before = np.full(len(task), START)
     before[by_kind[1:]] = np.where(same, task[by_kind[:-1]], START)

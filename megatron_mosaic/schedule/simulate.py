@@ -1,6 +1,6 @@
 """When every task of a schedule starts and ends, from the durations of tasks and transfers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,26 @@ class PassTimes(NamedTuple):
 
     forward_s: float
     backward_s: float
+
+
+class Pass(NamedTuple):
+    """One of the two passes of a stage."""
+
+    stage: Stage
+    backward: bool
+
+
+class LaneTimes(NamedTuple):
+    """What modules that run at the same time make of each other's times.
+
+    Args:
+        shared_s: Time of a stage's longest task with the module's quota, and nothing beside it.
+        slowdown: For the passes at work on a rank at one moment, how many times as long as that
+            each takes because of the others.
+    """
+
+    shared_s: Mapping[Stage, PassTimes]
+    slowdown: Callable[[tuple[Pass, ...]], tuple[float, ...]]
 
 
 class Span(NamedTuple):

@@ -152,7 +152,7 @@ def check_single_microbatches(plan: Plan) -> None:
     Raises:
         InexpressibleError: A task of theirs has several.
     """
-    if plan.schedule.kind == "bubble_fill":
+    if plan.schedule.kind in ("bubble_fill", "concurrent"):
         raise InexpressibleError("schedule: kind=bubble_fill must be colocated")
     group = plan.schedule.encoder_group or plan.num_microbatches
     if plan.schedule.kind == "colocated" and group > 1:
