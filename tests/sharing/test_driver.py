@@ -88,14 +88,14 @@ def test_green_streams_take_priorities():
     driver = FakeDriver()
 
     green_streams(
-        [Quota(lane="vision", sms=32, priority=-1), Quota(lane="language", sms=100)],
+        [Quota(lane="vision", sms=32, priority=1), Quota(lane="language", sms=100)],
         device=0,
         sizes=HOPPER,
         driver=driver,
     )
 
     created = [call for call in driver.called if call[0] == "cuGreenCtxStreamCreate"]
-    assert [priority for *_, priority in created] == [-1, 0]
+    assert [priority for *_, priority in created] == [0, -1]
 
 
 def test_green_streams_take_granularity_where_the_driver_has_none():
