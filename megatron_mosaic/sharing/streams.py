@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_mosaic.errors import HostError
 from megatron_mosaic.schedule.lanes import MAIN
 from megatron_mosaic.sharing.lane import Lanes, Quota
 
@@ -128,31 +129,41 @@ class StreamLane:
             tensor.record_stream(stream)
 
 
-def serial_lanes(quotas: Sequence[Quota], *, note: str = "") -> Lanes:
+def serial_lanes(quotas: Sequence[Quota]) -> Lanes:
     """Opens no lanes: modules run one after the other. Works on every device."""
     return Lanes(
         main=NoLane(MAIN),
         named={quota.lane: NoLane(quota.lane) for quota in quotas},
         backend="serial",
-        note=note,
     )
 
 
-def stream_lanes(quotas: Sequence[Quota], *, device: torch.device, note: str = "") -> Lanes:
+def stream_lanes(quotas: Sequence[Quota], *, device: torch.device) -> Lanes:
     """Opens lanes that share all SMs of a GPU, none before another."""
     named = {
         quota.lane: StreamLane(quota.lane, stream=torch.cuda.Stream(device)) for quota in quotas
     }
-    return Lanes(main=MainLane(), named=named, backend="streams", note=note)
+    return Lanes(main=MainLane(), named=named, backend="streams")
 
 
-def priority_lanes(quotas: Sequence[Quota], *, device: torch.device, note: str = "") -> Lanes:
-    """Opens lanes that share all SMs of a GPU, the thread blocks of some before those of others."""
+def priority_lanes(quotas: Sequence[Quota], *, device: torch.device) -> Lanes:
+    """Opens lanes that share all SMs of a GPU, the thread blocks of some before those of others.
+
+    Raises:
+        HostError: The device knows one priority only.
+    """
+    streams: Any = torch.cuda.Stream  # torch's types know no static methods
+    least, greatest = streams.priority_range()
+    if least == greatest:
+        raise HostError(
+            f"{device}: stream priorities {least}..{greatest} must differ to run one lane before "
+            f"another; use --mosaic-sharing streams or serial"
+        )
     named = {
         quota.lane: StreamLane(quota.lane, stream=torch.cuda.Stream(device, priority=priority))
         for quota, priority in zip(quotas, priorities(quotas), strict=True)
     }
-    return Lanes(main=MainLane(), named=named, backend="priority", note=note)
+    return Lanes(main=MainLane(), named=named, backend="priority")
 
 
 def priorities(quotas: Sequence[Quota]) -> tuple[int, ...]:

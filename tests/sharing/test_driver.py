@@ -1,7 +1,9 @@
 import sys
+from inspect import signature
 from itertools import combinations
 
 import pytest
+import torch
 
 from megatron_mosaic.cluster.sm_partition import Granularity
 from megatron_mosaic.errors import LayoutError
@@ -189,10 +191,10 @@ def test_green_streams_leave_nothing_behind_when_the_driver_fails(name, call, co
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (801, "has no green contexts; use --mosaic-sharing auto"),
+        (801, "has no green contexts; use --mosaic-sharing priority"),
         (914, "has no SMs to split"),
         (915, "choose quotas of which the driver can make groups"),
-        (1, r"\(1\); use --mosaic-sharing auto"),
+        (1, r"\(1\); use --mosaic-sharing priority"),
     ],
 )
 def test_green_streams_say_what_to_do(code, remedy):
@@ -240,10 +242,21 @@ def test_load_driver_returns_the_bindings(monkeypatch):
     assert load_driver() is driver
 
 
-def test_fake_driver_has_names_and_numbers_of_the_real_one():
-    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver")
+def test_load_driver_finds_none_on_a_machine_without_gpu():
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 
-    assert [name for name in FUNCTIONS if not hasattr(real, name)] == []
+    with pytest.raises(QuotaError, match="driver must find cuDriverGetVersion in the CUDA driver"):
+        load_driver()
+
+
+def test_fake_driver_has_the_signatures_and_numbers_of_the_real_one():
+    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    fake = FakeDriver()
+
+    for name in FUNCTIONS:
+        ours, theirs = getattr(fake, f"_{name}"), getattr(real, name)
+        assert len(signature(ours).parameters) == len(signature(theirs).parameters), name
     for enum in fake_driver.ENUMS:
         theirs = getattr(real, enum.__name__)
         assert {each.name: each.value for each in enum} == {

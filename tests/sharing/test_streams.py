@@ -113,12 +113,11 @@ def test_hold_keeps_memory_once_on_a_lane_without_quota():
 
 
 def test_serial_lanes_do_nothing():
-    lanes = serial_lanes(QUOTAS, note="why")
+    lanes = serial_lanes(QUOTAS)
     tensor = torch.ones(2)
 
-    assert (lanes.backend, lanes.note, list(lanes.named)) == (
+    assert (lanes.backend, list(lanes.named)) == (
         "serial",
-        "why",
         ["vision", "language"],
     )
     for lane in (lanes.main, *lanes.named.values()):
