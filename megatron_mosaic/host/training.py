@@ -37,7 +37,7 @@ from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
-from megatron_mosaic.host.sharing import open_lanes
+from megatron_mosaic.host.sharing import log_lanes, open_lanes
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.sharing.lane import Lanes
 
@@ -105,6 +105,7 @@ def _pretrain_plan(
     args = get_args()
     runtime = start_runtime(meeting, args)
     log_choices(args, meeting.plan)
+    log_lanes(runtime)
     prepare_loading(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()

@@ -1,6 +1,7 @@
 """Trains plans whose modules run at the same time, several one after the other on the same ranks."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from tests.parity.record import Record, record_plan
+from tests.parity.training import TIMEOUT_S
+from tests.ranks import run_ranks
 
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -54,14 +57,36 @@ def _rewritten(text: str, kind: str) -> str:
     return yaml.safe_dump(written, sort_keys=False)
 
 
+def train(
+    world_size: int, runs: Sequence[Run], around: Around = nullcontext
+) -> list[tuple[Record, ...]]:
+    """Trains plans one after the other on the same processes. Returns what their ranks recorded."""
+    import torch.distributed as dist
+
+    stores = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs
+    ]
+    ports = [store.port for store in stores]
+    with tempfile.TemporaryDirectory() as folder:
+        records = run_ranks(
+            record_runs,
+            world_size,
+            *(runs, ports, folder, around),
+            init=False,
+            timeout_s=TIMEOUT_S,
+        )
+    return list(zip(*records, strict=True))
+
+
 def record_runs(
-    rank: int, runs: Sequence[Run], folder: str, around: Around = nullcontext
+    rank: int, runs: Sequence[Run], ports: Sequence[int], folder: str, around: Around = nullcontext
 ) -> list[Record]:
     """Trains plans one after the other. Called on every rank.
 
     Args:
         rank: This rank.
         runs: What to train.
+        ports: Where the ranks meet for each of them.
         folder: Where plans are written.
         around: What is different about all of these runs.
     """
@@ -72,8 +97,7 @@ def record_runs(
     for number, run in enumerate(runs):
         path = Path(folder) / f"rank{rank}_{number}.yaml"
         path.write_text(run.plan)
-        # Each run meets under keys of its own.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        os.environ["MASTER_PORT"] = str(ports[number])
         with around(), lanes_noted() as lane:
             records.append(
                 record_plan(rank, str(path), list(run.options), script=run.script, lane=lane)

@@ -1,6 +1,5 @@
 """Modules that run at the same time train to the bit as the same modules one after the other."""
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,9 @@ import pytest
 
 from megatron_mosaic.comm.replay import replay
 from tests.parity.compare import Whole, whole
-from tests.parity.concurrent import Run, concurrent, record_runs, serial
+from tests.parity.concurrent import Run, concurrent, serial, train
 from tests.parity.record import OPTIMIZERS
-from tests.parity.training import TIMEOUT_S, options_of, script_of
-from tests.ranks import run_ranks
+from tests.parity.training import options_of, script_of
 
 PLANS = Path(__file__).parent.parent / "plans"
 ONE_RANK = """
@@ -78,13 +76,11 @@ RUNS = {
 def _records(world_size):
     """What ranks recorded of each run in lanes, and of the same without."""
     runs = list(RUNS[world_size].values())
-    both = [run._replace(plan=turn(run.plan)) for turn in (concurrent, serial) for run in runs]
-    with tempfile.TemporaryDirectory() as folder:
-        records = run_ranks(
-            record_runs, world_size, both, folder, init=False, timeout_s=3 * TIMEOUT_S
-        )
-    by_run = list(zip(*records, strict=True))
-    return dict(zip(RUNS[world_size], zip(by_run[: len(runs)], by_run[len(runs) :]), strict=True))
+    in_lanes = [run._replace(plan=concurrent(run.plan)) for run in runs]
+    one_by_one = [run._replace(plan=serial(run.plan)) for run in runs]
+    records = train(world_size, [*in_lanes, *one_by_one])
+    pairs = zip(records[: len(runs)], records[len(runs) :], strict=True)
+    return dict(zip(RUNS[world_size], pairs, strict=True))
 
 
 def _assert_equal(own: Whole, other: Whole) -> None:
