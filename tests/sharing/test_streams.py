@@ -55,9 +55,13 @@ def test_stream_lane_runs_in_order_after_work_that_failed():
     cuda = FakeCuda()
     lane = lane_of(cuda, "vision")
 
-    with pytest.raises(RuntimeError, match="out of memory"), lane.active(whole=True):
-        cuda.launch("activations")
-        raise RuntimeError("out of memory")
+    def fail():
+        with lane.active(whole=True):
+            cuda.launch("activations")
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
 
     assert cuda.current.name == "main"
     with lane.active():
