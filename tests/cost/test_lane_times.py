@@ -7,7 +7,7 @@ import pytest
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.cost.sizes import TrainingSettings
 from megatron_mosaic.errors import PlanError
-from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.plan import Plan, ScheduleKind
 from megatron_mosaic.layout.share import Share
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.simulate import Pass
@@ -21,7 +21,9 @@ ONE_GPU = cluster(1)  # an H100, of 132 multiprocessors
 SPEC = model(encoder("vision", trainable=None))
 
 
-def shared_plan(sms: int | None, *, language: int | None = None, kind="concurrent") -> Plan:
+def shared_plan(
+    sms: int | None, *, language: int | None = None, kind: ScheduleKind = "concurrent"
+) -> Plan:
     vision = replace(place("vision", 0), share=Share(sms=sms) if sms else None)
     own = replace(LANGUAGE, share=Share(sms=language) if language else None)
     return plan_of(kind, vision, own, num_microbatches=4, group=1)
