@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
@@ -27,13 +26,6 @@ _LONGER = 3  # times as long as what is timed that the other lane is kept at wor
 _REPEATS = 7
 
 
-class _Ready(NamedTuple):
-    """An operation whose tensors are there."""
-
-    operation: Operation
-    run: Run
-
-
 def time_parts(
     stopwatch: Stopwatch, sizes: Sizes, counts: Sequence[int], *, num_sms: int, open_lanes: Open
 ) -> Iterator[TimedPart]:
@@ -47,20 +39,21 @@ def time_parts(
         open_lanes: Opens lanes there.
     """
     lanes = {sms: open_lanes([Quota(lane=_FIRST, sms=sms)]).named[_FIRST] for sms in counts}
-    for ready in _ready(stopwatch.device, sizes):
-        curve, size, _, smallest = ready.operation
+    for operation in _measured(stopwatch.device, sizes):
+        curve, size, prepare, smallest = operation
         for sms in (*counts, num_sms):
+            # Autograd runs a backward pass on the stream of the forward pass that prepared it.
             with lanes[sms].active() if sms in lanes else nullcontext():
-                seconds = stopwatch.median_s(ready.run)
+                seconds = stopwatch.median_s(prepare())
             yield TimedPart(TimedOperation(curve, size, seconds, smallest), sms)
 
 
-def _ready(device: torch.device, sizes: Sizes) -> Iterator[_Ready]:
-    """Prepares operations one after the other; narrow multiplications are left to memory."""
+def _measured(device: torch.device, sizes: Sizes) -> Iterator[Operation]:
+    """Operations of the kinds that are measured; narrow multiplications are left to memory."""
     for operation in operations(device, sizes):
         square = not operation.smallest or round(operation.smallest**3 * 2) == operation.size
         if operation.curve in CURVES and square:
-            yield _Ready(operation, operation.prepare())
+            yield operation
 
 
 def _moved_bytes(operation: Operation, sizes: Sizes) -> float:
@@ -88,7 +81,7 @@ def time_pairs(
         splits: Quotas of both.
         open_lanes: Opens lanes on the device.
     """
-    largest = {it.operation.curve: it for it in _ready(stopwatch.device, sizes)}
+    largest = {operation.curve: operation for operation in _measured(stopwatch.device, sizes)}
     for split in splits:
         quotas = [
             Quota(lane=name, sms=sms) for name, sms in zip((_FIRST, _SECOND), split, strict=True)
@@ -96,17 +89,24 @@ def time_pairs(
         named = open_lanes(quotas).named
         lanes = named[_FIRST], named[_SECOND]
         for first, second in product(largest.values(), repeat=2):
-            alone_s, beside_s = _time_pair(stopwatch, (first.run, second.run), lanes)
+            runs = _prepared(first, lanes[0]), _prepared(second, lanes[1])
+            alone_s, beside_s = _time_pair(stopwatch, runs, lanes)
             yield TimedPair(
-                names=(first.operation.curve, second.operation.curve),
+                names=(first.curve, second.curve),
                 sms=split,
                 moved_bytes=(
-                    _moved_bytes(first.operation, sizes),
-                    _moved_bytes(second.operation, sizes),
+                    _moved_bytes(first, sizes),
+                    _moved_bytes(second, sizes),
                 ),
                 alone_s=alone_s,
                 beside_s=beside_s,
             )
+
+
+def _prepared(operation: Operation, lane: Lane) -> Run:
+    """Prepares an operation in its lane, where autograd then runs a backward pass."""
+    with lane.active():
+        return operation.prepare()
 
 
 def _time_pair(
