@@ -2,16 +2,19 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from graphlib import TopologicalSorter
 from itertools import product
 
 from hypothesis import given, settings
 
+from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.ahead import Part, prologue_of, steps_after_prologue
 from megatron_mosaic.schedule.alone import alone_tasks
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.drawing import draw
 from megatron_mosaic.schedule.lanes import Joins, joins, lane_steps, lanes_of
+from megatron_mosaic.schedule.order import write_order
 from megatron_mosaic.schedule.races import Race, VectorClocks, accesses, find_race
 from megatron_mosaic.schedule.steps import (
     Compute,
@@ -397,3 +400,40 @@ def test_task_is_alone_if_the_graph_of_single_ranks_says_so(seed):
             assert is_alone(rank, task)
         elif all(is_alone(other, task) for other in ranks):
             raise AssertionError(f"rank {rank}: {task}")
+
+
+def test_order_of_lanes_survives_the_plan_file():
+    plan = shared(num_microbatches=6, group=2)
+    built = build_schedule(plan)
+    stored = replace(plan, schedule=replace(plan.schedule, order=write_order(plan, built)))
+
+    read = Plan.loads(stored.to_yaml(), "plan.yaml")
+
+    assert dict(write_order(plan, built))["0"] == (
+        "vision:F*2 F vision:F (F B F B vision:B)*2 F B*2 vision:B"
+    )
+    assert read == stored
+    assert build_schedule(read) == built
+
+
+def test_evaluation_runs_in_lanes_in_the_order_of_colocated():
+    plan = shared(num_microbatches=4)
+    colocated = plan_of("colocated", *plan.modules.values(), num_microbatches=4, group=1)
+
+    for options in ({"forward_only": True}, {"num_microbatches": 3}):
+        schedule = build_schedule(plan, **options)
+        assert schedule == build_schedule(colocated, **options)
+
+    # Vision's second task may run beside language's first.
+    assert shown(in_lanes(shared(2), 0, build_schedule(shared(2), forward_only=True))) == [
+        "vision: Compute F whole",
+        "vision: Post activation 0 whole",
+        "language: Wait activation 0 after 1",
+        "language: Compute F",
+        "language: Post activation 0",
+        "vision: Compute F",
+        "vision: Post activation 1",
+        "language: Wait activation 1 after 6 whole",
+        "language: Compute F whole",
+        "language: Post activation 1 whole",
+    ]
