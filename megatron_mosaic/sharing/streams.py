@@ -101,17 +101,27 @@ class StreamLane:
         self._beside = stream
         self._whole = stream if whole is None else whole
         self._last = stream
+        self._active: Any = None
         self._activate = torch.cuda.stream if activate is None else activate
 
     @contextmanager
     def active(self, *, whole: bool = False) -> Iterator[None]:
-        """Launches in the lane what the caller launches inside."""
-        stream = self._whole if whole else self._beside
+        """Launches in the lane what the caller launches inside; may be called inside itself."""
+        outer, stream = self._active, self._whole if whole else self._beside
+        self._go_over(stream)
+        self._active = stream
+        try:
+            with self._activate(stream):
+                yield
+        finally:
+            self._active = outer
+            if outer is not None:
+                self._go_over(outer)
+
+    def _go_over(self, stream: Any) -> None:
         if stream is not self._last:
             stream.wait_event(self._last.record_event())
             self._last = stream
-        with self._activate(stream):
-            yield
 
     def record(self) -> Any:
         """Returns an event: the lane has done all that was launched in it so far."""
