@@ -6,7 +6,7 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, send_s
 from megatron_mosaic.cost.context import ContextTask
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
-from megatron_mosaic.cost.efficiency import PassTimes
+from megatron_mosaic.cost.efficiency import PassBytes, PassTimes
 from megatron_mosaic.cost.end_operations import input_operations, output_operations
 from megatron_mosaic.cost.exposed import (
     Exposed,
@@ -112,6 +112,7 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
     return _part(
         launched,
         exposed,
+        moved=site.moved((*mixer, *mlp)),
         operations=(*mixer, *mlp),
         recompute=sizes.recompute,
         parameters=weights.dense,
@@ -159,15 +160,17 @@ def _launched(
 def input_costs(module: ModuleSpec, site: Site) -> PartCosts:
     """Estimates what makes a module's first tokens; nobody needs the gradient of its input."""
     operations = input_operations(module, site.place)
-    times = site.times(operations)
-    gradient_s = times.weight_gradient_s
+    times, moved = site.times(operations), site.moved(operations)
+    gradient_s, gradient_bytes = times.weight_gradient_s, moved.weight_gradient
     if not isinstance(module.input, Patches):
         gradient_s += times.input_gradient_s
+        gradient_bytes += moved.input_gradient
     exposed = tensor_exposed(site, times, pairs=1) if operations else Exposed()
     parameters = input_parameters(module, tp=site.place.sizes.tp)
     return _part(
         PassTimes(times.forward_s, 0.0, gradient_s, 0.0),
         exposed,
+        moved=PassBytes(moved.forward, 0.0, gradient_bytes),
         operations=operations,
         recompute=None,
         parameters=parameters,
@@ -197,6 +200,7 @@ def output_costs(module: ModuleSpec, site: Site) -> PartCosts:
     return _part(
         times,
         exposed,
+        moved=site.moved(operations),
         operations=operations,
         recompute=None,
         parameters=weights,
@@ -209,6 +213,7 @@ def _part(
     times: PassTimes,
     exposed: Exposed,
     *,
+    moved: PassBytes,
     operations: Sequence[Operation],
     recompute: str | None,
     parameters: float,
@@ -229,6 +234,10 @@ def _part(
         forward_imbalance_s=waits.forward_s,
         backward_imbalance_s=waits.backward_s + (waits.forward_s if recompute else 0.0),
         flops=sum(it.flops for it in operations),
+        forward_bytes=moved.forward,
+        input_gradient_bytes=moved.input_gradient,
+        weight_gradient_bytes=moved.weight_gradient,
+        recompute_bytes={"full": moved.forward, "selective": moved.core}.get(recompute or "", 0.0),
         parameters=parameters,
         expert_parameters=expert_parameters,
         trainable=trainable,
