@@ -64,6 +64,8 @@ def measure(name: str, cluster_name: str, num_gpus: int) -> dict[str, Any]:
     family = next(family for family in FAMILIES if family.model == name)
     asked = _problem(family, cluster_name, num_gpus)
     shared, search_s = _planned(asked)
+    space = replace(asked.space, multiplexing=False)
+    temporal, temporal_search_s = _planned(replace(asked, space=space))
     row = {
         "model": name,
         "cluster": cluster_name,
@@ -72,6 +74,8 @@ def measure(name: str, cluster_name: str, num_gpus: int) -> dict[str, Any]:
         "num_modules": len(asked.model.modules),
         "step_s": shared.choice.step_s,
         "search_s": search_s,
+        "temporal_s": temporal.choice.step_s,
+        "temporal_search_s": temporal_search_s,
         **_what_sharing_does(shared),
         "homogeneous_s": None if shared.baseline is None else shared.baseline.step_s,
         "predictors": _with_wrong_curves(asked, shared),
@@ -104,14 +108,12 @@ def _planned(asked: "Problem") -> tuple["Answer", float]:
 
 
 def _what_sharing_does(answer: "Answer") -> dict[str, Any]:
-    """The best plan with lanes, whether it is chosen or not, and the best one without."""
+    """The best plan with lanes, whether it is chosen or not."""
     found, best = answer.multiplexing, answer.multiplexing.best
     return {
-        "temporal_s": found.serial_s,
         "pays": found.pays,
         "gain": found.gain,
         "examined": found.num_examined,
-        "multiplexing_s": found.search_s,
         "quotas": None if best is None else dict(best.candidate.quotas),
         "encoder_group": None if best is None else best.candidate.encoder_group,
         "layout": {
@@ -154,7 +156,7 @@ def _curves(curves: "SharingCurves", name: str) -> "SharingCurves":
 
 def _optimum(asked: "Problem") -> dict[str, Any]:
     """The best of all layouts, groups and quotas, one after the other."""
-    from megatron_mosaic.planner.exhaustive import fastest_shared
+    from benchmarks.optimal_sharing import fastest_shared
 
     start = perf_counter()
     best, count = fastest_shared(asked)

@@ -89,7 +89,7 @@ def multiplexed(
     examined = _Examined(problem, cost_model)
     is_asked = problem.pins.kind == "concurrent"
     layouts = []
-    if can_share(problem.cluster.gpu) and (is_asked or problem.pins.kind is None):
+    if can_share(problem.cluster.gpu) and may_share(problem):
         layouts = _shared_layouts(problem, cost_model, time_limit_s=time_limit_s)
     # Who fixes the schedule is told what the same layouts take without it.
     serial_s = min(
@@ -104,6 +104,12 @@ def multiplexed(
         num_examined=examined.count,
         obstacle=_obstacle(problem.cluster.gpu),
     )
+
+
+def may_share(problem: Problem) -> bool:
+    """Whether modules may run at the same time, by what is asked."""
+    free = problem.pins.kind is None and problem.space.multiplexing
+    return bool(problem.encoders) and (free or problem.pins.kind == "concurrent")
 
 
 def can_share(gpu: Gpu) -> bool:
@@ -142,7 +148,7 @@ def _shared_layouts(
     pins, whole = problem.pins, _needs_whole_layers(problem.cluster.gpu)
     alone = {"tp": 1, "cp": 1} if whole else {}
     sizes = {name: {**alone, **pins.modules.get(name, {})} for name in problem.model.modules}
-    if not problem.encoders or any(own[axis] > 1 for own in sizes.values() for axis in alone):
+    if any(own[axis] > 1 for own in sizes.values() for axis in alone):
         return []
     asked = replace(problem, pins=replace(pins, kind="colocated", modules=sizes))
     found = search(asked, cost_model, top=NUM_SEARCHED, time_limit_s=time_limit_s)

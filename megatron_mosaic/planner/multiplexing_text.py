@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_mosaic.planner.multiplexing import LEAST_GAIN
+from megatron_mosaic.planner.multiplexing import LEAST_GAIN, may_share
 from megatron_mosaic.planner.planner import Answer
 from megatron_mosaic.planner.quotas import sharing_modules
 from megatron_mosaic.planner.simulated import Simulated
@@ -11,7 +11,7 @@ from megatron_mosaic.planner.simulated import Simulated
 def multiplexing_sentences(answer: Answer) -> list[str]:
     """Says what came of modules that run at the same time; nothing if there is one module."""
     problem, found = answer.problem, answer.multiplexing
-    if not problem.encoders or problem.pins.kind not in (None, "concurrent"):
+    if not may_share(problem):
         return []
     left_out = f"; {found.obstacle}" if found.obstacle else ""
     if found.best is None or found.gain is None:

@@ -96,12 +96,14 @@ class Space:
         min_tokens_per_rank: Tokens that a context-parallel rank has at least.
         max_encoder_stages: Pipeline stages of an encoder with ranks of its own.
         recompute: What a backward pass may compute again.
+        multiplexing: Whether modules may run at the same time on ranks that they share.
     """
 
     micro_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     min_tokens_per_rank: int = 1024
     max_encoder_stages: int = 8
     recompute: tuple[Recompute | None, ...] = (None, "selective", "full")
+    multiplexing: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
