@@ -19,6 +19,9 @@ from megatron_mosaic.schedule.order import write_order
 MAX_FILLED_TASKS = 10_000
 """Tasks of a step up to which they are placed one by one into the waits of others: a second."""
 
+_MORE_LIVE = (2, 1)
+"""Encoder tasks above the fewest that are live where modules run at the same time, if they fit."""
+
 LEAST_GAIN = 0.001
 """Share of a step that is too little to be worth another schedule, or smaller parts."""
 
@@ -125,20 +128,25 @@ def ordered(
 ) -> Simulated | None:
     """Simulates a candidate in an order of its own; None if it does not fit or is too long.
 
-    Where too many tasks are live for the memory, as few are as the pipeline allows. A placement
-    that the user has fixed holds: with encoders in chunks a layout is not homogeneous any more.
+    Where too many tasks are live for the memory, as few are as the pipeline allows; or a few more
+    where modules run at the same time, as then a task begins while one before is in use. A
+    placement that the user has fixed holds: with encoders in chunks a layout is not homogeneous
+    any more.
     """
     if problem.pins.placement not in (None, candidate.placement):
         return None
     plan = plan_under(candidate, split, problem)
     if num_tasks(plan) > MAX_FILLED_TASKS:
         return None
-    bound = replace(plan.schedule, max_live=least_live(plan))
-    for unordered in (plan, replace(plan, schedule=bound)):
-        plan = with_order(unordered, cost_model)
-        step = cost_model.estimate(plan)
-        if step.peak_bytes <= problem.memory_bytes:
-            return Simulated(first.estimate, candidate, split, plan, step, True)
+    more = _MORE_LIVE if candidate.kind == "concurrent" else ()
+    for above in (None, *more, 0):
+        bound = None if above is None else least_live(plan) + above
+        limited = replace(plan, schedule=replace(plan.schedule, max_live=bound))
+        ordered_plan = with_order(limited, cost_model)
+        memory = cost_model.plan_memory(ordered_plan).values()
+        if max(sum(terms.values()) for terms in memory) <= problem.memory_bytes:
+            step = cost_model.estimate(ordered_plan)
+            return Simulated(first.estimate, candidate, split, ordered_plan, step, True)
     return None
 
 
