@@ -20,15 +20,17 @@ _ALIKE = {
 
 
 class Demand(NamedTuple):
-    """What a pass takes of a GPU's memory while nothing is beside it.
+    """What a pass takes of what it shares with others, while nothing is beside it.
 
     Args:
-        bandwidth: Share of the bandwidth that operations can reach.
+        bandwidth: Share of the memory's bandwidth that operations can reach.
         stall: Share of the pass's time that grows with the time of a byte.
+        host: Share of its time in which the host launches it.
     """
 
     bandwidth: float
     stall: float
+    host: float = 0.0
 
 
 def sharing_of(gpu: Gpu) -> SharingCurves:
@@ -151,7 +153,8 @@ def slowdowns(
     """How many times as long passes take that are at work at the same time.
 
     Beyond the bandwidth, what waits for memory takes as many times longer as there is too much
-    demand; and the more, the more others use caches and memory.
+    demand; and the more, the more others use caches and memory. One thread launches for all: what
+    is as fast as its launches are is as much slower as they are too many.
 
     Args:
         demands: Of each pass with the multiprocessors that it wants.
@@ -160,8 +163,10 @@ def slowdowns(
     """
     total = sum(demand.bandwidth for demand in demands)
     crowd = max(1.0, total) - 1
-    return tuple(
-        (stretch + crowd * demand.stall)
-        * (1 + interference * min(1.0, total - demand.bandwidth) * demand.stall)
-        for demand, stretch in zip(demands, stretches, strict=True)
-    )
+    launches = max(1.0, sum(demand.host for demand in demands))
+    found = []
+    for demand, stretch in zip(demands, stretches, strict=True):
+        others = min(1.0, total - demand.bandwidth)
+        longer = (stretch + crowd * demand.stall) * (1 + interference * others * demand.stall)
+        found.append(max(longer, launches * demand.host))
+    return tuple(found)

@@ -65,7 +65,7 @@ def stage_costs(
     """Estimates one stage: a task's passes, and what happens once in a step."""
     forward = sum(part.forward_s for part in work.parts)
     backward, communication, imbalance, upstream = 0.0, 0.0, 0.0, work.upstream
-    moved_back = 0.0
+    moved_back = host_back_s = 0.0
     for part in work.parts:
         seconds = backward_s(part, upstream=upstream)
         backward += seconds
@@ -74,6 +74,7 @@ def stage_costs(
         imbalance += part.forward_imbalance_s
         imbalance += part.backward_imbalance_s if seconds else 0.0
         moved_back += backward_bytes(part) if seconds else 0.0
+        host_back_s += part.backward_host_s if seconds else 0.0
         upstream = upstream or part.trainable > 0
     groups = _Groups.of(work, module, cluster)
     if settings.fsdp:
@@ -97,6 +98,8 @@ def stage_costs(
         flops=sum(part.flops for part in work.parts),
         forward_bytes=sum(part.forward_bytes for part in work.parts),
         backward_bytes=moved_back,
+        forward_host_s=sum(part.forward_host_s for part in work.parts),
+        backward_host_s=host_back_s,
         memory=memory or StageMemory(),
     )
 

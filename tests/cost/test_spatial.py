@@ -114,8 +114,11 @@ def test_quotas_that_fit_are_had_and_others_shared_in_proportion():
     assert sms_beside([32, None], num_sms=132) == [25, 106]
 
 
-def test_pass_alone_takes_its_own_time():
-    assert slowdowns([Demand(1.0, 1.0)], [1.0], interference=0.2) == (1.0,)
+def test_passes_that_are_as_fast_as_the_host_launches_them_take_turns():
+    # One thread launches for both: 1 + 1 of its time. The third is launched in a tenth of its own.
+    found = slowdowns([Demand(0, 0, host=1.0)] * 2 + [Demand(0, 0, host=0.1)], [1.0] * 3,
+                      interference=0.2)  # fmt: skip
+    assert found == pytest.approx((2.1, 2.1, 1.0))
 
 
 def test_passes_that_compute_do_not_slow_each_other():
@@ -136,7 +139,12 @@ def test_only_what_waits_for_memory_is_longer():
 
 
 shares = st.floats(0, 1)
-demands = st.builds(Demand, shares, shares)
+demands = st.builds(Demand, shares, shares, shares)
+
+
+@given(demands)
+def test_pass_alone_is_no_slower(demand):
+    assert slowdowns([demand], [1.0], interference=0.2) == (1.0,)
 
 
 @given(st.lists(demands, min_size=1, max_size=5), demands)
