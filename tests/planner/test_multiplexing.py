@@ -97,7 +97,7 @@ def test_quota_that_cannot_be_is_refused(pins, message):
     ("pins", "message"),
     [
         ({"vision.share.sms": "33"}, "quotas that the GPU can give"),
-        ({"placement": "disjoint"}, "a layout whose modules share ranks"),
+        ({"placement": "homogeneous"}, "a layout whose modules share ranks"),
         ({"language.tensor_model_parallel_size": "2"}, "CUDA_DEVICE_MAX_CONNECTIONS=1 before"),
     ],
 )
