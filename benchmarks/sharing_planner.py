@@ -1,12 +1,12 @@
 """What the planner expects of modules that share GPUs, for the model families of Mosaic's paper.
 
-python -m benchmarks.sharing_planner [--quick] [--only FAMILY]
+python -m benchmarks.sharing_planner [--quick]
 
-Every row is planned three times in a process of its own, on one core: with everything that the
-planner knows; without modules that run at the same time (``temporal``); with one layout for all
-modules (``homogeneous``). Small rows are compared with the best of all layouts, groups and quotas
-of their space (``optimum``), and with what plans are worth that wrong curves have chosen. All
-numbers are predictions; ``benchmarks.sharing_gpu`` measures.
+Every row is planned in a process of its own, on one core: with everything that the planner knows;
+without modules that run at the same time (``temporal``); with one layout for all modules
+(``homogeneous``). Families of two modules on few GPUs are compared with the best of all layouts,
+groups and quotas of a space without recomputation (``optimum``), and rows of ``WRONG_GPUS`` with
+what plans are worth that wrong curves have chosen. All numbers are predictions.
 """
 
 import argparse
@@ -53,6 +53,9 @@ BLACKWELL_GPUS = 8
 OPTIMUM_GPUS = 2
 """GPUs up to which all layouts of two-module families are compared."""
 
+WRONG_GPUS = (2,)
+"""GPUs of rows that are planned with wrong curves, too."""
+
 LIMIT_S = 20.0
 
 # Curves that are wrong: none of what the planner takes for the shares of a GPU, or too much of it.
@@ -78,8 +81,9 @@ def measure(name: str, cluster_name: str, num_gpus: int) -> dict[str, Any]:
         "temporal_search_s": temporal_search_s,
         **_what_sharing_does(shared),
         "homogeneous_s": None if shared.baseline is None else shared.baseline.step_s,
-        "predictors": _with_wrong_curves(asked, shared),
     }
+    if num_gpus in WRONG_GPUS:
+        row["predictors"] = _with_wrong_curves(asked, shared)
     if num_gpus <= OPTIMUM_GPUS and row["num_modules"] == 2:
         row["optimum"] = _optimum(asked)
     return row
@@ -155,15 +159,22 @@ def _curves(curves: "SharingCurves", name: str) -> "SharingCurves":
 
 
 def _optimum(asked: "Problem") -> dict[str, Any]:
-    """The best of all layouts, groups and quotas, one after the other."""
+    """The best of all layouts, groups and quotas, one after the other, and the planner's best."""
     from benchmarks.optimal_sharing import fastest_shared
+    from megatron_mosaic.cost.cost_model import CostModel
+    from megatron_mosaic.planner.multiplexing import multiplexed
 
+    asked = replace(asked, space=replace(asked.space, recompute=(None,)))
     start = perf_counter()
     best, count = fastest_shared(asked)
+    search_s = perf_counter() - start
+    found = multiplexed([], asked, CostModel(asked.model, asked.cluster, asked.settings))
     return {
         "step_s": None if best is None else best.step_s,
+        "planner_s": None if found.best is None else found.best.step_s,
         "plans": count,
-        "search_s": perf_counter() - start,
+        "examined": found.num_examined,
+        "search_s": search_s,
     }
 
 

@@ -18,6 +18,7 @@ from megatron_mosaic.planner.multiplexing import LEAST_GAIN, multiplexed
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import Problem, Space, read_pins
 from megatron_mosaic.planner.quotas import more_quotas, sharing_modules
+from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
 from tests.planner.problems import cost_model, encoder, language, model
@@ -52,6 +53,33 @@ def test_pinned_schedule_runs_modules_at_the_same_time():
     verify(plan, build_schedule(plan))
     assert answer.choice.step.peak_bytes <= PINNED.memory_bytes
     assert answer.multiplexing.pays
+
+
+def test_notes_give_back_the_step_of_modules_that_run_at_the_same_time():
+    answer = make_plan(PINNED)
+    plan = Plan.loads(answer.plan().to_yaml(), where="plan.yaml")
+
+    timeline = predicted_timeline(plan, read_prediction(plan))
+
+    terms = answer.choice.step.breakdown
+    step_s = timeline.makespan_s + terms.sync_s + terms.optimizer_s
+    assert step_s == pytest.approx(answer.choice.step_s, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("shared_s", {"vision.0": [1.0, 2.0]}, r"shared_s\.language\.0=null must be 2 numbers"),
+        ("slowdown", {"F vision.9 | B language.0": [1, 1]}, "must name passes of the plan's"),
+        ("slowdown", {"F vision.0 | B language.0": [1]}, "must be 2 numbers >= 0"),
+    ],
+)
+def test_notes_that_are_broken_are_refused(key, value, message):
+    plan = make_plan(PINNED).plan()
+    notes = {**plan.predicted["lanes"], key: value}
+
+    with pytest.raises(PlanError, match=rf"^predicted\.lanes\..*{message}"):
+        read_prediction(replace(plan, predicted={**plan.predicted, "lanes": notes}))
 
 
 def test_pinned_quota_holds_and_fixes_the_schedule():
