@@ -6,9 +6,10 @@ from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.planner.estimate import Estimate
-from megatron_mosaic.planner.lane_notes import lane_notes
 from megatron_mosaic.planner.simulated import Simulated
 from megatron_mosaic.schedule.graph import rank_kinds
+from megatron_mosaic.schedule.lane_notes import lane_notes
+from megatron_mosaic.schedule.plan_program import program_of_plan
 
 
 def prediction(choice: Simulated) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def _drawn(plan: Plan, cost_model: CostModel) -> dict[str, Any]:
     tasks_s, transfers_s, lanes = cost_model.plan_durations(plan)
     shared = {}
     if lanes is not None:
-        shared["lanes"] = lane_notes(plan, tasks_s=tasks_s, transfers_s=transfers_s, lanes=lanes)
+        shared["lanes"] = lane_notes(
+            program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s, lanes=lanes
+        )
     return {
         **shared,
         "memory_bytes": _memory(plan, cost_model),

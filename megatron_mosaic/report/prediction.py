@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import mapping, show
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.report.lane_notes import read_lane_notes
 from megatron_mosaic.schedule.graph import Stage, stage_order
 from megatron_mosaic.schedule.plan_program import program_of_plan
-from megatron_mosaic.schedule.simulate import LaneTimes, PassTimes, Timeline, simulate
+from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
 from megatron_mosaic.schedule.steps import edges_of
 
 MEMORY_TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
@@ -64,7 +63,6 @@ class Prediction:
         transfers_s: Times of a microbatch, by the text of the edge.
         task_bytes: Activations of a stage's longest task, from its forward to its backward pass;
             empty where one is missing.
-        lanes: What modules that run at the same time make of each other's times.
     """
 
     step_s: float | None
@@ -77,7 +75,6 @@ class Prediction:
     tasks_s: Mapping[Stage, PassTimes]
     transfers_s: Mapping[str, float]
     task_bytes: Mapping[Stage, float]
-    lanes: LaneTimes | None = None
 
 
 class Baseline(NamedTuple):
@@ -114,7 +111,6 @@ def read_prediction(plan: Plan) -> Prediction:
         tasks_s=_tasks_s(plan, mapping("predicted.tasks_s", written.get("tasks_s", {}))),
         transfers_s=_numbers("transfers_s", written.get("transfers_s", {})),
         task_bytes=_of_stages(plan, _numbers("task_bytes", written.get("task_bytes", {}))),
-        lanes=read_lane_notes(plan, written["lanes"]) if "lanes" in written else None,
     )
 
 
@@ -154,9 +150,7 @@ def predicted_timeline(plan: Plan, prediction: Prediction) -> Timeline:
             counts[program.stages[stage]] = max(counts[program.stages[stage]], int(count))
         tasks_s = {stage: PassTimes(count, 2.0 * count) for stage, count in counts.items()}
     transfers_s = {edge: prediction.transfers_s.get(str(edge), 0.0) for edge in edges_of(plan)}
-    return simulate(
-        program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s, lanes=prediction.lanes
-    )
+    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
 
 
 def _memory(field: str, written: Any) -> Memory:

@@ -66,22 +66,6 @@ def test_notes_give_back_the_step_of_modules_that_run_at_the_same_time():
     assert step_s == pytest.approx(answer.choice.step_s, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("shared_s", {"vision.0": [1.0, 2.0]}, r"shared_s\.language\.0=null must be 2 numbers"),
-        ("slowdown", {"F vision.9 | B language.0": [1, 1]}, "must name passes of the plan's"),
-        ("slowdown", {"F vision.0 | B language.0": [1]}, "must be 2 numbers >= 0"),
-    ],
-)
-def test_notes_that_are_broken_are_refused(key, value, message):
-    plan = make_plan(PINNED).plan()
-    notes = {**plan.predicted["lanes"], key: value}
-
-    with pytest.raises(PlanError, match=rf"^predicted\.lanes\..*{message}"):
-        read_prediction(replace(plan, predicted={**plan.predicted, "lanes": notes}))
-
-
 def test_pinned_quota_holds_and_fixes_the_schedule():
     asked = problem(TWO.model, pins={"vision.share.sms": "40"})
 
