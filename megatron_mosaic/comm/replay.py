@@ -12,7 +12,7 @@ launched in one order on all ranks. Both are checked.
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
 P2P = "send/recv"  # the operation of a batch of sends and receives
@@ -110,7 +110,14 @@ def _check_lanes(records: Mapping[int, Sequence[Entry]]) -> None:
                 raise ReplayError(
                     f"rank {rank} uses {issue.communicator} from lanes {lane} and {issue.lane}"
                 )
-        launches[rank] = [issue for issue in inside if issue.operation != P2P]
+        awaited_at_once = {
+            entry.index
+            for entry, following in pairwise(entries)
+            if isinstance(entry, Issue) and following == Wait(entry.index)
+        }
+        launches[rank] = [
+            issue for issue in inside if issue.operation != P2P and issue.index in awaited_at_once
+        ]
     for one, other in combinations(sorted(launches), 2):
         _check_one_order(one, launches[one], other, launches[other])
 
@@ -121,7 +128,10 @@ def _check_one_order(
     """Compares collectives that both ranks take part in, those of several lanes together.
 
     NCCL promises to finish collectives of several communicators only if all ranks launch them in
-    one order. Sends and receives are left out: they are launched to meet whenever both are there.
+    one order, or the device has room for all that are launched. For those that run inside tasks
+    a lane may have no room, so they have one order. Sends, receives and reductions of gradients
+    are not in a lane: they run beside the tasks, with lanes or without, in the few thread blocks
+    of each communicator.
 
     Source: NCCL user guide, "Using multiple NCCL communicators concurrently".
     """
