@@ -11,13 +11,14 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.cluster.cluster_file import parse_cluster, write_cluster
 from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cluster.spec import SharingCurves
-from megatron_mosaic.errors import LayoutError
+from megatron_mosaic.errors import HostError, LayoutError
 from megatron_mosaic.profile import sharing
 from megatron_mosaic.profile.operations import Operation, Sizes
 from megatron_mosaic.profile.sharing import CURVES, time_pairs, time_parts
 from megatron_mosaic.profile.sharing_fit import FittedSharing, fit_sharing
 from megatron_mosaic.profile.sharing_result import (
     check_device,
+    check_environment,
     grid,
     report,
     splits_of,
@@ -100,7 +101,7 @@ def test_operations_are_prepared_in_the_lane_in_which_they_are_timed(monkeypatch
         ("first", 8),
         ("first", 16),
         ("second", 24),
-        ("", None),
+        ("first", None),
     }
 
 
@@ -150,6 +151,14 @@ def test_report_says_how_far_off_it_is():
 def test_another_gpu_than_the_base_is_refused():
     with pytest.raises(LayoutError, match=r"gpu H200: num_sms=132 must be 108 as of the measured"):
         check_device(load_cluster("h200").gpu, num_sms=108)
+
+
+def test_one_hardware_queue_is_refused():
+    variables = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+    with pytest.raises(HostError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1 must be > 1"):
+        check_environment((9, 0), variables)
+    check_environment((9, 0), {})
 
 
 @pytest.mark.parametrize(
