@@ -1,7 +1,9 @@
 """From a problem to the best plans, the homogeneous one beside them, or what is in the way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from time import monotonic
 from typing import Any
 
 from megatron_mosaic import __version__
@@ -12,11 +14,15 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
+from megatron_mosaic.planner.multiplexing import MAX_TASKS, Multiplexing, multiplexed
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.rerank import NUM_COMPARED, rerank, with_other_schedules
 from megatron_mosaic.planner.search import Found, search
 from megatron_mosaic.planner.simulated import Simulated, simulated
+
+_LEAST_TIME = 0.25
+"""Share of the time limit that is left for layouts with shared ranks, whatever the rest took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +35,7 @@ class Answer:
         best: Plans by their simulated step time, the fastest first.
         baseline: The best homogeneous plan; ``None`` if none fits, or none has what is pinned.
         found: What the search in closed form says of itself.
+        multiplexing: What came of modules that run at the same time.
     """
 
     problem: Problem
@@ -36,6 +43,7 @@ class Answer:
     best: tuple[Simulated, ...]
     baseline: Simulated | None
     found: Found
+    multiplexing: Multiplexing
 
     @property
     def choice(self) -> Simulated:
@@ -61,6 +69,7 @@ def make_plan(
     cost_model: CostModel | None = None,
     top: int = 3,
     time_limit_s: float | None = None,
+    clock: Callable[[], float] = monotonic,
 ) -> Answer:
     """Finds the best plans.
 
@@ -69,10 +78,12 @@ def make_plan(
         cost_model: What things cost; ``None`` is that of the problem's model, cluster and settings.
         top: Plans to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
+        clock: Seconds; tests have their own.
 
     Raises:
         PlanError: Nothing fits the memory, or nothing has what is pinned.
     """
+    start_s = clock()
     cost_model = cost_model or CostModel(problem.model, problem.cluster, problem.settings)
     found = search(problem, cost_model, top=max(top, NUM_COMPARED), time_limit_s=time_limit_s)
     if not found.best:
@@ -82,16 +93,39 @@ def make_plan(
     if found.baseline is not None and found.baseline not in candidates:
         candidates.append(found.baseline)
     entries = rerank(candidates, problem, cost_model, top=top)
+    left_s = None
+    if time_limit_s is not None:
+        left_s = max(time_limit_s - (clock() - start_s), _LEAST_TIME * time_limit_s)
+    multiplexing = multiplexed(entries, problem, cost_model, time_limit_s=left_s)
+    if multiplexing.best is not None and multiplexing.pays:
+        entries = [multiplexing.best, *entries]
     if not entries:
-        raise PlanError(
-            f"set: schedule.kind={problem.pins.kind} must be possible for one of the "
-            f"{len(candidates)} best layouts, with a pipeline, encoders on ranks of their own, "
-            f"microbatches that are a multiple of its ranks, and layers that divide evenly; "
-            f"remove it or pin such a layout"
+        raise _no_schedule(problem, multiplexing, num_layouts=len(candidates))
+    return Answer(
+        problem=problem,
+        cost_model=cost_model,
+        best=tuple(entries[:top]),
+        baseline=_baseline(found.baseline, problem, cost_model),
+        found=found,
+        multiplexing=multiplexing,
+    )
+
+
+def _no_schedule(problem: Problem, multiplexing: Multiplexing, *, num_layouts: int) -> PlanError:
+    """The error for a schedule that no layout can have."""
+    kind = problem.pins.kind
+    if kind == "concurrent":
+        return PlanError(
+            f"set: schedule.kind={kind} must find a layout whose modules share ranks, with quotas "
+            f"that the GPU can give and at most {MAX_TASKS} tasks"
+            f"{multiplexing.obstacle and '; ' + multiplexing.obstacle}; remove it or pin fewer "
+            f"fields"
         )
-    baseline = _baseline(found.baseline, problem, cost_model)
-    best = tuple(entries[:top])
-    return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
+    return PlanError(
+        f"set: schedule.kind={kind} must be possible for one of the {num_layouts} best layouts, "
+        f"with a pipeline, encoders on ranks of their own, microbatches that are a multiple of "
+        f"its ranks, and layers that divide evenly; remove it or pin such a layout"
+    )
 
 
 def _baseline(

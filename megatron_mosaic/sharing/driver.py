@@ -6,18 +6,19 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from megatron_mosaic.cluster.sm_partition import Granularity, SmSplit, split_for
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.sharing.lane import Quota
+from megatron_mosaic.sharing.streams import priorities
 
 # The first driver with streams of green contexts, as cuDriverGetVersion counts: CUDA 12.5.
 _OLDEST_DRIVER = 12050
 
-_FALL_BACK = "use --mosaic-sharing auto"
+_FALL_BACK = "use --mosaic-sharing priority"
 
 # What a driver's refusals mean here, by their number in CUresult.
 _REMEDIES = {
@@ -125,11 +126,15 @@ def green_streams(
         sizes=gpu.sizes,
         where=f"cuda:{device}",
     )
+    ranked = [
+        replace(quota, priority=priority)
+        for quota, priority in zip(quotas, priorities(quotas), strict=True)
+    ]
     with ExitStack() as undo:
         places = _places(calls, gpu, split) if split.num_groups else []
         streams = [
             _stream(calls, gpu, quota, [places[part] for part in parts], undo) if parts else None
-            for quota, parts in zip(quotas, split.parts, strict=True)
+            for quota, parts in zip(ranked, split.parts, strict=True)
         ]
         undo.pop_all()
     return streams

@@ -1,6 +1,9 @@
+from functools import cache
+from types import SimpleNamespace
+
 import pytest
 
-from megatron_mosaic.sharing.guards import Environment, objections
+from megatron_mosaic.sharing.guards import Environment, objections, shares_workspace
 
 HOPPER = (9, 0)
 BLACKWELL = (10, 0)
@@ -69,7 +72,19 @@ def test_fp8_forbids_sharing():
 
 
 def test_shared_workspace_forbids_sharing():
-    assert only(transformer_engine=True).endswith("use --transformer-impl local")
+    assert only(shared_workspace=True).endswith("use --transformer-impl local")
+
+
+@pytest.mark.parametrize(
+    ("gemm", "shared"),
+    [
+        (SimpleNamespace(), True),  # TransformerEngine 1.x: it is elsewhere, one for the process
+        (SimpleNamespace(get_cublas_workspace=cache(lambda device: [device])), True),
+        (SimpleNamespace(get_cublas_workspace=lambda device: [device]), False),
+    ],
+)
+def test_workspace_is_shared_where_it_is_kept(gemm, shared):
+    assert shares_workspace(gemm) is shared
 
 
 def test_collectives_need_as_many_sms_as_thread_blocks():
@@ -89,7 +104,7 @@ def test_collectives_fit_into_a_lane_with_fewer_thread_blocks_or_on_a_host(facts
 def test_every_objection_is_listed():
     found = objections(
         Environment(
-            compute_capability=HOPPER, fp8=True, transformer_engine=True, device_max_connections="1"
+            compute_capability=HOPPER, fp8=True, shared_workspace=True, device_max_connections="1"
         )
     )
 
