@@ -1,0 +1,180 @@
+"""Ways to run the same step: one module after the other, or at the same time in lanes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.sharing.cases import LANGUAGE, Case
+from benchmarks.sharing.lanes import LaneBank
+from benchmarks.sharing.runner import StepRun, draw_batch, gradients, plan_of, relative_errors
+from benchmarks.sharing.runner import steps_for
+from benchmarks.sharing.modules import make_modules
+from benchmarks.sharing.setting import Setting, synchronize, timed_s
+from megatron_mosaic.errors import HostError, LayoutError
+
+LARGEST_ERROR = 1e-2
+"""Relative norm by which gradients in bf16 may differ from those of the first arm."""
+
+FAILURES = (RuntimeError, NotImplementedError, HostError, LayoutError)
+"""What an arm may end with on a machine that cannot run it; torch's out-of-memory is among it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way.
+
+    Args:
+        name: Its letter in the protocol, and what tells two of one letter apart.
+        mode: Backend of its lanes; None is without lanes.
+        sms: Quotas of modules; those that are missing have none.
+        graphs: Whether the step is captured once and replayed.
+        encoder_group: Microbatches of one task of an encoder.
+    """
+
+    name: str
+    mode: str | None = None
+    sms: Mapping[str, int | None] = field(default_factory=dict)
+    graphs: bool = False
+    encoder_group: int = 1
+
+    def written(self) -> dict[str, Any]:
+        """As results have it."""
+        return {
+            "mode": self.mode,
+            "sms": dict(self.sms),
+            "graphs": self.graphs,
+            "encoder_group": self.encoder_group,
+        }
+
+
+def serial_arms(case: Case) -> list[Arm]:
+    """One module after the other: microbatch by microbatch, or the encoders' whole batch first.
+
+    The first one runs again under another name, which says what is noise.
+    """
+    batch = case.num_microbatches
+    return [
+        Arm(name="A"),
+        Arm(name="A'", graphs=True),
+        Arm(name="A batch", encoder_group=batch),
+        Arm(name="A' batch", graphs=True, encoder_group=batch),
+        Arm(name="A again"),
+    ]
+
+
+def is_serial(name: str) -> bool:
+    """Whether an arm may be the denominator of others; the control may not."""
+    return name[0] == "A" and name != "A again"
+
+
+def lane_arms(
+    *, split: Mapping[str, int | None] | None, cap: Mapping[str, int | None] | None
+) -> list[Arm]:
+    """Modules at the same time, under the best quotas that a scan has found."""
+    arms = [
+        Arm(name="B", mode="streams"),
+        Arm(name="B'", mode="streams", graphs=True),
+        Arm(name="C", mode="priority"),
+        Arm(name="C'", mode="priority", graphs=True),
+    ]
+    for letter, sms in (("D", split), ("E", cap)):
+        if sms is not None:
+            arms.append(Arm(name=letter, mode="green", sms=sms))
+    for name, sms in (("F", split), ("F cap", cap)):
+        if sms is not None:
+            arms.append(Arm(name=name, mode="green", sms=sms, graphs=True))
+    return arms
+
+
+def planned_arms(sms: Mapping[str, int | None] | None) -> list[Arm]:
+    """What the planner chose, launched one by one and captured."""
+    mode = None if sms is None else "green"
+    return [
+        Arm(name="G", mode=mode, sms=sms or {}),
+        Arm(name="G'", mode=mode, sms=sms or {}, graphs=True),
+    ]
+
+
+def split_quotas(case: Case, split: Sequence[int]) -> dict[str, int | None]:
+    """A split as quotas of modules."""
+    return dict(zip(case.modules, split, strict=True))
+
+
+def cap_quotas(case: Case, sms: int) -> dict[str, int | None]:
+    """Every encoder under a cap of so many SMs in all, the language model under none."""
+    return {name: None if name == LANGUAGE else sms for name in case.modules}
+
+
+class Bench:
+    """Modules and batch of a case, and the arms that run them.
+
+    Args:
+        case: The case.
+        setting: Where.
+        bank: Opens lanes.
+    """
+
+    def __init__(self, case: Case, setting: Setting, bank: LaneBank) -> None:
+        self.case = case
+        self.setting = setting
+        self.modules = make_modules(
+            case.encoders,
+            case.language,
+            contrastive=case.contrastive,
+            device=setting.device,
+            dtype=setting.dtype,
+            seed=setting.seed,
+        )
+        self.batch = draw_batch(case, setting)
+        self._bank = bank
+        self._pool: Any = None
+        self.run_of(Arm(name="A"))()
+        synchronize(setting.device)
+        self._reference = gradients(self.modules)
+
+    def run_of(self, arm: Arm) -> Callable[[], None]:
+        """Returns what runs the step of an arm.
+
+        Raises:
+            HostError: The device cannot give these lanes, or capture anything.
+        """
+        sms = None if arm.mode is None else {name: arm.sms.get(name) for name in self.case.modules}
+        plan = plan_of(self.case, sms=sms, encoder_group=arm.encoder_group)
+        steps = steps_for(plan)
+        lanes = self._bank.lanes(arm.mode or "serial", sms or {})
+        run = StepRun(self.modules, self.batch, steps, lanes)
+        return self._captured(run) if arm.graphs else run
+
+    def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self.setting.device.type != "cuda":
+            raise HostError(f"device={self.setting.device} must be a GPU to capture a step")
+        for _ in range(2):  # what is made on first use may not be captured
+            run()
+        synchronize(self.setting.device)
+        graph = torch.cuda.CUDAGraph()
+        # Steps run one after the other and leave nothing in it: all graphs share one pool.
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+            run()
+        self._pool = graph.pool()
+        return graph.replay
+
+    def check(self, run: Callable[[], None]) -> dict[str, float]:
+        """Gradients' relative errors of one run against the first arm's, by module."""
+        run()
+        synchronize(self.setting.device)
+        return relative_errors(self.modules, self._reference)
+
+    def timed_s(self, run: Callable[[], None]) -> float:
+        """Seconds of one run."""
+        return timed_s(run, self.setting.device)
+
+    def peak_bytes(self, run: Callable[[], None]) -> int | None:
+        """Most memory that tensors have during one run, pools of captured graphs aside."""
+        if self.setting.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(self.setting.device)
+        run()
+        synchronize(self.setting.device)
+        return torch.cuda.max_memory_allocated(self.setting.device)

@@ -1,0 +1,243 @@
+"""P4: the same step in every arm, in turn, with gradients compared and losses reported."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.sharing.arms import (
+    FAILURES,
+    LARGEST_ERROR,
+    Arm,
+    Bench,
+    cap_quotas,
+    is_serial,
+    lane_arms,
+    planned_arms,
+    serial_arms,
+    split_quotas,
+)
+from benchmarks.sharing.cases import Case, cases_for
+from benchmarks.sharing.lanes import LaneBank
+from benchmarks.sharing.runner import alone
+from benchmarks.sharing.sensors import Sensors, medians
+from benchmarks.sharing.setting import Budget, Setting, median_s
+from benchmarks.sharing.stats import (
+    Interval,
+    arm_row,
+    bound_s,
+    fastest,
+    gain_interval,
+    in_turns,
+    median_interval,
+    noise,
+)
+from benchmarks.sharing.work import Work, counted
+
+SCAN_REPEATS = 3
+"""Steps of each split before the best one is measured anew, beside all arms."""
+
+MOST_SPLITS = 15
+"""Splits that are scanned: all of two lanes on 132 SMs; of more lanes those nearest to the
+modules' shares of the time."""
+
+Quotas = Mapping[str, int | None]
+
+
+def measure(
+    setting: Setting, *, planned: Callable[[Case], Quotas | None], only: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Measures the cases, as many as time allows.
+
+    Args:
+        setting: Where.
+        planned: What the planner chooses for a case; None is one module after the other.
+        only: Cases whose names contain one of these; none is all.
+    """
+    budget = Budget(seconds=setting.budget_s)
+    bank, peaks = LaneBank(setting), ceilings(setting)
+    for case in cases_for(setting):
+        if only and not any(each in case.name for each in only):
+            continue
+        if budget.spent:
+            yield {"case": case.name, "skipped": f"{setting.budget_s:.0f} s had gone by"}
+            continue
+        bench = Bench(case, setting, bank)
+        yield measure_case(bench, planned=planned(case), peaks=peaks)
+        del bench
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_case(
+    bench: Bench, *, planned: Quotas | None, peaks: Mapping[str, float]
+) -> dict[str, Any]:
+    """Measures one case: modules alone, a scan of quotas, then all arms in turn."""
+    case, setting = bench.case, bench.setting
+    alone_s = {
+        name: median_s(
+            alone(bench.modules, bench.batch, name), setting.device, repeats=3, warm_up=1
+        )
+        for name in case.modules
+    }
+    work = counted(bench.run_of(Arm(name="A")))
+    scan = scan_quotas(bench, alone_s)
+    arms = [
+        *serial_arms(case),
+        *lane_arms(split=_best(scan, "split"), cap=_best(scan, "cap")),
+        *planned_arms(planned),
+    ]
+    rows = take_turns(bench, arms)
+    return {
+        "case": case.name,
+        "modules": list(case.modules),
+        "num_microbatches": case.num_microbatches,
+        "alone_s": alone_s,
+        "scan": scan,
+        "planned_sms": None if planned is None else dict(planned),
+        "arms": rows,
+        **_compared(rows, alone_s=alone_s, work=work, peaks=peaks),
+    }
+
+
+def scan_quotas(bench: Bench, alone_s: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Times every split, and every cap of the encoders alone; captured where that is possible."""
+    case, setting = bench.case, bench.setting
+    splits = nearest_splits(setting.splits(len(case.modules)), [alone_s[m] for m in case.modules])
+    tried = [("split", split_quotas(case, split)) for split in splits]
+    tried += [("cap", cap_quotas(case, sms)) for sms in setting.quotas()]
+    found = []
+    for kind, sms in tried:
+        arm = Arm(name=kind, mode="green", sms=sms, graphs=not setting.tiny)
+        row: dict[str, Any] = {"kind": kind, "sms": sms, "median_s": None, "failed": None}
+        try:
+            run = bench.run_of(arm)
+            row["median_s"] = median_s(run, setting.device, repeats=SCAN_REPEATS, warm_up=1)
+        except FAILURES as error:
+            row["failed"] = failure(error)
+        found.append(row)
+    return found
+
+
+def nearest_splits(
+    splits: Sequence[Sequence[int]], alone_s: Sequence[float]
+) -> list[Sequence[int]]:
+    """Splits nearest to what each module takes of the time, in their order."""
+    total_s, total_sms = sum(alone_s), sum(splits[0])
+
+    def distance(split: Sequence[int]) -> float:
+        return sum(
+            abs(sms / total_sms - own_s / total_s)
+            for sms, own_s in zip(split, alone_s, strict=True)
+        )
+
+    kept = sorted(splits, key=distance)[:MOST_SPLITS]
+    return [split for split in splits if split in kept]
+
+
+def _best(scan: Sequence[Mapping[str, Any]], kind: str) -> Quotas | None:
+    ran = [row for row in scan if row["kind"] == kind and row["median_s"] is not None]
+    return min(ran, key=lambda row: row["median_s"])["sms"] if ran else None
+
+
+def take_turns(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """Runs the arms in turn; what an arm cannot do is noted, and the others go on."""
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], None]] = {}
+    for arm in arms:
+        rows[arm.name] = row = {**arm.written(), "failed": None}
+        try:
+            run = bench.run_of(arm)
+            row["gradient_errors"] = bench.check(run)
+            row["peak_bytes"] = bench.peak_bytes(run)
+            for _ in range(bench.setting.warm_up):
+                run()
+        except FAILURES as error:
+            row["failed"] = failure(error)
+            continue
+        runs[arm.name] = run
+    sensors = Sensors(bench.setting.device)
+    times_s: dict[str, list[float]] = {name: [] for name in runs}
+    readings: dict[str, list[Any]] = {name: [] for name in runs}
+    for _, name in in_turns(list(runs), rounds=bench.setting.rounds):
+        times_s[name].append(bench.timed_s(runs[name]))
+        readings[name].append(sensors.read())
+    medians_s = {name: median_interval(own).estimate for name, own in times_s.items()}
+    base = fastest(medians_s, [name for name in runs if is_serial(name)])
+    for name in runs:
+        base_s = times_s[base] if base is not None else None
+        rows[name] |= arm_row(times_s[name], base_s=base_s)
+        rows[name]["sensors"] = medians(readings[name])
+    return rows
+
+
+def _compared(
+    rows: Mapping[str, Mapping[str, Any]],
+    *,
+    alone_s: Mapping[str, float],
+    work: Work,
+    peaks: Mapping[str, float],
+) -> dict[str, Any]:
+    """What the arms say together, beside what is possible at all."""
+    medians_s = {name: row.get("median_s") for name, row in rows.items()}
+    serial = fastest(medians_s, [name for name in rows if is_serial(name)])
+    best = fastest(medians_s, [name for name in rows if name != "A again"])
+    control: Interval | None = None
+    if medians_s.get("A") and medians_s.get("A again"):
+        control = gain_interval(rows["A"]["times_s"], rows["A again"]["times_s"])
+    errors = {name: max(row["gradient_errors"].values())
+              for name, row in rows.items() if row.get("gradient_errors")}  # fmt: skip
+    total_s = sum(alone_s.values())
+    return {
+        "serial": serial,
+        "best": best,
+        "control": control and control.written(),
+        "noise": control and noise(control),
+        "gradients_agree": all(error <= LARGEST_ERROR for error in errors.values()),
+        "largest_gradient_error": max(errors.values(), default=None),
+        "work": work._asdict(),
+        "ideal_gain": total_s / max(alone_s.values()),
+        "roofline_gain": total_s
+        / bound_s(
+            flops=work.flops,
+            num_bytes=work.num_bytes,
+            flops_per_s=peaks["flops_per_s"],
+            bytes_per_s=peaks["bytes_per_s"],
+            alone_s=list(alone_s.values()),
+        ),
+        "ceilings": dict(peaks),
+    }
+
+
+def ceilings(setting: Setting) -> dict[str, float]:
+    """Rates that the device reaches: a large matrix product, and a large copy."""
+    size = 128 if setting.tiny else 8192
+    a, b = (
+        torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2)
+    )
+    source = torch.randn(1 << (16 if setting.tiny else 30), device=setting.device)
+    target = torch.empty_like(source)
+    product_s, copy_s = (
+        median_s(run, setting.device, repeats=5, warm_up=3)
+        for run in (lambda: torch.matmul(a, b), lambda: target.copy_(source))
+    )
+    moved = 2 * source.numel() * source.element_size()
+    return {"flops_per_s": 2 * size**3 / product_s, "bytes_per_s": moved / copy_s}
+
+
+def failure(error: BaseException) -> str:
+    """One line of what went wrong."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line while it runs."""
+    if "skipped" in row:
+        return f"{row['case']:26} skipped: {row['skipped']}"
+    gains = (
+        f"{name} {arm['gain']['estimate']:.3f}" if arm.get("gain") else f"{name} failed"
+        for name, arm in row["arms"].items()
+    )
+    return f"{row['case']:26} of {row['serial']}: {'  '.join(gains)}"
+
+
