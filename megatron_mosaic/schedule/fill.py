@@ -235,7 +235,7 @@ def _keys(plan: Plan, parts: tuple[Part, ...], order: list[Task]) -> list[Key]:
 
 def _orders(
     parts: tuple[Part, ...],
-    machines: list[tuple[int, ...]],
+    machines: tuple[tuple[int, ...], ...],
     keys: list[Key],
     bound: int,
     encoders: frozenset[Stage],

@@ -4,15 +4,19 @@ A rank launches its steps one after the other, in the order of its schedule. A l
 launched in it in that order, beside other lanes; an event makes a step wait for one of another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import hosted_stages
+from megatron_mosaic.schedule.graph import Stage, hosted_stages
 from megatron_mosaic.schedule.steps import Compute, Post, Step, Transfer, Wait
+from megatron_mosaic.schedule.task import Task
 
 ONE_LANE = ""
 """Name of the lane of ranks that run one module at a time."""
+
+MAIN = "<main>"
+"""Name of the lane of the training loop, which has the rank's memory between steps."""
 
 
 class LaneStep(NamedTuple):
@@ -22,11 +26,25 @@ class LaneStep(NamedTuple):
         step: The step.
         lane: Its lane.
         after: Positions of earlier steps, in other lanes, whose events it waits for.
+        whole: Whether it runs on the whole GPU, as no step of another lane can run beside it.
     """
 
     step: Step
     lane: str
     after: tuple[int, ...] = ()
+    whole: bool = False
+
+
+class Joins(NamedTuple):
+    """Events between a rank's lanes and the training loop; other waits imply the rest.
+
+    Args:
+        begin: Lanes that wait for the training loop before their first step.
+        end: Lanes for whose last steps the training loop waits.
+    """
+
+    begin: tuple[str, ...]
+    end: tuple[str, ...]
 
 
 def has_lanes(plan: Plan) -> bool:
@@ -44,41 +62,104 @@ def lanes_of(plan: Plan, rank: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lane_of(plan, stage.module) for stage in hosted_stages(plan, rank)))
 
 
-def lane_steps(plan: Plan, steps: Sequence[Step], rank: int) -> tuple[LaneStep, ...]:
+def lane_steps(
+    plan: Plan, steps: Sequence[Step], rank: int, *, alone: Collection[Task] = ()
+) -> tuple[LaneStep, ...]:
     """Puts a rank's steps into lanes, with the fewest events that keep them right.
 
     Only a transfer whose two ends are on the rank joins lanes: what its source posts its
     destination waits for. An event that others imply is left out, so that each counts.
+
+    Args:
+        plan: The plan.
+        steps: What the rank does, in the order in which it launches it.
+        rank: The rank.
+        alone: Its tasks beside which no other lane can run, as ``alone_tasks`` finds them.
     """
-    hosted = {stage.module for stage in hosted_stages(plan, rank)}
-    found: list[LaneStep] = []
+    hosted = hosted_stages(plan, rank)
+    lanes = [lane_of(plan, _lane_module(step, hosted)) for step in steps]
     posted: dict[Transfer, int] = {}
-    # For every step the last step of each lane that is sure to have ended when it runs.
-    ended: list[dict[str, int]] = []
-    last: dict[str, int] = {}
-    for position, step in enumerate(steps):
-        lane = lane_of(plan, _module(step, hosted))
-        known = dict(ended[last[lane]]) if lane in last else {}
-        after = []
+    after: list[tuple[int, ...]] = []
+    order = _Order()
+    for position, (step, lane) in enumerate(zip(steps, lanes, strict=True)):
         before = posted.get(step.transfer) if isinstance(step, Wait) else None
-        if before is not None and known.get(found[before].lane, -1) < before:
-            after.append(before)
-            for other, until in ended[before].items():
-                known[other] = max(known.get(other, -1), until)
-        known[lane] = position
+        after.append(() if before is None or order.implies(before, lane) else (before,))
+        order.add(lane, after[-1])
         if isinstance(step, Post):
             posted[step.transfer] = position
-        last[lane] = position
-        ended.append(known)
-        found.append(LaneStep(step, lane, tuple(after)))
-    return tuple(found)
+    return tuple(map(LaneStep, steps, lanes, after, _whole(steps, lanes, hosted, alone)))
 
 
-def _module(step: Step, hosted: set[str]) -> str:
-    """Module in whose lane a step runs: transfers in that of their source where it is here."""
+def joins(steps: Sequence[LaneStep]) -> Joins:
+    """Finds the fewest events that join a rank's lanes to the training loop around them."""
+    first: dict[str, LaneStep] = {}
+    order = _Order()
+    for step in steps:
+        first.setdefault(step.lane, step)
+        order.add(step.lane, step.after)
+    # A lane that has waited for the last step of another one covers it.
+    end = tuple(
+        lane
+        for lane, position in order.last.items()
+        if not any(order.implies(position, other) for other in order.last if other != lane)
+    )
+    return Joins(tuple(lane for lane, step in first.items() if not step.after), end)
+
+
+class _Order:
+    """Which steps have ended for sure where a step of a lane runs."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, int] = {}
+        self._lanes: list[str] = []
+        # For every step the last one of each lane that has ended when it has.
+        self._ended: list[dict[str, int]] = []
+
+    def implies(self, position: int, lane: str) -> bool:
+        """Whether a step has ended before the next one of a lane in any case."""
+        ended = self._ended[self.last[lane]] if lane in self.last else {}
+        return ended.get(self._lanes[position], -1) >= position
+
+    def add(self, lane: str, after: Sequence[int]) -> None:
+        """Adds the next step, which waits for some before it."""
+        ended = dict(self._ended[self.last[lane]]) if lane in self.last else {}
+        for before in after:
+            for other, until in self._ended[before].items():
+                ended[other] = max(ended.get(other, -1), until)
+        self.last[lane] = ended[lane] = len(self._lanes)
+        self._lanes.append(lane)
+        self._ended.append(ended)
+
+
+def _whole(
+    steps: Sequence[Step], lanes: Sequence[str], hosted: Collection[Stage], alone: Collection[Task]
+) -> list[bool]:
+    """Which steps run on the whole GPU: tasks that are alone, and the transfers that are theirs.
+
+    What leaves a stage belongs to the task before it in its lane, what arrives to the one behind.
+    """
+    whole = [isinstance(step, Compute) and step.task in alone for step in steps]
+    forwards = range(len(steps))
+    for leaving, positions in (True, forwards), (False, reversed(forwards)):
+        at_task: dict[str, bool] = {}
+        for position in positions:
+            step, lane = steps[position], lanes[position]
+            if isinstance(step, Compute):
+                at_task[lane] = whole[position]
+            elif leaving == (isinstance(step, Post) and _ends(step.transfer)[0] in hosted):
+                whole[position] = at_task.get(lane, False)
+    return whole
+
+
+def _lane_module(step: Step, hosted: Collection[Stage]) -> str:
+    """Module in whose lane a step runs: posts go where the rank sends, if it does."""
     if isinstance(step, Compute):
         return step.task.module
-    kind, edge, _ = step.transfer
-    ends = edge.source, edge.destination
-    source, destination = ends if kind == "activation" else ends[::-1]
-    return destination if isinstance(step, Wait) or source not in hosted else source
+    source, destination = _ends(step.transfer)
+    return source.module if isinstance(step, Post) and source in hosted else destination.module
+
+
+def _ends(transfer: Transfer) -> tuple[Stage, Stage]:
+    """Stage that sends, and the one that receives."""
+    here, there = transfer.edge.ends
+    return (here, there) if transfer.kind == "activation" else (there, here)

@@ -51,16 +51,16 @@ def parts_of(plan: Plan, kinds: tuple[RankKind, ...], *, apart: bool) -> tuple[P
     return tuple(parts)
 
 
-def lanes_of_parts(plan: Plan, parts: tuple[Part, ...]) -> list[tuple[int, ...]]:
+def lanes_of_parts(plan: Plan, parts: tuple[Part, ...]) -> tuple[tuple[int, ...], ...]:
     """Numbers of the lanes in which each part runs its tasks: one on every kind of its ranks.
 
     Ranks that run one module at a time have one lane each.
     """
     lanes = list(dict.fromkeys(lane_of(plan, part.stage.module) for part in parts))
-    return [
+    return tuple(
         tuple(len(lanes) * k + lanes.index(lane_of(plan, part.stage.module)) for k in part.kinds)
         for part in parts
-    ]
+    )
 
 
 def links_of(plan: Plan, kinds: tuple[RankKind, ...], parts: tuple[Part, ...]) -> tuple[Link, ...]:

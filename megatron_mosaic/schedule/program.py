@@ -42,6 +42,8 @@ class Program:
     Args:
         parts: Stages that ``tasks.stage`` counts; one whose replicas run apart is there for each
             part.
+        lanes: Numbers of the lanes in which each part runs, one on each of its kinds of ranks;
+            ranks that run one module at a time have one lane.
         edges: Edges that ``Inputs.edge`` counts.
         kinds: Ranks that host the same stages, and so have the same tasks; none that are idle.
         tasks: All tasks.
@@ -51,6 +53,7 @@ class Program:
     """
 
     parts: tuple[Part, ...]
+    lanes: tuple[tuple[int, ...], ...]
     edges: tuple[Edge, ...]
     kinds: tuple[RankKind, ...]
     tasks: TaskArrays
@@ -140,12 +143,14 @@ def wire(
     edges, kinds = edges_of(plan), rank_kinds(plan)
     parts = parts_of(plan, kinds, apart=False) if parts is None else parts
     links = links_in_a_step(plan, kinds, parts, ahead)
-    rank, *more_ranks = _rank_inputs(tasks, lanes_of_parts(plan, parts), no_edge=len(edges))
+    lanes = lanes_of_parts(plan, parts)
+    rank, *more_ranks = _rank_inputs(tasks, lanes, no_edge=len(edges))
     data, *more_data = data_inputs(tasks, links, len(parts), no_edge=len(edges))
     others = [np.concatenate(column) for column in zip(*more_ranks, *more_data, strict=True)]
     order = np.argsort(others[0], kind="stable") if others else np.array([], dtype=np.int64)
     return Program(
         parts=parts,
+        lanes=lanes,
         edges=edges,
         kinds=kinds,
         tasks=tasks,

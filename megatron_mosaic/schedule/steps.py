@@ -143,7 +143,7 @@ def steps_of(plan: Plan, schedule: Schedule, rank: int) -> tuple[Step, ...]:
         for microbatch in range(schedule.num_microbatches)
     ]
     for task in schedule.tasks[rank]:
-        arriving, leaving = _transfers(edges, on.returning, task)
+        arriving, leaving = transfers_of(edges, on.returning, task)
         steps += [Post(transfer) for transfer in arriving if on.posts_at_wait(transfer)]
         steps += [Wait(transfer) for transfer in arriving]
         steps.append(Compute(task))
@@ -173,6 +173,29 @@ def needs_of(plan: Plan, schedule: Schedule) -> Needs:
             needs["F", there].append(("F", here))
         needs["B", here].append(("B", there))
     return needs
+
+
+def transfers_of(
+    edges: Iterable[Edge], returning: Collection[Edge], task: Task
+) -> tuple[list[Transfer], list[Transfer]]:
+    """Transfers that a task waits for, and those that carry what it produces.
+
+    Args:
+        edges: Edges of its stage, and maybe others.
+        returning: Those over which gradients travel back.
+        task: The task.
+    """
+    here = (task.module, task.stage)
+    into = [edge for edge in edges if edge.ends[1] == here]
+    out_of = [edge for edge in edges if edge.ends[0] == here]
+    if task.kind == "F":
+        kind, before, after = "activation", into, out_of
+    else:
+        kind, before, after = "gradient", out_of, [edge for edge in into if edge in returning]
+    return (
+        [Transfer(kind, edge, m) for edge in before for m in task.microbatches],
+        [Transfer(kind, edge, m) for edge in after for m in task.microbatches],
+    )
 
 
 class _Ends(NamedTuple):
@@ -213,20 +236,3 @@ def _early_receives(on: _Ends, leaving: list[Transfer]) -> list[Transfer]:
 
 def _joins_modules(edge: Edge) -> bool:
     return edge.source != edge.destination
-
-
-def _transfers(
-    edges: Iterable[Edge], returning: Collection[Edge], task: Task
-) -> tuple[list[Transfer], list[Transfer]]:
-    """Transfers that a task waits for, and those that carry what it produces."""
-    here = (task.module, task.stage)
-    into = [edge for edge in edges if edge.ends[1] == here]
-    out_of = [edge for edge in edges if edge.ends[0] == here]
-    if task.kind == "F":
-        kind, before, after = "activation", into, out_of
-    else:
-        kind, before, after = "gradient", out_of, [edge for edge in into if edge in returning]
-    return (
-        [Transfer(kind, edge, m) for edge in before for m in task.microbatches],
-        [Transfer(kind, edge, m) for edge in after for m in task.microbatches],
-    )
