@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_mosaic.schedule.races import VectorClocks
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quota:
@@ -43,7 +45,8 @@ class Lane(Protocol):
         """Launches in the lane what the caller launches inside.
 
         Args:
-            whole: On all multiprocessors, for work beside which nothing can run.
+            whole: On all multiprocessors, for work beside which nothing can run. Autograd runs
+                a backward pass on the streams of its forward pass: the two must agree.
         """
         ...
 
@@ -69,9 +72,11 @@ class Lanes:
         named: The lanes of modules.
         backend: ``green``, ``priority``, ``streams``, ``serial`` or ``virtual``.
         note: How it came to this backend, one line for the log.
+        races: Clocks of ``virtual`` lanes, to which the accesses of what they run are reported.
     """
 
     main: Lane
     named: Mapping[str, Lane]
     backend: str
     note: str = ""
+    races: VectorClocks | None = None
