@@ -1,5 +1,6 @@
 """Cluster and GPU files: YAML to a ``Cluster`` and back."""
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, get_args
 
 import yaml
 
+from megatron_mosaic.cluster.sharing_file import check_sms, read_sharing, written_sharing
 from megatron_mosaic.cluster.spec import Cluster, Curve, Gpu, LinkTier
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.fields import (
@@ -109,11 +111,30 @@ def _read_gpu(field: str, value: object) -> Gpu:
         "host_operation_s": number,
         "host_expert_s": _waits,
         "overlap_cost": number,
+        "compute_capability": _capability,
+        "sharing": read_sharing,
         _SOURCES: _texts,
     }
-    required = tuple(key for key in known if not key.startswith(("host_", "overlap_")))
+    optional = (
+        "host_operation_s",
+        "host_expert_s",
+        "overlap_cost",
+        "compute_capability",
+        "sharing",
+    )
+    required = tuple(key for key in known if key not in optional)
     keys = read_keys(f"{field}: ", mapping(field, value), known=known, required=required)
-    return Gpu(**keys)
+    gpu = Gpu(**keys)
+    check_sms(field, gpu)
+    return gpu
+
+
+def _capability(field: str, value: object) -> tuple[int, int]:
+    # YAML reads 9.0 as a number; the minor one has one digit.
+    if not isinstance(value, float | str) or not re.fullmatch(r"\d+\.\d", str(value)):
+        raise PlanError(f"{field}={show(value)} must be major.minor; write one such as 9.0")
+    major, minor = str(value).split(".")
+    return int(major), int(minor)
 
 
 def _waits(field: str, value: object) -> Mapping[str, float]:
@@ -222,8 +243,17 @@ def _written_gpu(gpu: Gpu) -> dict[str, Any]:
         **({"host_operation_s": gpu.host_operation_s} if gpu.host_operation_s else {}),
         **({"host_expert_s": dict(gpu.host_expert_s)} if gpu.host_expert_s else {}),
         **({"overlap_cost": gpu.overlap_cost} if gpu.overlap_cost else {}),
+        **_written_capability(gpu),
+        **({"sharing": written_sharing(gpu.sharing)} if gpu.sharing else {}),
         _SOURCES: dict(gpu.sources),
     }
+
+
+def _written_capability(gpu: Gpu) -> dict[str, float]:
+    if gpu.compute_capability is None:
+        return {}
+    major, minor = gpu.compute_capability
+    return {"compute_capability": float(f"{major}.{minor}")}
 
 
 def _written_curve(curve: Curve) -> dict[str, Any]:

@@ -40,6 +40,27 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharingCurves:
+    """How fast operations are on some of a GPU's multiprocessors, and beside those of others.
+
+    Args:
+        bandwidth_knee: Share of the multiprocessors that draws all of the memory's bandwidth.
+        interference: Time that an operation loses, over its own, which only waits for memory
+            beside others that take all of the bandwidth: caches and queues are theirs too.
+        rates: Measured rates over that of the whole GPU, by kind of operation and number of
+            multiprocessors, ascending. A kind is a curve's name, or the beginning of some:
+            ``matmul`` is ``matmul.bf16`` and ``matmul.fp8``. Where it is there it counts, and
+            not the knee.
+        source: Where the numbers are from.
+    """
+
+    bandwidth_knee: float
+    interference: float
+    rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
     """One GPU.
 
@@ -58,6 +79,8 @@ class Gpu:
             of one expert once it knows the sizes, by precision (``bf16``, ``fp8``).
         overlap_cost: Time that computation loses for each second of communication it hides: both
             share multiprocessors and memory.
+        compute_capability: Major and minor number; None is not known, or not CUDA.
+        sharing: What operations of several modules make of each other; None is not known.
         sources: Where the other numbers are from, by field; ``all`` is every one.
     """
 
@@ -70,6 +93,8 @@ class Gpu:
     host_operation_s: float = 0.0
     host_expert_s: Mapping[str, float] = field(default_factory=dict)
     overlap_cost: float = 0.0
+    compute_capability: tuple[int, int] | None = None
+    sharing: SharingCurves | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak_flops_per_s(self, precision: Precision) -> float:

@@ -1,7 +1,9 @@
 """The cost model of one model on one cluster: what modules, stages and plans cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from megatron_mosaic.cluster.spec import Cluster
@@ -16,13 +18,21 @@ from megatron_mosaic.cost.costs import (
     StepEstimate,
 )
 from megatron_mosaic.cost.imbalance import DrawnItems, items_vary, slowed
+from megatron_mosaic.cost.lane_times import lane_times
 from megatron_mosaic.cost.layer_split import even_split, split_runs
 from megatron_mosaic.cost.memory import module_parts, stage_memory, with_memory
 from megatron_mosaic.cost.model_flops import model_flops_per_token
 from megatron_mosaic.cost.parts import module_costs
 from megatron_mosaic.cost.plan_memory import ranks_memory, samples_per_task, task_microbatches
-from megatron_mosaic.cost.plan_times import Durations, breakdown, durations, stages_in_plan
+from megatron_mosaic.cost.plan_times import (
+    Durations,
+    StageInPlan,
+    breakdown,
+    durations,
+    stages_in_plan,
+)
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
+from megatron_mosaic.cost.spatial import gpu_with
 from megatron_mosaic.cost.stages import StageWork, stage_costs
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import show
@@ -31,8 +41,9 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.model.workload import Workload
 from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.lanes import has_lanes
 from megatron_mosaic.schedule.plan_program import program_of_plan
-from megatron_mosaic.schedule.simulate import simulate
+from megatron_mosaic.schedule.simulate import LaneTimes, Pass, simulate
 
 
 class _StageKey(NamedTuple):
@@ -70,6 +81,7 @@ class CostModel:
         )
         self._items: dict[str, DrawnItems] = {}
         self._imbalances: dict[tuple[object, ...], float] = {}
+        self._on: dict[tuple[int, float], CostModel] = {}
         self._trains_before = {name: self._upstream_trains(name) for name in model.modules}
 
     def trains_before(self, name: str) -> bool:
@@ -242,16 +254,38 @@ class CostModel:
         Raises:
             PlanError: The plan is one for another model.
         """
-        found = {}
-        for name, placement in plan.modules.items():
+        for placement in plan.modules.values():
             self._check(placement)
-            sizes = ParallelSizes.of(placement)
-            costs = self.module(name, sizes, samples=samples_per_task(plan, name))
-            split = placement.layers_per_stage
-            found[name] = self.stages(
-                costs, split or even_split(costs.num_layers, placement.num_stages)
-            )
-        return found
+        return {name: self.module_stages(plan, name) for name in plan.modules}
+
+    def module_stages(self, plan: Plan, name: str) -> tuple[StageCosts, ...]:
+        """Costs of the stages of one module of a plan."""
+        placement = plan.modules[name]
+        sizes = ParallelSizes.of(placement)
+        costs = self.module(name, sizes, samples=samples_per_task(plan, name))
+        split = placement.layers_per_stage
+        return self.stages(costs, split or even_split(costs.num_layers, placement.num_stages))
+
+    def on(self, *, sms: int, bandwidth_share: float = 1.0) -> "CostModel":
+        """The same costs where modules have only a part of each GPU.
+
+        Args:
+            sms: Multiprocessors.
+            bandwidth_share: Part of the memory's bandwidth that these would otherwise have.
+
+        Raises:
+            PlanError: It is not known how the GPU does with some of its multiprocessors.
+        """
+        gpu = gpu_with(self.cluster.gpu, sms=sms, bandwidth_share=bandwidth_share)
+        if gpu is self.cluster.gpu:
+            return self
+        key = (sms, bandwidth_share)
+        if key not in self._on:
+            slower = copy(self)
+            slower.cluster = replace(self.cluster, gpu=gpu)
+            slower._parts, slower._modules, slower._stages, slower._on = {}, {}, {}, {}
+            self._on[key] = slower
+        return self._on[key]
 
     def _check(self, placement: ModulePlacement) -> None:
         where, name = f"model {self.model.name}", placement.name
@@ -319,17 +353,34 @@ class CostModel:
         """Times of a plan's tasks and transfers, as a simulation takes them."""
         costs = self.plan_stages(plan)
         boundaries_s = self.plan_boundaries_s(plan)
-        return durations(plan, stages_in_plan(plan, costs, boundaries_s), boundaries_s)
+        stages = stages_in_plan(plan, costs, boundaries_s)
+        return durations(plan, stages, boundaries_s, lanes=self._lane_times(plan, stages))
+
+    def _lane_times(self, plan: Plan, stages: Mapping[Stage, StageInPlan]) -> LaneTimes | None:
+        if not has_lanes(plan):
+            return None
+
+        @cache
+        def stages_on(name: str, sms: int, bandwidth_share: float) -> tuple[StageCosts, ...]:
+            return self.on(sms=sms, bandwidth_share=bandwidth_share).module_stages(plan, name)
+
+        def pass_s(work: Pass, sms: int, bandwidth_share: float) -> float:
+            name, number = work.stage
+            costs = stages_on(name, sms, bandwidth_share)[number]
+            return stages[work.stage]._replace(costs=costs).passes_s[work.backward]
+
+        return lane_times(plan, stages, gpu=self.cluster.gpu, pass_s=pass_s)
 
     def estimate(self, plan: Plan) -> StepEstimate:
         """Estimates a step of a plan: simulates its schedule, and adds what happens once."""
         costs = self.plan_stages(plan)
         boundaries_s = self.plan_boundaries_s(plan)
         stages = stages_in_plan(plan, costs, boundaries_s)
-        tasks_s, transfers_s = durations(plan, stages, boundaries_s)
-        timeline = simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
+        lanes = self._lane_times(plan, stages)
+        times = durations(plan, stages, boundaries_s, lanes=lanes)
+        timeline = simulate(program_of_plan(plan), **times._asdict())
         return StepEstimate(
-            breakdown=breakdown(plan, stages, makespan_s=timeline.makespan_s),
+            breakdown=breakdown(plan, stages, timeline),
             memory=self.plan_memory(plan),
             flops=self.step_flops(num_samples=plan.global_batch_size),
             num_gpus=plan.world_size,

@@ -25,6 +25,12 @@ class PartCosts:
             share the task computes longer than they do on average.
         backward_imbalance_s: Ditto of the backward pass.
         flops: Of the forward pass, on this rank.
+        forward_bytes: What the forward pass reads and writes on this rank.
+        input_gradient_bytes: Ditto the gradient of its input.
+        weight_gradient_bytes: Ditto the gradient of its weights.
+        recompute_bytes: Ditto what the backward pass computes again.
+        forward_host_s: Time in which the host launches the forward pass; 0 with CUDA graphs.
+        backward_host_s: Ditto the backward pass.
         parameters: Weights on this rank, without the experts'.
         expert_parameters: Weights of experts on this rank.
         trainable: Share of the weights that train; 0 is a frozen part.
@@ -45,6 +51,12 @@ class PartCosts:
     forward_imbalance_s: float = 0.0
     backward_imbalance_s: float = 0.0
     flops: float = 0.0
+    forward_bytes: float = 0.0
+    input_gradient_bytes: float = 0.0
+    weight_gradient_bytes: float = 0.0
+    recompute_bytes: float = 0.0
+    forward_host_s: float = 0.0
+    backward_host_s: float = 0.0
     parameters: float = 0.0
     expert_parameters: float = 0.0
     trainable: float = 1.0
@@ -108,6 +120,10 @@ class StageCosts:
         sync_s: Exposed synchronisation of gradients and parameters, once in a step.
         optimizer_s: The optimizer's step.
         flops: Forward FLOPs of a task on the rank.
+        forward_bytes: What a task's forward pass reads and writes on the rank.
+        backward_bytes: Ditto its backward pass.
+        forward_host_s: Time in which the host launches a task's forward pass.
+        backward_host_s: Ditto its backward pass.
         memory: What does not depend on the schedule, and one task's activations.
     """
 
@@ -119,6 +135,10 @@ class StageCosts:
     sync_s: float = 0.0
     optimizer_s: float = 0.0
     flops: float = 0.0
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    forward_host_s: float = 0.0
+    backward_host_s: float = 0.0
     memory: "StageMemory"
 
 

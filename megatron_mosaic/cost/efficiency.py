@@ -7,6 +7,9 @@ from megatron_mosaic.cluster.spec import Curve, Gpu
 from megatron_mosaic.cost.operations import Operation
 from megatron_mosaic.errors import PlanError
 
+# Curves of what memory bounds: their sizes are bytes, not FLOPs.
+MEMORY_CURVES = ("elementwise", "permute", "optimizer")
+
 # Where a curve of a precision is not known, that of the next one stands in.
 _NEXT = {"nvfp4": "mxfp8", "mxfp8": "fp8", "fp8": "bf16", "fp16": "bf16", "fp32": "bf16"}
 
@@ -23,6 +26,15 @@ class PassTimes(NamedTuple):
     input_gradient_s: float
     weight_gradient_s: float
     core_s: float
+
+
+class PassBytes(NamedTuple):
+    """What operations read and write in the passes of a step."""
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+    core: float = 0.0
 
 
 def find_curve(gpu: Gpu, name: str, precision: str) -> Curve:
@@ -60,6 +72,18 @@ def pass_times(gpu: Gpu, operations: Iterable[Operation], *, gradient_bytes: int
     return PassTimes(forward, inputs, weights, core)
 
 
+def pass_bytes(operations: Iterable[Operation], *, gradient_bytes: int) -> PassBytes:
+    """Adds up what operations read and write in each pass."""
+    forward = inputs = weights = core = 0.0
+    for it in operations:
+        forward += it.forward_bytes
+        core += it.forward_bytes if it.core else 0.0
+        inputs += it.backward_bytes
+        if it.weights:
+            weights += _weight_gradient_bytes(it, gradient_bytes)
+    return PassBytes(forward, inputs, weights, core)
+
+
 def forward_s(gpu: Gpu, it: Operation) -> float:
     """Seconds of an operation's forward pass."""
     name = f"{it.curve}.forward" if it.curve.endswith("attention") else it.curve
@@ -74,11 +98,15 @@ def input_gradient_s(gpu: Gpu, it: Operation) -> float:
 
 def weight_gradient_s(gpu: Gpu, it: Operation, *, gradient_bytes: int) -> float:
     """Seconds of the gradient of an operation's weights, added to what is there."""
-    operands = it.forward_bytes - 2 * it.weights
-    moved = operands + 2 * gradient_bytes * it.weights
+    moved = _weight_gradient_bytes(it, gradient_bytes)
     own = f"weight_gradient.{it.curve}"
     name = own if f"{own}.{it.precision}" in gpu.curves else it.curve
     return _roof_s(gpu, name, it, it.flops, moved)
+
+
+def _weight_gradient_bytes(it: Operation, gradient_bytes: int) -> float:
+    operands = it.forward_bytes - 2 * it.weights
+    return operands + 2 * gradient_bytes * it.weights
 
 
 def _roof_s(gpu: Gpu, name: str, it: Operation, flops: float, moved_bytes: float) -> float:

@@ -12,7 +12,7 @@ from megatron_mosaic.cost.collectives import (
     send_s,
 )
 from megatron_mosaic.cost.context import ContextTask
-from megatron_mosaic.cost.efficiency import PassTimes, pass_times
+from megatron_mosaic.cost.efficiency import PassBytes, PassTimes, pass_bytes, pass_times
 from megatron_mosaic.cost.operations import Operation, TaskTokens, Workplace
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
 from megatron_mosaic.layout.attention import KeyExchange
@@ -102,6 +102,10 @@ class Site:
         """Seconds of operations in each pass."""
         gradient_bytes = self.place.settings.gradient_bytes
         return pass_times(self.cluster.gpu, operations, gradient_bytes=gradient_bytes)
+
+    def moved(self, operations: Sequence[Operation]) -> PassBytes:
+        """Bytes that operations read and write in each pass."""
+        return pass_bytes(operations, gradient_bytes=self.place.settings.gradient_bytes)
 
 
 def tensor_exposed(site: Site, times: PassTimes, *, pairs: float = 1) -> Exposed:

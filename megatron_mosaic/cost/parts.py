@@ -6,7 +6,7 @@ from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.collectives import Group, send_s
 from megatron_mosaic.cost.context import ContextTask
 from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
-from megatron_mosaic.cost.efficiency import PassTimes
+from megatron_mosaic.cost.efficiency import PassBytes, PassTimes
 from megatron_mosaic.cost.end_operations import input_operations, output_operations
 from megatron_mosaic.cost.exposed import (
     Exposed,
@@ -31,6 +31,10 @@ from megatron_mosaic.model.spec import LanguageHead, ModuleSpec, Patches, Precis
 _LAUNCHES = {"elementwise": 0, "recurrence": 4}
 
 NOTHING = Exposed()
+
+# What launching a backward pass costs of what launching the forward one does: it launches the
+# gradients of both operands, but little around them.
+_BACKWARD_LAUNCH = 1.5
 
 # What launching a cast costs of what launching a multiplication with all around it does.
 _CAST_LAUNCH = 0.5
@@ -107,17 +111,19 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
         etp=sizes.etp,
     )
     times = PassTimes(*(a + b for a, b in zip(mixer_times, mlp_times, strict=True)))
-    evened = _evened(times, mixer, site)
-    launched = _launched(times, exposed, (*mixer, *mlp), site)
+    evened, host_s = _evened(times, mixer, site), _host_s((*mixer, *mlp), site)
+    launched = _launched(times, exposed, host_s)
     return _part(
         launched,
         exposed,
+        moved=site.moved((*mixer, *mlp)),
+        host_s=host_s,
         operations=(*mixer, *mlp),
         recompute=sizes.recompute,
         parameters=weights.dense,
         expert_parameters=weights.experts,
         trainable=_layer_share(layer, module, weights.total, tp=sizes.tp),
-        waits=_waits(launched, _launched(evened, exposed, (*mixer, *mlp), site)),
+        waits=_waits(launched, _launched(evened, exposed, host_s)),
     )
 
 
@@ -139,35 +145,39 @@ def _evened(times: PassTimes, mixer: Sequence[Operation], site: Site) -> PassTim
     )
 
 
-def _launched(
-    times: PassTimes, exposed: Exposed, operations: Sequence[Operation], site: Site
-) -> PassTimes:
-    # A GPU that is faster than its host waits for it; backward launches two passes' gradients.
+def _host_s(operations: Sequence[Operation], site: Site) -> float:
+    """Time in which the host launches a layer's forward pass."""
     if site.place.settings.cuda_graph != "none":
-        return times
+        return 0.0
     launches = sum(_LAUNCHES.get(it.curve, 1) for it in operations)
     if site.place.precision in ("fp8", "mxfp8", "nvfp4"):
         # Inputs and gradients are quantised by kernels of their own.
         launches += _CAST_LAUNCH * sum(it.weights > 0 for it in operations)
-    host_s = site.cluster.gpu.host_operation_s * launches
+    return site.cluster.gpu.host_operation_s * launches
+
+
+def _launched(times: PassTimes, exposed: Exposed, host_s: float) -> PassTimes:
+    # A GPU that is faster than its host waits for it.
     forward_s = max(times.forward_s, host_s - exposed.forward_s)
     backward = times.input_gradient_s + times.weight_gradient_s + exposed.backward_s
-    behind = max(0.0, 1.5 * host_s - backward)
+    behind = max(0.0, _BACKWARD_LAUNCH * host_s - backward)
     return times._replace(forward_s=forward_s, input_gradient_s=times.input_gradient_s + behind)
 
 
 def input_costs(module: ModuleSpec, site: Site) -> PartCosts:
     """Estimates what makes a module's first tokens; nobody needs the gradient of its input."""
     operations = input_operations(module, site.place)
-    times = site.times(operations)
-    gradient_s = times.weight_gradient_s
+    times, moved = site.times(operations), site.moved(operations)
+    gradient_s, gradient_bytes = times.weight_gradient_s, moved.weight_gradient
     if not isinstance(module.input, Patches):
         gradient_s += times.input_gradient_s
+        gradient_bytes += moved.input_gradient
     exposed = tensor_exposed(site, times, pairs=1) if operations else Exposed()
     parameters = input_parameters(module, tp=site.place.sizes.tp)
     return _part(
         PassTimes(times.forward_s, 0.0, gradient_s, 0.0),
         exposed,
+        moved=PassBytes(moved.forward, 0.0, gradient_bytes),
         operations=operations,
         recompute=None,
         parameters=parameters,
@@ -197,6 +207,7 @@ def output_costs(module: ModuleSpec, site: Site) -> PartCosts:
     return _part(
         times,
         exposed,
+        moved=site.moved(operations),
         operations=operations,
         recompute=None,
         parameters=weights,
@@ -209,8 +220,10 @@ def _part(
     times: PassTimes,
     exposed: Exposed,
     *,
+    moved: PassBytes,
     operations: Sequence[Operation],
     recompute: str | None,
+    host_s: float = 0.0,
     parameters: float,
     expert_parameters: float = 0.0,
     trainable: float = 1.0,
@@ -229,6 +242,12 @@ def _part(
         forward_imbalance_s=waits.forward_s,
         backward_imbalance_s=waits.backward_s + (waits.forward_s if recompute else 0.0),
         flops=sum(it.flops for it in operations),
+        forward_bytes=moved.forward,
+        input_gradient_bytes=moved.input_gradient,
+        weight_gradient_bytes=moved.weight_gradient,
+        forward_host_s=host_s,
+        backward_host_s=(_BACKWARD_LAUNCH + (recompute == "full")) * host_s,
+        recompute_bytes={"full": moved.forward, "selective": moved.core}.get(recompute or "", 0.0),
         parameters=parameters,
         expert_parameters=expert_parameters,
         trainable=trainable,

@@ -10,6 +10,7 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import build_schedule, max_live
 from megatron_mosaic.schedule.colocated import encoder_groups, encoder_stages
 from megatron_mosaic.schedule.graph import Stage, rank_kinds, upstream
+from megatron_mosaic.schedule.lanes import has_lanes, lane_of
 from megatron_mosaic.schedule.task import Task
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
@@ -38,7 +39,8 @@ def ranks_memory(
 ) -> dict[tuple[Stage, ...], dict[str, float]]:
     """Adds up the memory of stages that share ranks, as many tasks as the schedule keeps alive.
 
-    What passes hold for a moment does not add up: one is under way at a time.
+    What passes hold for a moment does not add up but where modules run at the same time:
+    otherwise one is under way.
 
     Args:
         plan: The plan.
@@ -74,10 +76,42 @@ def _memory_of_lists(
         together = _together([memory_terms(memory, live_tasks=0) for memory in held.values()])
         tasks = schedule.tasks[kind.ranks[0]]
         each = {stage: memory.activations_per_task for stage, memory in held.items()}
-        peak_bytes = _peak_bytes(tasks, each, encoders=encoders, ahead=schedule.ahead)
-        together |= {"activations": peak_bytes, "buffers": _shared_buffers(held)}
+        pools = _pools(plan, each)
+        peaks = (
+            _peak_bytes(tasks, pool, encoders=encoders, ahead=schedule.ahead) for pool in pools
+        )
+        together |= {"activations": sum(peaks), "buffers": _shared_buffers(held)}
+        if has_lanes(plan):
+            together["working"] = _shared_working(held)
         found[kind.stages] = together
     return found
+
+
+def _pools(plan: Plan, task_bytes: Mapping[Stage, float]) -> list[dict[Stage, float]]:
+    """What tasks hold in each pool of memory: what one lane frees another one does not get.
+
+    Each has an entry for all stages, 0 for those of other lanes. Memory is taken and given back
+    when tasks are launched, so that the order of the list is that of all pools.
+
+    Source:
+        PyTorch, notes on CUDA semantics: the caching allocator keeps blocks by stream.
+    """
+    lanes = dict.fromkeys(lane_of(plan, stage.module) for stage in task_bytes)
+    return [
+        {
+            stage: its if lane_of(plan, stage.module) == lane else 0.0
+            for stage, its in task_bytes.items()
+        }
+        for lane in lanes
+    ]
+
+
+def _shared_working(held: Mapping[Stage, StageMemory]) -> float:
+    """What passes hold for a moment where every module has one under way."""
+    largest: dict[str, float] = {}
+    for stage, memory in held.items():
+        largest[stage.module] = max(largest.get(stage.module, 0.0), memory.working)
+    return sum(largest.values())
 
 
 def _peak_bytes(

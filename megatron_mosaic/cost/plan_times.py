@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_mosaic.cost.costs import StageCosts, StepBreakdown
 from megatron_mosaic.cost.plan_memory import task_microbatches
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import Stage, rank_kinds
-from megatron_mosaic.schedule.simulate import PassTimes
+from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds
+from megatron_mosaic.schedule.lanes import has_lanes
+from megatron_mosaic.schedule.simulate import LaneTimes, PassTimes, Timeline
 from megatron_mosaic.schedule.steps import Edge
 
 
@@ -17,10 +20,13 @@ class Durations(NamedTuple):
     Args:
         tasks_s: Time of a task of every stage, the longest one.
         transfers_s: Of one microbatch over every edge.
+        lanes: What modules that run at the same time make of each other's times; None where they
+            run one at a time.
     """
 
     tasks_s: dict[Stage, PassTimes]
     transfers_s: dict[Edge, float]
+    lanes: LaneTimes | None = None
 
 
 class StageInPlan(NamedTuple):
@@ -85,6 +91,8 @@ def durations(
     plan: Plan,
     stages: Mapping[Stage, StageInPlan],
     boundaries_s: Mapping[tuple[str, str], float],
+    *,
+    lanes: LaneTimes | None = None,
 ) -> Durations:
     """Times of tasks and transfers.
 
@@ -92,6 +100,7 @@ def durations(
         plan: The plan.
         stages: Its stages.
         boundaries_s: Time to bring a task's rows over an edge of the plan.
+        lanes: What modules that run at the same time make of each other's times.
     """
     tasks_s = {stage: its.passes_s for stage, its in stages.items()}
     transfers_s = {}
@@ -104,7 +113,7 @@ def durations(
             edge = Edge(source, plan.modules[source].num_stages - 1, destination, 0)
             over_s = boundaries_s[source, destination]
             transfers_s[edge] = over_s / task_microbatches(plan, source)
-    return Durations(tasks_s, transfers_s)
+    return Durations(tasks_s, transfers_s, lanes)
 
 
 def shares_ranks(plan: Plan, source: str, destination: str) -> bool:
@@ -112,15 +121,16 @@ def shares_ranks(plan: Plan, source: str, destination: str) -> bool:
     return not set(plan.modules[source].ranks).isdisjoint(plan.modules[destination].ranks)
 
 
-def breakdown(
-    plan: Plan, stages: Mapping[Stage, StageInPlan], *, makespan_s: float
-) -> StepBreakdown:
+def breakdown(plan: Plan, stages: Mapping[Stage, StageInPlan], timeline: Timeline) -> StepBreakdown:
     """Says where a step's time goes on its busiest rank: what that does not work, it waits.
+
+    Where modules run at the same time, it works while any of them does. Communication and
+    imbalance are as much of that as they are of the modules' own times.
 
     Args:
         plan: The plan.
         stages: Its stages.
-        makespan_s: Time of the schedule, without what happens once in a step.
+        timeline: The simulated step, without what happens once in it.
     """
     busiest, sync_s, optimizer_s = (0.0, 0.0, 0.0), 0.0, 0.0
     for kind in rank_kinds(plan):
@@ -129,6 +139,9 @@ def breakdown(
         work_s = sum(n * sum(its.passes_s) for n, its in zip(counts, hosted, strict=True))
         sent_s = sum(n * its.communication_s for n, its in zip(counts, hosted, strict=True))
         longer_s = sum(n * its.costs.imbalance_s for n, its in zip(counts, hosted, strict=True))
+        if has_lanes(plan):
+            together = union_s(timeline, kind) / work_s
+            work_s, sent_s, longer_s = (together * it for it in (work_s, sent_s, longer_s))
         busiest = max(busiest, (work_s, sent_s, longer_s))
         sync_s = max(sync_s, sum(its.costs.sync_s for its in hosted))
         optimizer_s = max(optimizer_s, sum(its.costs.optimizer_s for its in hosted))
@@ -137,7 +150,16 @@ def breakdown(
         compute_s=busy_s - communication_s - imbalance_s,
         imbalance_s=imbalance_s,
         communication_s=communication_s,
-        bubble_s=max(makespan_s - busy_s, 0.0),
+        bubble_s=max(timeline.makespan_s - busy_s, 0.0),
         sync_s=sync_s,
         optimizer_s=optimizer_s,
     )
+
+
+def union_s(timeline: Timeline, kind: RankKind) -> float:
+    """Time in which ranks of a kind run any task, however many at the same time."""
+    own = timeline.program.tasks_of(kind)
+    order = np.argsort(timeline.start_s[own], kind="stable")
+    start_s, end_s = timeline.start_s[own][order], timeline.end_s[own][order]
+    before_s = np.concatenate(([0.0], np.maximum.accumulate(end_s)[:-1]))
+    return float(np.maximum(end_s - np.maximum(start_s, before_s), 0.0).sum())

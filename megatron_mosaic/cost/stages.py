@@ -47,6 +47,12 @@ def backward_s(part: PartCosts, *, upstream: bool) -> float:
     return part.trainable * part.weight_gradient_s + part.input_gradient_s + part.recompute_s
 
 
+def backward_bytes(part: PartCosts) -> float:
+    """What a part's backward pass reads and writes, if there is one."""
+    trained = part.trainable * part.weight_gradient_bytes
+    return trained + part.input_gradient_bytes + part.recompute_bytes
+
+
 def stage_costs(
     work: StageWork,
     *,
@@ -59,6 +65,7 @@ def stage_costs(
     """Estimates one stage: a task's passes, and what happens once in a step."""
     forward = sum(part.forward_s for part in work.parts)
     backward, communication, imbalance, upstream = 0.0, 0.0, 0.0, work.upstream
+    moved_back = host_back_s = 0.0
     for part in work.parts:
         seconds = backward_s(part, upstream=upstream)
         backward += seconds
@@ -66,6 +73,8 @@ def stage_costs(
         communication += part.backward_communication_s if seconds else 0.0
         imbalance += part.forward_imbalance_s
         imbalance += part.backward_imbalance_s if seconds else 0.0
+        moved_back += backward_bytes(part) if seconds else 0.0
+        host_back_s += part.backward_host_s if seconds else 0.0
         upstream = upstream or part.trainable > 0
     groups = _Groups.of(work, module, cluster)
     if settings.fsdp:
@@ -87,6 +96,10 @@ def stage_costs(
         sync_s=groups.sync_s(settings, forward_s=forward, backward_s=backward),
         optimizer_s=groups.optimizer_s(settings, precision),
         flops=sum(part.flops for part in work.parts),
+        forward_bytes=sum(part.forward_bytes for part in work.parts),
+        backward_bytes=moved_back,
+        forward_host_s=sum(part.forward_host_s for part in work.parts),
+        backward_host_s=host_back_s,
         memory=memory or StageMemory(),
     )
 

@@ -55,7 +55,7 @@ def figure_notes(
 
 def _drawn(plan: Plan, cost_model: CostModel) -> dict[str, Any]:
     """Times and memory of which a figure of a step is made."""
-    tasks_s, transfers_s = cost_model.plan_durations(plan)
+    tasks_s, transfers_s, _ = cost_model.plan_durations(plan)
     return {
         "memory_bytes": _memory(plan, cost_model),
         "tasks_s": {

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import get_args
 
 from megatron_mosaic.cluster.spec import Cluster, Curve, Gpu, LinkTier
+from megatron_mosaic.cost.efficiency import MEMORY_CURVES
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.model.spec import Precision
 from megatron_mosaic.profile.fit import (
@@ -19,9 +20,6 @@ from megatron_mosaic.profile.fit import (
     rounded,
 )
 from megatron_mosaic.profile.measurements import Measurements, Reach, TimedMessage
-
-# Curves of what memory bounds: their sizes are bytes, not FLOPs.
-MEMORY_CURVES = ("elementwise", "permute", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,11 +20,12 @@ from megatron_mosaic.schedule.graph import (
     stage_distances,
 )
 from megatron_mosaic.schedule.interleaved import MEGATRON_LEAD, language_order
+from megatron_mosaic.schedule.lanes import lane_of
 from megatron_mosaic.schedule.list_scheduling import Sequence, Work, best_sequence
 from megatron_mosaic.schedule.parts import Part, lanes_of_parts, parts_of
 from megatron_mosaic.schedule.program import START, TaskArrays, data_inputs, links_in_a_step
 from megatron_mosaic.schedule.schedule import Schedule
-from megatron_mosaic.schedule.simulate import PassTimes
+from megatron_mosaic.schedule.simulate import LaneTimes, PassTimes
 from megatron_mosaic.schedule.steps import Edge, edges_of
 from megatron_mosaic.schedule.task import Task
 
@@ -48,6 +49,7 @@ def fill(
     *,
     tasks_s: Mapping[Stage, PassTimes],
     transfers_s: Mapping[Edge, float] | None = None,
+    lanes: LaneTimes | None = None,
 ) -> Schedule:
     """Puts encoder tasks into the waits of the language model's pipeline.
 
@@ -62,6 +64,7 @@ def fill(
             of different lanes do not wait for each other to end.
         tasks_s: Of a stage's longest task.
         transfers_s: Of one microbatch over an edge, either way; 0 where there is none.
+        lanes: Where tasks may share their ranks, the times that they then take.
 
     Raises:
         PlanError: The bound on live encoder tasks is below what the language model needs.
@@ -71,10 +74,11 @@ def fill(
     """
     kinds = rank_kinds(plan)
     parts = parts_of(plan, kinds, apart=True)
+    passes_s = _passes_s(plan, parts, tasks_s, lanes)
     orders = _language_orders(plan)
     bound = _encoder_bound(plan, orders)
     found = [
-        _filled(plan, kinds, parts, order, bound, tasks_s, transfers_s or {})
+        _filled(plan, kinds, parts, order, bound, passes_s, transfers_s or {})
         for order in orders
         if bound >= _live_groups(plan, order)
     ]
@@ -173,18 +177,37 @@ def _live_groups(plan: Plan, order: list[Task]) -> int:
     return most
 
 
+def _passes_s(
+    plan: Plan,
+    parts: tuple[Part, ...],
+    tasks_s: Mapping[Stage, PassTimes],
+    lanes: LaneTimes | None,
+) -> list[PassTimes]:
+    """Times of every part: the shared ones where another lane runs on any of its ranks."""
+    if lanes is None:
+        return [tasks_s[part.stage] for part in parts]
+    lanes_on: dict[int, set[str]] = {}
+    for part in parts:
+        for kind in part.kinds:
+            lanes_on.setdefault(kind, set()).add(lane_of(plan, part.stage.module))
+    is_shared = [any(len(lanes_on[kind]) > 1 for kind in part.kinds) for part in parts]
+    return [
+        (lanes.shared_s if shared else tasks_s)[part.stage]
+        for part, shared in zip(parts, is_shared, strict=True)
+    ]
+
+
 def _filled(
     plan: Plan,
     kinds: tuple[RankKind, ...],
     parts: tuple[Part, ...],
     order: list[Task],
     bound: int,
-    tasks_s: Mapping[Stage, PassTimes],
+    passes_s: list[PassTimes],
     transfers_s: Mapping[Edge, float],
 ) -> _Filled:
     """Fills the waits of one order of the language model."""
     keys = _keys(plan, parts, order)
-    passes_s = [tasks_s[part.stage] for part in parts]
     machines = lanes_of_parts(plan, parts)
     work = Work.of(
         [machines[p] for p, _ in keys],

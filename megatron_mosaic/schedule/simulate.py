@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_mosaic.schedule.alone import is_alone
+from megatron_mosaic.schedule.co_run import Seconds, Slowdown, co_run
 from megatron_mosaic.schedule.graph import RankKind, Stage
 from megatron_mosaic.schedule.program import Program
 from megatron_mosaic.schedule.steps import Edge
 from megatron_mosaic.schedule.task import Task
-
-Seconds = NDArray[np.float64]
 
 _NOTHING: list[tuple[int, float]] = []
 
@@ -72,9 +71,13 @@ class Timeline:
         return float(self.end_s.max(initial=0.0))
 
     def busy_s(self, kind: RankKind) -> float:
-        """Time in which ranks of a kind run tasks."""
+        """Time in which ranks of a kind run tasks; once where several run at the same time."""
         own = self.program.tasks_of(kind)
-        return float((self.end_s[own] - self.start_s[own]).sum())
+        own = own[np.argsort(self.start_s[own], kind="stable")]
+        start_s, end_s = self.start_s[own], self.end_s[own]
+        # Of every task what comes after the ends of those that started before it.
+        start_s[1:] = np.maximum(start_s[1:], np.maximum.accumulate(end_s)[:-1])
+        return float(np.maximum(end_s - start_s, 0.0).sum())
 
     def bubble_s(self, kind: RankKind) -> float:
         """Time in which ranks of a kind wait."""
@@ -93,24 +96,34 @@ def simulate(
     *,
     tasks_s: Mapping[Stage, PassTimes],
     transfers_s: Mapping[Edge, float] | None = None,
+    lanes: LaneTimes | None = None,
 ) -> Timeline:
     """Runs a program.
 
-    A task starts when all ranks that run it are free and its inputs have arrived. A transfer
-    occupies no rank; those of one task go one microbatch after the other, and do not wait for
-    those of the task before.
+    A task starts when its lane is free on all ranks that run it and its inputs have arrived. A
+    transfer occupies no lane; those of one task go one microbatch after the other, and do not
+    wait for those of the task before. Tasks of several ranks go at the speed of the slowest.
 
     Args:
         program: Tasks and what they wait for.
-        tasks_s: Of a stage's longest task; a shorter one, with fewer microbatches, takes time in
-            proportion.
+        tasks_s: Of a stage's longest task on the whole GPU; a shorter one, with fewer
+            microbatches, takes time in proportion.
         transfers_s: Of one microbatch over an edge, either way; 0 where there is none.
+        lanes: Of tasks that others can run beside; by default they do not mind each other.
     """
-    duration_s = _durations(program, tasks_s)
     over = transfers_s or {}
     edge_s = np.array([*(over.get(edge, 0.0) for edge in program.edges), 0.0])
-    ends = _ends(program, edge_s, duration_s)
-    return Timeline(program=program, start_s=ends - duration_s, end_s=ends)
+    duration_s = _durations(program, tasks_s)
+    if lanes is None:
+        ends_s = _ends(program, edge_s, duration_s)
+        return Timeline(program=program, start_s=ends_s - duration_s, end_s=ends_s)
+    starts_s, ends_s = co_run(
+        program,
+        solo_s=np.where(is_alone(program), duration_s, _durations(program, lanes.shared_s)),
+        edge_s=edge_s,
+        slowdown=_slowdown(program, lanes),
+    )
+    return Timeline(program=program, start_s=starts_s, end_s=ends_s)
 
 
 def _durations(program: Program, tasks_s: Mapping[Stage, PassTimes]) -> Seconds:
@@ -119,6 +132,12 @@ def _durations(program: Program, tasks_s: Mapping[Stage, PassTimes]) -> Seconds:
     longest = np.ones(len(program.parts), dtype=np.int64)
     np.maximum.at(longest, stage, count)
     return table[stage, backward] * (count / longest[stage])
+
+
+def _slowdown(program: Program, lanes: LaneTimes) -> Slowdown:
+    """The same of numbered passes: each is twice its part, plus one if backward."""
+    passes = [Pass(part.stage, backward) for part in program.parts for backward in (False, True)]
+    return lambda numbers: lanes.slowdown(tuple(passes[number] for number in numbers))
 
 
 def _ends(program: Program, edge_s: Seconds, duration_s: Seconds) -> Seconds:

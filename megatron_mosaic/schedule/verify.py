@@ -10,6 +10,8 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.build import max_live
 from megatron_mosaic.schedule.drawing import draw
 from megatron_mosaic.schedule.graph import Stage, needs_backward, rank_kinds
+from megatron_mosaic.schedule.lanes import has_lanes, joins, lane_steps
+from megatron_mosaic.schedule.races import accesses, find_race
 from megatron_mosaic.schedule.rendezvous import Blocked, blocked_ranks, rows_finish
 from megatron_mosaic.schedule.schedule import Schedule, peak_live
 from megatron_mosaic.schedule.steps import (
@@ -44,7 +46,8 @@ def verify(plan: Plan, schedule: Schedule) -> None:
 
     Every rank runs each task of the stages it hosts once, after those it depends on; all
     participants of an edge transfer its microbatches in one order; no rank waits for ever; and no
-    rank holds the activations of more tasks than the schedule's kind promises.
+    rank holds the activations of more tasks than the schedule's kind promises. No two lanes of a
+    rank use the same memory at the same time.
 
     Raises:
         ScheduleError: One of these does not hold. The message is one line; ``table`` shows the
@@ -58,6 +61,7 @@ def verify(plan: Plan, schedule: Schedule) -> None:
     _check_transfers(plan, schedule, rows, steps)
     _check_progress(plan, schedule, rows, steps)
     _check_live(plan, schedule, rows)
+    _check_races(plan, schedule, rows, steps)
 
 
 def _rows(plan: Plan, schedule: Schedule) -> list[_Row]:
@@ -225,6 +229,19 @@ def _check_live(plan: Plan, schedule: Schedule, rows: Sequence[_Row]) -> None:
                     f"live={live} tasks of {_name(plan, stage)} must be <= {most}, the bound of "
                     f"kind={plan.schedule.kind}; run backward tasks earlier",
                 )
+
+
+def _check_races(
+    plan: Plan, schedule: Schedule, rows: Sequence[_Row], steps: Sequence[Sequence[Step]]
+) -> None:
+    """Checks our own events: what a schedule says cannot make them wrong."""
+    if not has_lanes(plan):
+        return
+    for row, steps_of_row in zip(rows, steps, strict=True):
+        if row.hosted:
+            in_lanes = lane_steps(plan, steps_of_row, row.ranks[0])
+            race = find_race(in_lanes, joins(in_lanes), accesses(plan, steps_of_row))
+            assert race is None, f"rank {row.ranks[0]}: {race}"
 
 
 def _name(plan: Plan, stage: Stage) -> str:

@@ -47,10 +47,12 @@ def test_shipped_cluster_survives_being_written(name):
 @pytest.mark.parametrize("name", shipped_clusters())
 def test_every_number_of_a_shipped_cluster_has_a_source(name):
     cluster = load_cluster(name)
-    numbers = {it.name for it in fields(cluster.gpu)} - {"name", "curves", "sources"}
+    numbers = {it.name for it in fields(cluster.gpu)} - {"name", "curves", "sharing", "sources"}
 
     assert {it for it in numbers if getattr(cluster.gpu, it)} <= set(cluster.gpu.sources)
     assert all(cluster.gpu.sources.values())
+    assert cluster.gpu.sharing is not None
+    assert cluster.gpu.sharing.source
     assert all(curve.source for curve in cluster.gpu.curves.values())
     assert all(tier.source and tier.curve.source for tier in cluster.tiers)
 
