@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.sharing.capture import Captures
 from benchmarks.sharing.cases import LANGUAGE, Case
 from benchmarks.sharing.lanes import LaneBank
 from benchmarks.sharing.runner import StepRun, draw_batch, gradients, plan_of, relative_errors
@@ -128,8 +129,8 @@ class Bench:
             seed=setting.seed,
         )
         self.batch = draw_batch(case, setting)
-        self._bank = bank
-        self._pool: Any = None
+        self.bank = bank
+        self._captures = Captures(setting.device)
         self.run_of(Arm(name="A"))()
         synchronize(setting.device)
         self._reference = gradients(self.modules)
@@ -143,22 +144,9 @@ class Bench:
         sms = None if arm.mode is None else {name: arm.sms.get(name) for name in self.case.modules}
         plan = plan_of(self.case, sms=sms, encoder_group=arm.encoder_group)
         steps = steps_for(plan)
-        lanes = self._bank.lanes(arm.mode or "serial", sms or {})
+        lanes = self.bank.lanes(arm.mode or "serial", sms or {})
         run = StepRun(self.modules, self.batch, steps, lanes)
-        return self._captured(run) if arm.graphs else run
-
-    def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        if self.setting.device.type != "cuda":
-            raise HostError(f"device={self.setting.device} must be a GPU to capture a step")
-        for _ in range(2):  # what is made on first use may not be captured
-            run()
-        synchronize(self.setting.device)
-        graph = torch.cuda.CUDAGraph()
-        # Steps run one after the other and leave nothing in it: all graphs share one pool.
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            run()
-        self._pool = graph.pool()
-        return graph.replay
+        return self._captures.captured(run) if arm.graphs else run
 
     def check(self, run: Callable[[], None]) -> dict[str, float]:
         """Gradients' relative errors of one run against the first arm's, by module."""
@@ -170,9 +158,9 @@ class Bench:
         """Seconds of one run."""
         return timed_s(run, self.setting.device)
 
-    def peak_bytes(self, run: Callable[[], None]) -> int | None:
-        """Most memory that tensors have during one run, pools of captured graphs aside."""
-        if self.setting.device.type != "cuda":
+    def peak_bytes(self, arm: Arm, run: Callable[[], None]) -> int | None:
+        """Most memory that tensors have during one run; None where a captured pool has it."""
+        if self.setting.device.type != "cuda" or arm.graphs:
             return None
         torch.cuda.reset_peak_memory_stats(self.setting.device)
         run()

@@ -149,7 +149,7 @@ def take_turns(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
         try:
             run = bench.run_of(arm)
             row["gradient_errors"] = bench.check(run)
-            row["peak_bytes"] = bench.peak_bytes(run)
+            row["peak_bytes"] = bench.peak_bytes(arm, run)
             for _ in range(bench.setting.warm_up):
                 run()
         except FAILURES as error:

@@ -17,7 +17,7 @@ class Operation:
 
     Args:
         name: For people.
-        kind: ``gemm``, ``attention`` or ``memory``.
+        kind: ``matmul``, ``attention`` or ``elementwise``.
         run: Launches it once.
         work: What it does.
     """
@@ -64,7 +64,7 @@ _SIZES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "1B s2048": (1, 32, 2048, 64, 1),
         "8B s8192": (1, 32, 8192, 128, 1),
     },
-    "memory": {"ViT-L b16": (9216, 1024), "8B s8192": (8192, 4096)},
+    "memory": {"ViT-L b16": (9216, 4096), "8B s8192": (8192, 14336)},
 }
 _TINY: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "gemm": {"tiny": (32, 48, 16)},
@@ -81,7 +81,7 @@ def _draw(setting: Setting, *shape: int) -> torch.Tensor:
 
 def _gemm(setting: Setting, name: str, tokens: int, outputs: int, inputs: int) -> _Made:
     a, b = _draw(setting, tokens, inputs), _draw(setting, outputs, inputs)
-    return f"gemm {name}", "gemm", lambda: F.linear(a, b)
+    return f"gemm {name}", "matmul", lambda: F.linear(a, b)
 
 
 def _attention(
@@ -107,7 +107,7 @@ def _memory_bound(setting: Setting, name: str, tokens: int, hidden: int) -> list
     x, out = _draw(setting, tokens, hidden), _draw(setting, tokens, hidden)
     weight = _draw(setting, hidden)
     return [
-        (f"norm {name}", "memory", lambda: F.layer_norm(x, (hidden,), weight)),
-        (f"gelu {name}", "memory", lambda: F.gelu(x)),
-        (f"copy {name}", "memory", lambda: out.copy_(x)),
+        (f"norm {name}", "elementwise", lambda: F.layer_norm(x, (hidden,), weight)),
+        (f"gelu {name}", "elementwise", lambda: F.gelu(x)),
+        (f"copy {name}", "elementwise", lambda: out.copy_(x)),
     ]

@@ -11,6 +11,7 @@ from benchmarks.sharing.setting import Setting
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 from megatron_mosaic.layout.share import Share
+from megatron_mosaic.schedule.alone import alone_tasks
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.lanes import LaneStep, lane_steps
 from megatron_mosaic.schedule.steps import Compute, steps_of
@@ -52,7 +53,9 @@ def plan_of(
 
 def steps_for(plan: Plan) -> tuple[LaneStep, ...]:
     """What the one rank of a plan does, in the order in which it is launched."""
-    return lane_steps(plan, steps_of(plan, build_schedule(plan), 0), 0)
+    schedule = build_schedule(plan)
+    alone_there = alone_tasks(plan, schedule, 0)
+    return whole_pairs(lane_steps(plan, steps_of(plan, schedule, 0), 0, alone=alone_there))
 
 
 def draw_batch(case: Case, setting: Setting) -> Batch:
@@ -200,6 +203,11 @@ def relative_errors(
         size = sum(b.float().square().sum() for _, b in pairs)
         found[name] = float((torch.as_tensor(off) / torch.as_tensor(size)).sqrt())
     return found
+
+
+def first_microbatch(batch: Batch) -> Batch:
+    """The first microbatch alone."""
+    return {name: own[:1] for name, own in batch.items()}
 
 
 def alone(

@@ -1,0 +1,140 @@
+"""P1: what operations take on some of the SMs, alone."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sharing.arms import FAILURES
+from benchmarks.sharing.lanes import LaneBank
+from benchmarks.sharing.multiplexing import failure
+from benchmarks.sharing.operations import Operation, operations
+from benchmarks.sharing.setting import Budget, Setting, median_s, synchronize
+from megatron_mosaic.sharing.lane import Lane, Lanes
+
+SM_COUNTS = (8, 16, 32, 48, 64, 68, 84, 100, 116)
+"""Quotas of an H200 that are measured beside the whole GPU."""
+
+IN_A_ROW = 10
+"""Launches that are timed together."""
+
+LANE = "operation"
+
+
+def measure(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Measures every operation on every quota, and on the whole GPU."""
+    budget, bank = Budget(seconds=setting.budget_s), LaneBank(setting)
+    legal = setting.quotas()
+    counts = [sms for sms in (legal if setting.tiny else SM_COUNTS) if sms in legal]
+    for operation in operations(setting):
+        for sms in (*counts, setting.num_sms):
+            row = {"operation": operation.name, "kind": operation.kind, "sms": sms}
+            if budget.spent:
+                yield row | {"skipped": f"{setting.budget_s:.0f} s had gone by"}
+                continue
+            try:
+                quota = None if sms == setting.num_sms else sms
+                lanes = bank.lanes("green", {LANE: quota})
+                yield row | measure_operation(operation, lanes, setting, sms=sms)
+            except FAILURES as error:
+                yield row | {"failed": failure(error)}
+
+
+def measure_operation(
+    operation: Operation, lanes: Lanes, setting: Setting, *, sms: int
+) -> dict[str, Any]:
+    """Seconds of one launch, plainly and with libraries told how many SMs to leave alone."""
+    run = in_lane(lanes, {LANE: operation.run})
+    found: dict[str, Any] = {
+        "flops": operation.work.flops,
+        "bytes": operation.work.num_bytes,
+        "median_s": repeated_s(run, setting),
+    }
+    if setting.tiny:
+        return found | {"grids": None, "needs": "a GPU for grids and carve-outs"}
+    found["grids"] = grid_sizes(run, setting.device)
+    if operation.kind == "matmul" and sms < setting.num_sms:
+        with carved_out(setting.num_sms - sms):
+            found["carved_out_s"] = repeated_s(run, setting)
+    return found
+
+
+def repeated_s(run: Callable[[], None], setting: Setting) -> float:
+    """Median seconds of one launch of a row of them."""
+    return (
+        median_s(run, setting.device, repeats=setting.rounds, warm_up=setting.warm_up) / IN_A_ROW
+    )
+
+
+def in_lane(
+    lanes: Lanes, runs: Mapping[str, Callable[[], Any]], *, times: int = IN_A_ROW
+) -> Callable[[], None]:
+    """Returns what launches operations in their lanes some times, between waits for the others."""
+
+    def run() -> None:
+        begun = lanes.main.record()
+        for name, launch in runs.items():
+            lane = lanes.named[name]
+            lane.wait(begun)
+            with lane.active():
+                for _ in range(times):
+                    launch()
+            lanes.main.wait(lane.record())
+
+    return run
+
+
+@contextmanager
+def carved_out(sms: int) -> Iterator[None]:
+    """Tells matrix products of libraries to leave some SMs alone, all over the process."""
+    carve: Any = torch._C._set_sm_carveout_experimental
+    carve(sms)
+    try:
+        yield
+    finally:
+        carve(None)
+
+
+def grid_sizes(run: Callable[[], None], device: torch.device) -> dict[str, int]:
+    """Thread blocks of every kernel that was launched, as the profiler saw them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        run()
+        synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        traced.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return blocks_of(events)
+
+
+def blocks_of(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Thread blocks of the kernels in a trace, by the beginning of their names."""
+    found = {}
+    for event in events:
+        if event.get("cat") == "kernel":
+            x, y, z = event["args"]["grid"]
+            found[event["name"][:60]] = x * y * z
+    return found
+
+
+def lane_seconds(lane: Lane, launch: Callable[[], Any], *, times: int) -> tuple[Any, Any]:
+    """Launches in a lane between two timing events, which it returns."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with lane.active():
+        start.record()
+        for _ in range(times):
+            launch()
+        end.record()
+    return start, end
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line while it runs."""
+    told = row.get("skipped") or row.get("failed") or f"{1e6 * row['median_s']:.1f} us"
+    return f"{row['operation']:30} {row['sms']:4} SMs  {told}"
