@@ -1,7 +1,7 @@
 """A layout as the planner sees it: sizes and hosts, without lists of ranks until it is chosen."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_mosaic.cost.sizes import ParallelSizes
@@ -9,6 +9,7 @@ from megatron_mosaic.layout.attention import AttentionPlan
 from megatron_mosaic.layout.grid import Coordinates, index_of
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan, ScheduleChoice, ScheduleKind
+from megatron_mosaic.layout.share import Share
 from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.model.workload import Workload
 from megatron_mosaic.planner.problem import has_experts
@@ -46,9 +47,11 @@ class Candidate:
         language: Sizes of the language model.
         encoders: The other modules, in the order of their names.
         kind: Schedule.
-        encoder_group: Microbatches of one encoder task with ``colocated`` and ``bubble_fill``;
-            1 otherwise.
-        ahead: Frozen encoders run a step ahead, with ``bubble_fill``.
+        encoder_group: Microbatches of one encoder task with ``colocated``, ``bubble_fill`` and
+            ``concurrent``; 1 otherwise.
+        ahead: Frozen encoders run a step ahead, with the last two of them.
+        quotas: Modules that have a part of their GPUs' multiprocessors while others run there
+            too, by name, with ``concurrent``.
     """
 
     micro_batch_size: int
@@ -57,6 +60,7 @@ class Candidate:
     kind: ScheduleKind
     encoder_group: int = 1
     ahead: bool = False
+    quotas: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -114,6 +118,9 @@ def plan_of(
     modules = {
         name: _placement(name, ranks[name], sizes[name], layers_per_stage[name], model)
         for name in sizes
+    }
+    modules |= {
+        name: replace(modules[name], share=Share(sms=sms)) for name, sms in candidate.quotas
     }
     group = None
     if candidate.kind in ("colocated", "bubble_fill", "concurrent"):

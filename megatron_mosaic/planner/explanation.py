@@ -10,6 +10,7 @@ from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.balance_text import balance_sentences
 from megatron_mosaic.planner.candidate import Candidate
 from megatron_mosaic.planner.estimate import Estimate
+from megatron_mosaic.planner.multiplexing_text import multiplexing_note, multiplexing_sentences
 from megatron_mosaic.planner.planner import Answer, as_estimates, inputs_of
 from megatron_mosaic.planner.prediction import prediction
 from megatron_mosaic.planner.sensitivity import Case, sensitivity
@@ -95,13 +96,17 @@ def modules_text(entry: Simulated) -> dict[str, str]:
     }
     attention = entry.plan.language.attention
     tokens = f" tokens {attention.tokens}" if attention and candidate.language.cp > 1 else ""
-    return texts | {LANGUAGE: sizes_text(candidate.language, split[LANGUAGE]) + tokens}
+    texts[LANGUAGE] = sizes_text(candidate.language, split[LANGUAGE]) + tokens
+    quotas = dict(candidate.quotas)
+    return {n: f"{text} sms {quotas[n]}" if n in quotas else text for n, text in texts.items()}
 
 
 def schedule_text(candidate: Candidate) -> str:
     """What is special about the order of a candidate's tasks; empty if nothing is."""
     texts = ["interleaved stages"] if candidate.language.chunks > 1 else []
     shared = [encoder for encoder in candidate.encoders if encoder.shares]
+    if candidate.kind == "concurrent":
+        texts.append("modules that run at the same time")
     if candidate.kind == "bubble_fill" and shared:
         is_cut = any(encoder.sizes.chunks > 1 for encoder in shared)
         cut = ", cut into layer chunks," if is_cut else ""
@@ -128,6 +133,7 @@ def _sentences(answer: Answer) -> list[str]:
     else:
         sentences.append(_difference(choice, baseline))
         sentences.append(_balance(choice, baseline))
+    sentences += multiplexing_sentences(answer)
     sentences += balance_sentences(answer)
     sentences.append(_memory(choice.step, limit_bytes=answer.problem.memory_bytes))
     return sentences
@@ -277,6 +283,7 @@ def as_document(explanation: Explanation) -> dict[str, Any]:
             "language_layouts": found.num_language,
             "estimates": found.num_estimates,
         },
+        "multiplexing": multiplexing_note(answer),
         "why": list(explanation.sentences),
         "sensitivity": [
             {
@@ -304,7 +311,7 @@ def _balance_keys(entry: Simulated, name: str) -> dict[str, Any]:
 
 def _entry(entry: Simulated) -> dict[str, Any]:
     estimate = entry.estimate
-    candidate = entry.candidate
+    candidate, quotas = entry.candidate, dict(entry.candidate.quotas)
     sizes: Mapping[str, tuple[ParallelSizes, str | None]] = {
         **{e.name: (e.sizes, e.host) for e in candidate.encoders},
         LANGUAGE: (candidate.language, None),
@@ -336,6 +343,7 @@ def _entry(entry: Simulated) -> dict[str, Any]:
                 "sequence_parallel": its.sequence_parallel,
                 "recompute": its.recompute,
                 **_balance_keys(entry, name),
+                **({"share": {"sms": quotas[name]}} if name in quotas else {}),
                 "layers_per_stage": list(entry.layers_per_stage[name]),
             }
             for name, (its, host) in sizes.items()

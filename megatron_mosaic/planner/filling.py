@@ -19,6 +19,9 @@ from megatron_mosaic.schedule.order import write_order
 MAX_FILLED_TASKS = 10_000
 """Tasks of a step up to which they are placed one by one into the waits of others: a second."""
 
+_MORE_LIVE = (2, 1)
+"""Encoder tasks above the fewest that are live where modules run at the same time, if they fit."""
+
 LEAST_GAIN = 0.001
 """Share of a step that is too little to be worth another schedule, or smaller parts."""
 
@@ -44,7 +47,7 @@ def filled(first: Simulated, problem: Problem, cost_model: CostModel) -> Iterato
         if group * samples < most or problem.pins.encoder_group not in (None, group):
             continue
         other = replace(candidate, kind="bubble_fill", encoder_group=group)
-        entry = _with_order(first, other, first.layers_per_stage, problem, cost_model)
+        entry = ordered(first, other, first.layers_per_stage, problem, cost_model)
         if entry is not None:
             if entry.step_s > fastest_s:
                 return
@@ -70,13 +73,13 @@ def refined(entry: Simulated, problem: Problem, cost_model: CostModel) -> Simula
     best = entry
     if _runs_ahead(candidate, problem):
         ahead = replace(candidate, kind="bubble_fill", ahead=True)
-        best = _faster(best, _with_order(entry, ahead, split, problem, cost_model))
+        best = _faster(best, ordered(entry, ahead, split, problem, cost_model))
     candidate, chunks = replace(best.candidate, kind="bubble_fill"), 2
     num_groups = entry.estimate.num_microbatches // candidate.encoder_group
     if num_groups == 1 and not candidate.ahead:
         return best  # language waits for the whole batch, in one piece or in several
     while (cut := _in_chunks(candidate, split, chunks, problem)) is not None:
-        faster = _faster(best, _with_order(entry, *cut, problem, cost_model))
+        faster = _faster(best, ordered(entry, *cut, problem, cost_model))
         if faster is best:
             break
         best, chunks = faster, 2 * chunks
@@ -116,33 +119,38 @@ def _faster(best: Simulated, other: Simulated | None) -> Simulated:
     return other if other is not None and gains else best
 
 
-def _with_order(
+def ordered(
     first: Simulated,
     candidate: Candidate,
     split: Mapping[str, tuple[int, ...]],
     problem: Problem,
     cost_model: CostModel,
 ) -> Simulated | None:
-    """Simulates a candidate whose encoders fill waits; None if it does not fit or is too long.
+    """Simulates a candidate in an order of its own; None if it does not fit or is too long.
 
-    Where too many tasks are live for the memory, as few are as the pipeline allows. A placement
-    that the user has fixed holds: with encoders in chunks a layout is not homogeneous any more.
+    Where too many tasks are live for the memory, as few are as the pipeline allows; or a few more
+    where modules run at the same time, as then a task begins while one before is in use. A
+    placement that the user has fixed holds: with encoders in chunks a layout is not homogeneous
+    any more.
     """
     if problem.pins.placement not in (None, candidate.placement):
         return None
     plan = plan_under(candidate, split, problem)
-    if _num_tasks(plan) > MAX_FILLED_TASKS:
+    if num_tasks(plan) > MAX_FILLED_TASKS:
         return None
-    bound = replace(plan.schedule, max_live=least_live(plan))
-    for unordered in (plan, replace(plan, schedule=bound)):
-        ordered = with_order(unordered, cost_model)
-        step = cost_model.estimate(ordered)
-        if step.peak_bytes <= problem.memory_bytes:
-            return Simulated(first.estimate, candidate, split, ordered, step, True)
+    more = _MORE_LIVE if candidate.kind == "concurrent" else ()
+    for above in (None, *more, 0):
+        bound = None if above is None else least_live(plan) + above
+        limited = replace(plan, schedule=replace(plan.schedule, max_live=bound))
+        ordered_plan = with_order(limited, cost_model)
+        memory = cost_model.plan_memory(ordered_plan).values()
+        if max(sum(terms.values()) for terms in memory) <= problem.memory_bytes:
+            step = cost_model.estimate(ordered_plan)
+            return Simulated(first.estimate, candidate, split, ordered_plan, step, True)
     return None
 
 
-def _num_tasks(plan: Plan) -> int:
+def num_tasks(plan: Plan) -> int:
     """Tasks of a step, those of an encoder for each stage of the language model that it is on."""
     return sum(
         2 * plan.num_microbatches // task_microbatches(plan, stage.module)

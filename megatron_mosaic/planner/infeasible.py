@@ -10,7 +10,7 @@ from megatron_mosaic.planner.bounds import encoder_work_s, language_options
 from megatron_mosaic.planner.candidate import Candidate
 from megatron_mosaic.planner.estimate import Estimate, Estimator
 from megatron_mosaic.planner.placements import every_candidate
-from megatron_mosaic.planner.problem import SIZE_NAMES, Pins, Problem
+from megatron_mosaic.planner.problem import QUOTA, SIZE_NAMES, Pins, Problem
 from megatron_mosaic.planner.search import search
 
 MOST_COMPARED = 2_000
@@ -121,6 +121,9 @@ def _fewer_pins(pins: Pins) -> Iterator[tuple[str, Pins]]:
         if getattr(pins, field) is not None:
             shown = {"kind": "schedule.kind", "encoder_group": "schedule.encoder_group"}
             yield shown.get(field, field), replace(pins, **{field: None})
+    for name in pins.quotas:
+        rest = {other: sms for other, sms in pins.quotas.items() if other != name}
+        yield f"{name}.{QUOTA}", replace(pins, quotas=rest)
     for name, sizes in pins.modules.items():
         for size in sizes:
             rest = {key: value for key, value in sizes.items() if key != size}

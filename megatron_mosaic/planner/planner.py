@@ -12,6 +12,7 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
+from megatron_mosaic.planner.multiplexing import MAX_TASKS, Multiplexing, multiplexed
 from megatron_mosaic.planner.prediction import figure_notes, prediction
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.rerank import NUM_COMPARED, rerank, with_other_schedules
@@ -29,6 +30,7 @@ class Answer:
         best: Plans by their simulated step time, the fastest first.
         baseline: The best homogeneous plan; ``None`` if none fits, or none has what is pinned.
         found: What the search in closed form says of itself.
+        multiplexing: What came of modules that run at the same time.
     """
 
     problem: Problem
@@ -36,6 +38,7 @@ class Answer:
     best: tuple[Simulated, ...]
     baseline: Simulated | None
     found: Found
+    multiplexing: Multiplexing
 
     @property
     def choice(self) -> Simulated:
@@ -82,16 +85,36 @@ def make_plan(
     if found.baseline is not None and found.baseline not in candidates:
         candidates.append(found.baseline)
     entries = rerank(candidates, problem, cost_model, top=top)
+    multiplexing = multiplexed(entries, problem, cost_model, time_limit_s=time_limit_s)
+    if multiplexing.best is not None and multiplexing.pays:
+        entries = [multiplexing.best, *entries]
     if not entries:
-        raise PlanError(
-            f"set: schedule.kind={problem.pins.kind} must be possible for one of the "
-            f"{len(candidates)} best layouts, with a pipeline, encoders on ranks of their own, "
-            f"microbatches that are a multiple of its ranks, and layers that divide evenly; "
-            f"remove it or pin such a layout"
+        raise _no_schedule(problem, multiplexing, num_layouts=len(candidates))
+    return Answer(
+        problem=problem,
+        cost_model=cost_model,
+        best=tuple(entries[:top]),
+        baseline=_baseline(found.baseline, problem, cost_model),
+        found=found,
+        multiplexing=multiplexing,
+    )
+
+
+def _no_schedule(problem: Problem, multiplexing: Multiplexing, *, num_layouts: int) -> PlanError:
+    """The error for a schedule that no layout can have."""
+    kind = problem.pins.kind
+    if kind == "concurrent":
+        return PlanError(
+            f"set: schedule.kind={kind} must find a layout whose modules share ranks, with quotas "
+            f"that the GPU can give and at most {MAX_TASKS} tasks"
+            f"{multiplexing.obstacle and '; ' + multiplexing.obstacle}; remove it or pin fewer "
+            f"fields"
         )
-    baseline = _baseline(found.baseline, problem, cost_model)
-    best = tuple(entries[:top])
-    return Answer(problem=problem, cost_model=cost_model, best=best, baseline=baseline, found=found)
+    return PlanError(
+        f"set: schedule.kind={kind} must be possible for one of the {num_layouts} best layouts, "
+        f"with a pipeline, encoders on ranks of their own, microbatches that are a multiple of "
+        f"its ranks, and layers that divide evenly; remove it or pin such a layout"
+    )
 
 
 def _baseline(

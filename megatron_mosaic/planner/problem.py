@@ -41,6 +41,9 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
 SIZE_NAMES: Mapping[str, str] = {short: name for name, short in _SIZES.items()}
 """Megatron's names of the sizes by their short ones."""
 
+QUOTA = "share.sms"
+"""Name of a module's quota among the fields that can be fixed; ``none`` is no quota."""
+
 RESERVED_BYTES = 3 * 2**30
 """Memory of a GPU for what the cost model does not count: the CUDA context and NCCL's buffers.
 
@@ -68,6 +71,7 @@ class Pins:
         kind: Schedule.
         encoder_group: Microbatches of one encoder task.
         placement: One of ``PLACEMENTS``.
+        quotas: Multiprocessors of modules while others run beside them; ``None`` is no quota.
     """
 
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class Pins:
     kind: ScheduleKind | None = None
     encoder_group: int | None = None
     placement: str | None = None
+    quotas: Mapping[str, int | None] = field(default_factory=dict)
 
     def allows(self, module: str, size: str, value: object) -> bool:
         """Whether a size of a module may have a value."""
@@ -91,12 +96,14 @@ class Space:
         min_tokens_per_rank: Tokens that a context-parallel rank has at least.
         max_encoder_stages: Pipeline stages of an encoder with ranks of its own.
         recompute: What a backward pass may compute again.
+        multiplexing: Whether modules may run at the same time on ranks that they share.
     """
 
     micro_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     min_tokens_per_rank: int = 1024
     max_encoder_stages: int = 8
     recompute: tuple[Recompute | None, ...] = (None, "selective", "full")
+    multiplexing: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +211,14 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
         PlanError: There is no such field, or the value cannot be.
     """
     modules: dict[str, dict[str, Any]] = {}
+    quotas: dict[str, int | None] = {}
     rest: dict[str, Any] = {}
     for key, text in written.items():
         value = yaml.safe_load(text)
         name, _, size = key.partition(".")
-        if name in model.modules and size:
+        if name in model.modules and size == QUOTA:
+            quotas[name] = None if value in (None, "none") else _count(key, value)
+        elif name in model.modules and size:
             short = _size(key, size)
             modules.setdefault(name, {})[short] = _value(key, size, value)
             if size.startswith("attention.") and Workload.of(model) is None:
@@ -219,13 +229,28 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
         else:
             field_name = _plan_field(key, model)
             rest[field_name] = _plan_value(key, value)
-    return Pins(modules=modules, **rest)
+    return Pins(modules=modules, quotas=quotas, **_with_kind(rest, quotas))
+
+
+def _with_kind(rest: Mapping[str, Any], quotas: Mapping[str, int | None]) -> Mapping[str, Any]:
+    """Pins the schedule that quotas go with."""
+    name = next((name for name, sms in quotas.items() if sms is not None), None)
+    if name is None:
+        return rest
+    kind = rest.get("kind", "concurrent")
+    if kind != "concurrent":
+        raise PlanError(
+            f"set: {name}.{QUOTA}={quotas[name]} must go with schedule.kind=concurrent, not "
+            f"{kind}; remove one of the two"
+        )
+    return {**rest, "kind": kind}
 
 
 def _size(key: str, size: str) -> str:
     if size not in _SIZES:
-        advice = nearest(size, _SIZES, otherwise="choose one of them")
-        raise PlanError(f"set: {key} must name one of {', '.join(_SIZES)}; {advice}")
+        known = (*_SIZES, QUOTA)
+        advice = nearest(size, known, otherwise="choose one of them")
+        raise PlanError(f"set: {key} must name one of {', '.join(known)}; {advice}")
     return _SIZES[size]
 
 
@@ -278,7 +303,8 @@ def _plan_field(key: str, model: ModelSpec) -> str:
         "placement": "placement",
     }
     if key not in known:
-        names = [*known, *(f"{name}.{size}" for name in model.modules for size in _SIZES)]
+        sizes = (*_SIZES, QUOTA)
+        names = [*known, *(f"{name}.{size}" for name in model.modules for size in sizes)]
         advice = nearest(key, names, otherwise=f"write for example language.{next(iter(_SIZES))}=2")
         raise PlanError(f"set: {key} must be a field of the plan; {advice}")
     return known[key]

@@ -84,7 +84,8 @@ def rerank(
 ) -> list[Simulated]:
     """Orders layouts by their simulated step times, each under its fastest schedule.
 
-    Equals stay in their order. A layout without any schedule that is asked for is left out.
+    Equals stay in their order. A layout without any schedule that is asked for is left out; those
+    of modules that run at the same time are examined elsewhere.
 
     Args:
         estimates: The layouts.
@@ -94,7 +95,7 @@ def rerank(
             where no schedule could bring them among these.
     """
     found: list[Simulated] = []
-    for estimate in estimates:
+    for estimate in estimates if problem.pins.kind != "concurrent" else ():
         first = simulated(estimate, problem, cost_model)
         below_s = sorted(entry.step_s for entry in found)[top - 1] if len(found) >= top else inf
         schedules = [

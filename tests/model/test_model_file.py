@@ -58,6 +58,7 @@ modules:
 
 # Totals that authors publish, in billions, and where; without layers that predict further tokens.
 PUBLISHED = {
+    "clip-vit-l-14": 0.4276,  # https://huggingface.co/openai/clip-vit-large-patch14, its checkpoint
     "deepseek-v2": 236.0,  # arXiv 2405.04434, abstract
     "deepseek-v3": 671.0,  # arXiv 2412.19437, abstract
     "gpt-3-175b": 174.6,  # arXiv 2005.14165, table D.1
@@ -108,6 +109,23 @@ def test_qwen_3_8_has_every_weight_of_its_checkpoint():
     # weights in 2 bytes each: language model, tower, merger, and a layer that predicts ahead.
     ahead = mtp_parameters(load_model("qwen3.8-27b").language, multiple=1).total
     assert 2 * (total("qwen3.8-27b") + ahead) // 1000 == 55_562_855
+
+
+def test_qwen_3_vl_2b_has_its_published_parameters():
+    # https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct: 2.13 billion, and in them three mergers for
+    # middle layers, each of a norm and two multiplications, that our tower does without.
+    merger = 2 * 4096 + 4096 * 4096 + 4096 + 4096 * 2048 + 2048
+
+    assert total("qwen3-vl-2b") + 3 * merger == pytest.approx(2.13e9, rel=0.005)
+
+
+def test_unified_io_2_has_the_layers_of_both_its_halves():
+    # 48 layers of attention and of a gated linear unit, each with four norms (two over 64 values).
+    layer = 4 * 1024 * 1024 + 3 * 1024 * 2816 + 2 * 1024 + 2 * 64
+
+    language = module_parameters(load_model("unified-io-2-like").language, multiple=1).total
+
+    assert language == 48 * layer + 33280 * 1024 + 1024
 
 
 def test_vit_22b_has_its_published_parameters():

@@ -19,13 +19,19 @@ def test_forms_without_virtual_stages_refuse_them(form, field):
         emitted(form, source)
 
 
-@pytest.mark.parametrize("form", ["megatron", "mimo"])
-def test_other_programs_fill_no_bubbles(form):
-    source = HOMOGENEOUS if form == "megatron" else DISJOINT
-    source = source.replace("{kind: colocated, encoder_group: 1}", "{kind: bubble_fill}")
+@pytest.mark.parametrize(
+    ("form", "source", "kind"),
+    [
+        ("megatron", HOMOGENEOUS, "bubble_fill"),
+        ("mimo", DISJOINT, "bubble_fill"),
+        ("megatron", HOMOGENEOUS, "concurrent"),
+    ],
+)
+def test_other_programs_fill_no_bubbles_and_run_one_module_at_a_time(form, source, kind):
+    source = source.replace("{kind: colocated, encoder_group: 1}", f"{{kind: {kind}}}")
 
-    with pytest.raises(PlanError, match="kind=bubble_fill must be colocated"):
-        emitted(form, source.replace("{kind: 1f1b}", "{kind: bubble_fill}"))
+    with pytest.raises(PlanError, match=f"kind={kind} must be colocated"):
+        emitted(form, source.replace("{kind: 1f1b}", f"{{kind: {kind}}}"))
 
 
 @pytest.mark.parametrize("form", ["megatron", "mimo", "bridge"])

@@ -153,7 +153,7 @@ def check_single_microbatches(plan: Plan) -> None:
         InexpressibleError: A task of theirs has several.
     """
     if plan.schedule.kind in ("bubble_fill", "concurrent"):
-        raise InexpressibleError("schedule: kind=bubble_fill must be colocated")
+        raise InexpressibleError(f"schedule: kind={plan.schedule.kind} must be colocated")
     group = plan.schedule.encoder_group or plan.num_microbatches
     if plan.schedule.kind == "colocated" and group > 1:
         raise InexpressibleError(f"schedule: encoder_group={group} must be 1")

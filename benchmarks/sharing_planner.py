@@ -1,0 +1,209 @@
+"""What the planner expects of modules that share GPUs, for the model families of Mosaic's paper.
+
+python -m benchmarks.sharing_planner [--quick] [--only FAMILY]
+
+Every row is planned three times in a process of its own, on one core: with everything that the
+planner knows; without modules that run at the same time (``temporal``); with one layout for all
+modules (``homogeneous``). Small rows are compared with the best of all layouts, groups and quotas
+of their space (``optimum``), and with what plans are worth that wrong curves have chosen. All
+numbers are predictions; ``benchmarks.sharing_gpu`` measures.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.machine import write_results
+
+if TYPE_CHECKING:
+    from megatron_mosaic.cluster.spec import Cluster, SharingCurves
+    from megatron_mosaic.planner.planner import Answer
+    from megatron_mosaic.planner.problem import Problem
+
+
+class Family(NamedTuple):
+    """One of the paper's families, as it is planned for.
+
+    Args:
+        model: Name of the model file.
+        global_batch_size: Samples of a step, whatever the GPUs.
+        micro_batch_sizes: Samples of a microbatch; models as small as these run many at a time.
+    """
+
+    model: str
+    global_batch_size: int
+    micro_batch_sizes: tuple[int, ...]
+
+
+FAMILIES = (
+    Family("clip-vit-l-14", 1024, (8, 16, 32, 64)),
+    Family("qwen3-vl-2b", 128, (1, 2, 4, 8)),
+    Family("unified-io-2-like", 256, (2, 4, 8, 16)),
+    Family("imagebind-like", 512, (8, 16, 32)),
+    Family("ofasys-like", 256, (2, 4, 8, 16)),
+)
+GPUS = (1, 2, 4, 8, 16)
+BLACKWELL_GPUS = 8
+"""On B200s tensor-parallel modules may share GPUs, too."""
+
+OPTIMUM_GPUS = 2
+"""GPUs up to which all layouts of two-module families are compared."""
+
+LIMIT_S = 20.0
+
+# Curves that are wrong: none of what the planner takes for the shares of a GPU, or too much of it.
+PREDICTORS = ("no interference", "knee at 40 %", "knee at 75 %", "all in proportion")
+
+
+def measure(name: str, cluster_name: str, num_gpus: int) -> dict[str, Any]:
+    """Plans a row in this process."""
+    family = next(family for family in FAMILIES if family.model == name)
+    asked = _problem(family, cluster_name, num_gpus)
+    shared, search_s = _planned(asked)
+    space = replace(asked.space, multiplexing=False)
+    temporal, temporal_search_s = _planned(replace(asked, space=space))
+    row = {
+        "model": name,
+        "cluster": cluster_name,
+        "num_gpus": num_gpus,
+        "global_batch_size": family.global_batch_size,
+        "num_modules": len(asked.model.modules),
+        "step_s": shared.choice.step_s,
+        "search_s": search_s,
+        "temporal_s": temporal.choice.step_s,
+        "temporal_search_s": temporal_search_s,
+        **_what_sharing_does(shared),
+        "homogeneous_s": None if shared.baseline is None else shared.baseline.step_s,
+        "predictors": _with_wrong_curves(asked, shared),
+    }
+    if num_gpus <= OPTIMUM_GPUS and row["num_modules"] == 2:
+        row["optimum"] = _optimum(asked)
+    return row
+
+
+def _problem(family: Family, cluster_name: str, num_gpus: int) -> "Problem":
+    from megatron_mosaic.cluster.shipped import load_cluster
+    from megatron_mosaic.model.shipped import load_model
+    from megatron_mosaic.planner.problem import Problem, Space
+
+    return Problem(
+        model=load_model(family.model),
+        cluster=load_cluster(cluster_name, num_gpus=num_gpus),
+        num_gpus=num_gpus,
+        global_batch_size=family.global_batch_size,
+        space=Space(micro_batch_sizes=family.micro_batch_sizes),
+    )
+
+
+def _planned(asked: "Problem") -> tuple["Answer", float]:
+    from megatron_mosaic.planner.planner import make_plan
+
+    start = perf_counter()
+    answer = make_plan(asked, time_limit_s=LIMIT_S)
+    return answer, perf_counter() - start
+
+
+def _what_sharing_does(answer: "Answer") -> dict[str, Any]:
+    """The best plan with lanes, whether it is chosen or not."""
+    found, best = answer.multiplexing, answer.multiplexing.best
+    return {
+        "pays": found.pays,
+        "gain": found.gain,
+        "examined": found.num_examined,
+        "quotas": None if best is None else dict(best.candidate.quotas),
+        "encoder_group": None if best is None else best.candidate.encoder_group,
+        "layout": {
+            name: placement.data_parallel_size
+            for name, placement in answer.choice.plan.modules.items()
+        },
+        "placement": answer.choice.candidate.placement,
+    }
+
+
+def _with_wrong_curves(asked: "Problem", right: "Answer") -> dict[str, float]:
+    """Share by which steps are longer whose plans were chosen with wrong curves."""
+    losses = {}
+    for name in PREDICTORS:
+        wrong = replace(asked, cluster=_with_curves(asked.cluster, name))
+        chosen, _ = _planned(wrong)
+        step = right.cost_model.estimate(chosen.choice.plan)
+        losses[name] = step.step_s / right.choice.step_s - 1
+    return losses
+
+
+def _with_curves(cluster: "Cluster", name: str) -> "Cluster":
+    curves = cluster.gpu.sharing
+    assert curves is not None, f"gpu {cluster.gpu.name} must have sharing curves"
+    return replace(cluster, gpu=replace(cluster.gpu, sharing=_curves(curves, name)))
+
+
+def _curves(curves: "SharingCurves", name: str) -> "SharingCurves":
+    match name:
+        case "no interference":
+            return replace(curves, interference=0.0)
+        case "knee at 40 %":
+            return replace(curves, bandwidth_knee=0.4)
+        case "knee at 75 %":
+            return replace(curves, bandwidth_knee=0.75)
+        case "all in proportion":
+            return replace(curves, bandwidth_knee=1.0, interference=0.0)
+    raise AssertionError(name)
+
+
+def _optimum(asked: "Problem") -> dict[str, Any]:
+    """The best of all layouts, groups and quotas, one after the other."""
+    from benchmarks.optimal_sharing import fastest_shared
+
+    start = perf_counter()
+    best, count = fastest_shared(asked)
+    return {
+        "step_s": None if best is None else best.step_s,
+        "plans": count,
+        "search_s": perf_counter() - start,
+    }
+
+
+def apart(name: str, cluster: str, num_gpus: int) -> dict[str, Any]:
+    """Plans a row in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.sharing_planner", "--one", name, cluster]
+    done = subprocess.run(
+        [*command, str(num_gpus)], capture_output=True, text=True, check=True, timeout=1800
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    """Plans, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one row, nothing written")
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "CLUSTER", "GPUS"))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], args.one[1], int(args.one[2]))))
+        return
+    asked = [(family.model, "h200", count) for family in FAMILIES for count in GPUS]
+    asked += [(family.model, "b200", BLACKWELL_GPUS) for family in FAMILIES]
+    rows = []
+    for search in asked[:1] if args.quick else asked:
+        rows.append(apart(*search))
+        print(_line(rows[-1]), flush=True)
+    if not args.quick:
+        print(write_results("sharing_planner", {"rows": rows}))
+
+
+def _line(row: dict[str, Any]) -> str:
+    gain = "" if row["gain"] is None else f"{row['gain']:+.1%}"
+    return (
+        f"{row['model']:<18} {row['num_gpus']:>3} {row['cluster']}  {row['step_s']:8.4f} s  "
+        f"temporal {row['temporal_s']:8.4f} s  homogeneous {row['homogeneous_s'] or 0:8.4f} s  "
+        f"{gain:>6} {'shared' if row['pays'] else 'alone '} {row['quotas']} "
+        f"{row['search_s']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
