@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.machine import RESULTS, describe_machine
 from benchmarks.sharing import curves, gaps, multiplexing, overheads, pairs, probe
-from benchmarks.sharing.choice import planned_quotas
 from benchmarks.sharing.results import merge_files, put_row, read, write
 from benchmarks.sharing.sensors import Sensors
 from benchmarks.sharing.setting import Setting, setting_on
@@ -37,7 +36,7 @@ PARTS: Mapping[str, Part] = {
     "p3": (lambda setting, _: overheads.measure(setting), overheads.summary),
     "p4": (
         lambda setting, options: multiplexing.measure(
-            setting, planned=lambda case: planned_quotas(case, setting), only=options.cases
+            setting, cluster=options.cluster, only=options.cases
         ),
         multiplexing.summary,
     ),
@@ -91,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--budget-s", type=float, default=480.0, help="nothing new after that")
     running.add_argument("--rounds", type=int, help="turns of every arm")
     running.add_argument("--cases", nargs="+", default=(), help="p4: parts of names of cases")
+    running.add_argument("--cluster", default="h200", help="p4: what the planner plans for")
     running.add_argument("--dry-run", action="store_true", help="something tiny, on the host")
     merging = commands.add_parser("merge", help="put results of several calls together")
     merging.set_defaults(command=lambda options: merge_files(options.into, options.files))

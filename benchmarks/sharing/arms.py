@@ -8,12 +8,20 @@ import torch
 
 from benchmarks.sharing.capture import Captures
 from benchmarks.sharing.cases import LANGUAGE, Case
+from benchmarks.sharing.choice import Planned, sms_of
 from benchmarks.sharing.lanes import LaneBank
-from benchmarks.sharing.runner import StepRun, draw_batch, gradients, plan_of, relative_errors
-from benchmarks.sharing.runner import steps_for
 from benchmarks.sharing.modules import make_modules
+from benchmarks.sharing.runner import (
+    StepRun,
+    draw_batch,
+    gradients,
+    plan_of,
+    relative_errors,
+    steps_for,
+)
 from benchmarks.sharing.setting import Setting, synchronize, timed_s
 from megatron_mosaic.errors import HostError, LayoutError
+from megatron_mosaic.layout.plan import Plan
 
 LARGEST_ERROR = 1e-2
 """Relative norm by which gradients in bf16 may differ from those of the first arm."""
@@ -32,6 +40,7 @@ class Arm:
         sms: Quotas of modules; those that are missing have none.
         graphs: Whether the step is captured once and replayed.
         encoder_group: Microbatches of one task of an encoder.
+        plan: Runs this, and not the plan that the other fields make.
     """
 
     name: str
@@ -39,6 +48,7 @@ class Arm:
     sms: Mapping[str, int | None] = field(default_factory=dict)
     graphs: bool = False
     encoder_group: int = 1
+    plan: Plan | None = None
 
     def written(self) -> dict[str, Any]:
         """As results have it."""
@@ -89,13 +99,17 @@ def lane_arms(
     return arms
 
 
-def planned_arms(sms: Mapping[str, int | None] | None) -> list[Arm]:
-    """What the planner chose, launched one by one and captured."""
-    mode = None if sms is None else "green"
-    return [
-        Arm(name="G", mode=mode, sms=sms or {}),
-        Arm(name="G'", mode=mode, sms=sms or {}, graphs=True),
-    ]
+def planned_arm(planned: Planned, *, graphs: bool) -> Arm:
+    """What the planner chose, launched one by one or captured."""
+    shares = planned.plan.schedule.kind == "concurrent"
+    return Arm(
+        name="G'" if graphs else "G",
+        mode="green" if shares else None,
+        sms=sms_of(planned.plan) if shares else {},
+        graphs=graphs,
+        encoder_group=planned.plan.schedule.group_size(planned.plan.num_microbatches),
+        plan=planned.plan,
+    )
 
 
 def split_quotas(case: Case, split: Sequence[int]) -> dict[str, int | None]:
@@ -142,7 +156,7 @@ class Bench:
             HostError: The device cannot give these lanes, or capture anything.
         """
         sms = None if arm.mode is None else {name: arm.sms.get(name) for name in self.case.modules}
-        plan = plan_of(self.case, sms=sms, encoder_group=arm.encoder_group)
+        plan = arm.plan or plan_of(self.case, sms=sms, encoder_group=arm.encoder_group)
         steps = steps_for(plan)
         lanes = self.bank.lanes(arm.mode or "serial", sms or {})
         run = StepRun(self.modules, self.batch, steps, lanes)

@@ -83,9 +83,7 @@ CASES = (
         replace(_LLM_8B_8L, tokens=8192),
         num_microbatches=2,
     ),
-    _pair(
-        "ViT-L b1 / 8B-8L s8192", _VIT_L, replace(_LLM_8B_8L, tokens=8192), num_microbatches=2
-    ),
+    _pair("ViT-L b1 / 8B-8L s8192", _VIT_L, replace(_LLM_8B_8L, tokens=8192), num_microbatches=2),
     Case(
         name="ImageBind-like, 5 towers",
         encoders={"audio": _AUDIO, "depth": _DEPTH, "imu": _IMU, "thermal": _THERMAL},
@@ -116,11 +114,9 @@ def cases_for(setting: Setting) -> tuple[Case, ...]:
     language = Tower(
         hidden=32, layers=1, heads=4, groups=2, ffn=48, tokens=16, items=2, vocab=64, gated=True
     )
-    four = {name: encoder for name in ("audio", "depth", "vision")}
+    four = dict.fromkeys(("audio", "depth", "vision"), encoder)
     return (
-        Case(
-            name="tiny pair", encoders={"vision": encoder}, language=language, num_microbatches=3
-        ),
+        Case(name="tiny pair", encoders={"vision": encoder}, language=language, num_microbatches=3),
         Case(
             name="tiny towers",
             encoders=four,

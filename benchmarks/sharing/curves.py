@@ -65,9 +65,7 @@ def measure_operation(
 
 def repeated_s(run: Callable[[], None], setting: Setting) -> float:
     """Median seconds of one launch of a row of them."""
-    return (
-        median_s(run, setting.device, repeats=setting.rounds, warm_up=setting.warm_up) / IN_A_ROW
-    )
+    return median_s(run, setting.device, repeats=setting.rounds, warm_up=setting.warm_up) / IN_A_ROW
 
 
 def in_lane(

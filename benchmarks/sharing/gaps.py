@@ -1,7 +1,7 @@
 """P5: an encoder in a gap of the language model, which tells bubbles filled from SMs shared.
 
-      language | F |  gap: one block spins  | B |
-      encoder        | F B of another microbatch |
+language | F |  gap: one block spins  | B |
+encoder        | F B of another microbatch |
 """
 
 import importlib

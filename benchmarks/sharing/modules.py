@@ -78,22 +78,24 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Patches in, rows of the language model's width out."""
 
-    def __init__(self, tower: Tower, *, out: int) -> None:
+    def __init__(self, tower: Tower, *, out: int, pooled: bool) -> None:
         super().__init__()
         self.tower = tower
+        self.pooled = pooled
         self.patch = nn.Linear(tower.hidden, tower.hidden)
         self.positions = nn.Parameter(torch.zeros(tower.tokens, tower.hidden))
         self.blocks = nn.ModuleList(Block(tower) for _ in range(tower.layers))
         self.norm = nn.LayerNorm(tower.hidden)
-        self.projector = nn.Linear(tower.hidden, out)
+        width = tower.hidden * (1 if pooled else tower.tokens // tower.rows)
+        self.projector = nn.Linear(width, out)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Gives ``[b, rows, out]``, means of neighbouring tokens of ``[b, s, h]``."""
+        """Gives ``[b, rows, out]`` of ``[b, s, h]``, a row for some tokens that are neighbours."""
         x = self.patch(patches) + self.positions
         for block in self.blocks:
             x = block(x)
-        pooled = self.norm(x).unflatten(1, (self.tower.rows, -1)).mean(2)
-        return self.projector(pooled)
+        merged = self.norm(x).unflatten(1, (self.tower.rows, -1))
+        return self.projector(merged.mean(2) if self.pooled else merged.flatten(2))
 
 
 class Language(nn.Module):
@@ -148,7 +150,8 @@ def make_modules(
     torch.manual_seed(seed)
     with device:
         made: dict[str, nn.Module] = {
-            name: Encoder(tower, out=language.hidden) for name, tower in encoders.items()
+            name: Encoder(tower, out=language.hidden, pooled=contrastive)
+            for name, tower in encoders.items()
         }
         made["language"] = Language(language, contrastive=contrastive)
     for module in made.values():

@@ -13,11 +13,12 @@ from benchmarks.sharing.arms import (
     cap_quotas,
     is_serial,
     lane_arms,
-    planned_arms,
+    planned_arm,
     serial_arms,
     split_quotas,
 )
-from benchmarks.sharing.cases import Case, cases_for
+from benchmarks.sharing.cases import cases_for
+from benchmarks.sharing.choice import Planned, planned
 from benchmarks.sharing.lanes import LaneBank
 from benchmarks.sharing.runner import alone
 from benchmarks.sharing.sensors import Sensors, medians
@@ -45,13 +46,13 @@ Quotas = Mapping[str, int | None]
 
 
 def measure(
-    setting: Setting, *, planned: Callable[[Case], Quotas | None], only: Sequence[str] = ()
+    setting: Setting, *, cluster: str, only: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Measures the cases, as many as time allows.
 
     Args:
         setting: Where.
-        planned: What the planner chooses for a case; None is one module after the other.
+        cluster: What the planner takes the GPU for.
         only: Cases whose names contain one of these; none is all.
     """
     budget = Budget(seconds=setting.budget_s)
@@ -63,16 +64,23 @@ def measure(
             yield {"case": case.name, "skipped": f"{setting.budget_s:.0f} s had gone by"}
             continue
         bench = Bench(case, setting, bank)
-        yield measure_case(bench, planned=planned(case), peaks=peaks)
+        choices = [planned(case, graphs=graphs, cluster=cluster) for graphs in (False, True)]
+        yield measure_case(bench, choices=choices, peaks=peaks)
         del bench
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def measure_case(
-    bench: Bench, *, planned: Quotas | None, peaks: Mapping[str, float]
+    bench: Bench, *, choices: Sequence[Planned], peaks: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Measures one case: modules alone, a scan of quotas, then all arms in turn."""
+    """Measures one case: modules alone, a scan of quotas, then all arms in turn.
+
+    Args:
+        bench: The case.
+        choices: The planner's, for steps that are launched and for those that are captured.
+        peaks: What the device reaches.
+    """
     case, setting = bench.case, bench.setting
     alone_s = {
         name: median_s(
@@ -85,16 +93,20 @@ def measure_case(
     arms = [
         *serial_arms(case),
         *lane_arms(split=_best(scan, "split"), cap=_best(scan, "cap")),
-        *planned_arms(planned),
+        *(
+            planned_arm(own, graphs=graphs)
+            for own, graphs in zip(choices, (False, True), strict=True)
+        ),
     ]
     rows = take_turns(bench, arms)
     return {
         "case": case.name,
+        "on_host": setting.tiny,
         "modules": list(case.modules),
         "num_microbatches": case.num_microbatches,
         "alone_s": alone_s,
         "scan": scan,
-        "planned_sms": None if planned is None else dict(planned),
+        "planned": {"G": choices[0].written(), "G'": choices[1].written()},
         "arms": rows,
         **_compared(rows, alone_s=alone_s, work=work, peaks=peaks),
     }
@@ -212,9 +224,7 @@ def _compared(
 def ceilings(setting: Setting) -> dict[str, float]:
     """Rates that the device reaches: a large matrix product, and a large copy."""
     size = 128 if setting.tiny else 8192
-    a, b = (
-        torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2)
-    )
+    a, b = (torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2))
     source = torch.randn(1 << (16 if setting.tiny else 30), device=setting.device)
     target = torch.empty_like(source)
     product_s, copy_s = (
@@ -239,5 +249,3 @@ def summary(row: Mapping[str, Any]) -> str:
         for name, arm in row["arms"].items()
     )
     return f"{row['case']:26} of {row['serial']}: {'  '.join(gains)}"
-
-

@@ -57,9 +57,7 @@ def _chosen(setting: Setting) -> list[Operation]:
     return list({each.kind: each for each in found}.values())
 
 
-def measure_pair(
-    pair: Sequence[Operation], lanes: Lanes, setting: Setting
-) -> dict[str, Any]:
+def measure_pair(pair: Sequence[Operation], lanes: Lanes, setting: Setting) -> dict[str, Any]:
     """Seconds of one launch of each, alone in its lane and while the other lane is at work."""
     runs = [each.run for each in pair]
     alone_s = [

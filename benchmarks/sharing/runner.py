@@ -145,9 +145,7 @@ class StepRun:
 
     def _language_forward(self, task: Task, lane: Lane) -> None:
         (microbatch,) = task.microbatches
-        rows = [
-            leaf for (_, own), leaf in sorted(self._leaves.items()) if own == microbatch
-        ]
+        rows = [leaf for (_, own), leaf in sorted(self._leaves.items()) if own == microbatch]
         for each in rows:
             lane.hold(each)
         words = self._batch[LANGUAGE][microbatch]
@@ -210,9 +208,7 @@ def first_microbatch(batch: Batch) -> Batch:
     return {name: own[:1] for name, own in batch.items()}
 
 
-def alone(
-    modules: Mapping[str, nn.Module], batch: Batch, name: str
-) -> Callable[[], None]:
+def alone(modules: Mapping[str, nn.Module], batch: Batch, name: str) -> Callable[[], None]:
     """Returns what runs all microbatches of one module, with nothing else on the GPU."""
     own = batch[name]
     others = sorted(set(modules) - {name})

@@ -55,9 +55,7 @@ class Setting:
     def splits(self, num_lanes: int) -> list[tuple[int, ...]]:
         """All ways to split the GPU among lanes."""
         capability = self.compute_capability
-        return list(
-            partitions(self.num_sms, compute_capability=capability, num_lanes=num_lanes)
-        )
+        return list(partitions(self.num_sms, compute_capability=capability, num_lanes=num_lanes))
 
     def quotas(self) -> tuple[int, ...]:
         """All quotas of one lane."""

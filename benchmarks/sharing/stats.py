@@ -40,9 +40,7 @@ def median_interval(times_s: Sequence[float], *, seed: int = 0) -> Interval:
     return _bootstrap([times_s], lambda rows: np.median(rows[0], axis=-1), seed=seed)
 
 
-def gain_interval(
-    base_s: Sequence[float], times_s: Sequence[float], *, seed: int = 0
-) -> Interval:
+def gain_interval(base_s: Sequence[float], times_s: Sequence[float], *, seed: int = 0) -> Interval:
     """How many times shorter an arm's median step is than that of a base.
 
     Rounds are resampled together, as the two ran side by side in each.
