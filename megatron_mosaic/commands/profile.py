@@ -3,6 +3,7 @@
     megatron-mosaic profile my_cluster.yaml --base h100      # on the GPUs of this machine
     torchrun ... -m megatron_mosaic.cli profile my_cluster.yaml --base h100    # on many nodes
     megatron-mosaic profile cpu.yaml --quick                 # on a CPU, to try it
+    megatron-mosaic profile my_cluster.yaml --base my_cluster.yaml --sharing   # modules on one GPU
 
 The file says where each number is from. `megatron-mosaic plan MODEL my_cluster.yaml` uses it; what
 was not measured is the base's.
@@ -30,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, help="ranks to start: by default one for each GPU, or two on a CPU"
     )
+    parser.add_argument(
+        "--sharing",
+        action="store_true",
+        help="measure operations on parts of a GPU and beside others, in place of all else",
+    )
     parser.add_argument("--quick", action="store_true", help="a few small sizes, to try it")
 
 
@@ -41,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
         LayoutError: A measured rate exceeds the base's data sheet.
         HostError: There is no such device, or a rank failed.
     """
+    if args.sharing:
+        _measure_sharing(args)
+        return
     from megatron_mosaic.cluster.cluster_file import write_cluster
     from megatron_mosaic.cluster.shipped import load_cluster
     from megatron_mosaic.profile.ranks import ProfileSettings, launched_rank, measure
@@ -64,6 +73,33 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
+def _measure_sharing(args: argparse.Namespace) -> None:
+    from megatron_mosaic.cluster.cluster_file import write_cluster
+    from megatron_mosaic.cluster.shipped import load_cluster
+    from megatron_mosaic.profile.sharing_result import measure_sharing, report, with_sharing
+
+    for name in ("nproc", "device"):
+        if getattr(args, name) is not None:
+            raise PlanError(
+                f"profile: {name}={getattr(args, name)} must not be given with --sharing, which "
+                f"measures one GPU; remove it"
+            )
+    if args.base is None:
+        raise PlanError(
+            "profile: base must be given with --sharing, which measures nothing else; name a "
+            "cluster, such as one that profile has written"
+        )
+    _check_output(args.output)
+    cluster = load_cluster(args.base)
+    date = datetime.now(UTC).date().isoformat()
+    fitted = measure_sharing(cluster.gpu, quick=args.quick, date=date)
+    text = write_cluster(with_sharing(cluster, fitted))
+    args.output.write_text(text, encoding="utf-8")
+    for line in report(fitted):
+        print(line)
+    print(f"wrote {args.output}")
+
+
 def _check(args: argparse.Namespace, *, launched: bool) -> None:
     if launched and args.nproc is not None:
         raise PlanError(
@@ -77,12 +113,15 @@ def _check(args: argparse.Namespace, *, launched: bool) -> None:
             "profile: nproc=1 must be > 1 without --base, for one rank alone has no links to "
             "measure; name a cluster or start more ranks"
         )
-    if args.output.suffix not in (".yaml", ".yml"):
-        raise PlanError(f"profile: output={args.output} must end with .yaml; rename it")
-    if not args.output.parent.is_dir():
+    _check_output(args.output)
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix not in (".yaml", ".yml"):
+        raise PlanError(f"profile: output={output} must end with .yaml; rename it")
+    if not output.parent.is_dir():
         raise PlanError(
-            f"profile: output={args.output} must lie in a folder that exists; make "
-            f"{args.output.parent} first"
+            f"profile: output={output} must lie in a folder that exists; make {output.parent} first"
         )
 
 

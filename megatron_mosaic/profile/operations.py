@@ -63,7 +63,7 @@ class Sizes:
     values: tuple[int, ...]
 
 
-_HEAD_SIZE = 128
+HEAD_SIZE = 128
 _MOST_COPIES = 256  # smaller tensors than such a share of a cache cost their launch alone
 _ROW = 4096  # values of a token that is put in order
 
@@ -171,8 +171,8 @@ def _attentions(sizes: Sizes, device: torch.device) -> Iterator[Operation]:
     for length in sizes.sequence:
         # Scores and weighted values, 2 FLOPs each for every pair that a causal mask shows.
         pairs = length * (length + 1) / 2
-        flops = 4 * pairs * sizes.heads * _HEAD_SIZE
-        shape = (1, sizes.heads, length, _HEAD_SIZE)
+        flops = 4 * pairs * sizes.heads * HEAD_SIZE
+        shape = (1, sizes.heads, length, HEAD_SIZE)
         backward = FLASH_BACKWARD * flops
         yield Operation("attention.forward", flops, partial(_attention_forward, shape, device))
         yield Operation("attention.backward", backward, partial(_attention_backward, shape, device))

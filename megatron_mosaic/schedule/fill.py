@@ -73,7 +73,11 @@ def fill(
         That encoders fit into the waits: Feng et al., 2024, arXiv:2408.03505 (Optimus).
     """
     kinds = rank_kinds(plan)
-    parts = parts_of(plan, kinds, apart=True)
+    # Ranks that receive a transfer between modules post it where they wait for it, and none gets
+    # it before all have: if one came to its task late, after others that need the rest of them,
+    # they would wait in a circle.
+    fed = {edge.ends[1] for edge in edges_of(plan) if edge.source != edge.destination}
+    parts = parts_of(plan, kinds, apart=True, together=fed)
     passes_s = _passes_s(plan, parts, tasks_s, lanes)
     orders = _language_orders(plan)
     bound = _encoder_bound(plan, orders)

@@ -1,5 +1,6 @@
 """Stages divided into ranks that run their tasks at one time."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
@@ -34,7 +35,13 @@ class Link(NamedTuple):
     destination: int
 
 
-def parts_of(plan: Plan, kinds: tuple[RankKind, ...], *, apart: bool) -> tuple[Part, ...]:
+def parts_of(
+    plan: Plan,
+    kinds: tuple[RankKind, ...],
+    *,
+    apart: bool,
+    together: Collection[Stage] = (),
+) -> tuple[Part, ...]:
     """Parts of all stages, in the order of the stages.
 
     Args:
@@ -42,11 +49,14 @@ def parts_of(plan: Plan, kinds: tuple[RankKind, ...], *, apart: bool) -> tuple[P
         kinds: Its kinds of ranks.
         apart: Replicas on ranks that host different stages beside run their tasks each at its
             own time. Otherwise all ranks of a stage run together.
+        together: Stages of which they do in any case.
     """
     parts = []
     for stage in stage_order(plan):
         hosts = [k for k, kind in enumerate(kinds) if stage in kind.stages]
-        joined = _joined_kinds(plan, kinds, stage, hosts) if apart else [hosts]
+        joined = (
+            _joined_kinds(plan, kinds, stage, hosts) if apart and stage not in together else [hosts]
+        )
         parts += [Part(stage, tuple(members)) for members in joined]
     return tuple(parts)
 

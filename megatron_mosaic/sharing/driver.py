@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from megatron_mosaic.cluster.sm_partition import Granularity, SmSplit, split_for
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.sharing.lane import Quota
+from megatron_mosaic.sharing.streams import priorities
 
 # The first driver with streams of green contexts, as cuDriverGetVersion counts: CUDA 12.5.
 _OLDEST_DRIVER = 12050
@@ -128,8 +129,10 @@ def green_streams(
     with ExitStack() as undo:
         places = _places(calls, gpu, split) if split.num_groups else []
         streams = [
-            _stream(calls, gpu, quota, [places[part] for part in parts], undo) if parts else None
-            for quota, parts in zip(quotas, split.parts, strict=True)
+            _stream(calls, gpu, quota, priority, [places[part] for part in parts], undo)
+            if parts
+            else None
+            for quota, parts, priority in zip(quotas, split.parts, priorities(quotas), strict=True)
         ]
         undo.pop_all()
     return streams
@@ -161,7 +164,12 @@ def _places(calls: "DriverCalls", gpu: _Device, split: SmSplit) -> list[Any]:
 
 
 def _stream(
-    calls: "DriverCalls", gpu: _Device, quota: Quota, parts: Sequence[Any], undo: ExitStack
+    calls: "DriverCalls",
+    gpu: _Device,
+    quota: Quota,
+    priority: int,
+    parts: Sequence[Any],
+    undo: ExitStack,
 ) -> GreenStream:
     enums = calls.driver
     descriptor = calls("cuDevResourceGenerateDesc", list(parts), len(parts))
@@ -169,7 +177,7 @@ def _stream(
     context = calls("cuGreenCtxCreate", descriptor, gpu.handle, flag)
     undo.callback(calls.quietly, "cuGreenCtxDestroy", context)
     flag = enums.CUstream_flags.CU_STREAM_NON_BLOCKING
-    stream = calls("cuGreenCtxStreamCreate", context, flag, quota.priority)
+    stream = calls("cuGreenCtxStreamCreate", context, flag, priority)
     undo.callback(calls.quietly, "cuStreamDestroy", stream)
     check_sms(
         calls("cuGreenCtxGetDevResource", context, calls.sm_type).sm.smCount, quota, calls.where

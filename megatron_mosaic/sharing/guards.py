@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
-# NCCL user guide, "Environment variables", NCCL_MAX_CTAS, and ncclConfig_t.maxCTAs: 32 by default.
+# NCCL user guide, ncclConfig_t, maxCTAs: 32 if nobody sets it.
 _NCCL_MAX_CTAS = 32
 # Megatron-LM core 0.19, megatron/training/arguments.py: from Blackwell on it demands nothing.
 _BLACKWELL = (10, 0)
@@ -21,7 +22,8 @@ class Environment:
         launch_blocking: Whether ``CUDA_LAUNCH_BLOCKING`` is set.
         model_parallel: Modules with lanes whose tensor or context parallel size is above 1.
         fp8: Whether any module computes in FP8 or FP4.
-        transformer_engine: Whether layers of modules with lanes are TransformerEngine's.
+        shared_workspace: Whether layers of modules with lanes are those of a TransformerEngine
+            whose products share a workspace, as ``shares_workspace`` tells.
         batch_p2p_sync: Whether Megatron waits for the device after every transfer of a pipeline.
         collectives: Quotas of lanes in which collectives run, by lane: tensor, context or expert
             parallel groups.
@@ -33,7 +35,7 @@ class Environment:
     launch_blocking: bool = False
     model_parallel: tuple[str, ...] = ()
     fp8: bool = False
-    transformer_engine: bool = False
+    shared_workspace: bool = False
     batch_p2p_sync: bool = False
     collectives: Mapping[str, int] = field(default_factory=dict)
     nccl_max_ctas: int | None = None
@@ -105,12 +107,23 @@ def _precision(environment: Environment) -> list[str]:
     ]
 
 
+def shares_workspace(gemm: Any) -> bool:
+    """Whether matrix products of a TransformerEngine that run at once write to the same memory.
+
+    Up to 1.x, in ``module/base.py``, there is one workspace for the process. In 2.x, up to
+    2.21.0.dev0 at least, ``get_cublas_workspace`` keeps one for each device, without regard to
+    streams. A later one makes a workspace for each call, which the allocator keeps apart. torch's
+    own products have one for each stream.
+
+    Args:
+        gemm: The module ``transformer_engine.pytorch.cpp_extensions.gemm``.
+    """
+    workspace = getattr(gemm, "get_cublas_workspace", None)
+    return workspace is None or hasattr(workspace, "cache_info")
+
+
 def _workspace(environment: Environment) -> list[str]:
-    # Read in TransformerEngine 1.x, module/base.py, get_workspace: one tensor for the process; and
-    # in 2.21.0.dev0, pytorch/cpp_extensions/gemm.py, get_cublas_workspace: one for each device,
-    # cached without regard to streams. Products of two lanes would write to it at once. torch's
-    # own workspaces are one for each handle and stream.
-    if not environment.transformer_engine:
+    if not environment.shared_workspace:
         return []
     return [
         "arguments: transformer_impl=transformer_engine must be local where modules share a GPU, "

@@ -83,7 +83,7 @@ class StreamLane:
         stream: Where it runs beside other lanes.
         whole: Where it runs alone; the same one if it has no quota.
         sms: What the device says that ``stream`` has; None is all.
-        activate: Makes a stream the current one.
+        activate: Makes a stream the current one; None is torch's own.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class StreamLane:
         stream: Any,
         whole: Any = None,
         sms: int | None = None,
-        activate: Activate = torch.cuda.stream,
+        activate: Activate | None = None,
     ) -> None:
         self.name = name
         self.sms = sms
         self._beside = stream
         self._whole = stream if whole is None else whole
         self._last = stream
-        self._activate = activate
+        self._activate = torch.cuda.stream if activate is None else activate
 
     @contextmanager
     def active(self, *, whole: bool = False) -> Iterator[None]:

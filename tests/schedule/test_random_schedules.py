@@ -19,6 +19,7 @@ from megatron_mosaic.schedule.verify import ScheduleError, verify
 from tests.schedule.plans import place, plan_of
 from tests.schedule.test_properties import EDGES, runs_to_its_end
 
+ENCODED = ("colocated", "concurrent")  # kinds that need a module beside language
 KINDS = ("no_pipelining", "1f1b", "interleaved", "colocated", "bubble_fill")
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -38,18 +39,19 @@ def some_placement(rng, name, pool, *, most_stages=3, **more):
     return place(name, *rng.sample(pool, number), **sizes, trainable=trainable, **more)
 
 
-def some_plan(rng):
+def some_plan(rng, kinds=KINDS):
     """A random small plan; drawn again while its parts contradict each other."""
     while True:
-        kind = rng.choice(KINDS)
+        kind = rng.choice(kinds)
+        fills = kind in ("bubble_fill", "concurrent")
         beside = kind in ("1f1b", "interleaved")
-        graphs = ["vision", "parallel", "chain"] + ["language"] * (kind != "colocated")
+        graphs = ["vision", "parallel", "chain"] + ["language"] * (kind not in ENCODED)
         edges = list(EDGES[rng.choice(graphs)])
         if rng.random() < 0.2:
             edges.append(("language", "out"))
         world = list(range(rng.randint(2 if beside and edges else 1, 5)))
         cut = rng.randint(1, len(world) - 1) if beside and edges else 0
-        virtual = rng.choice([1, 2]) if kind in ("interleaved", "bubble_fill") else 1
+        virtual = rng.choice([1, 2]) if kind == "interleaved" or fills else 1
         stages = 1 if kind == "no_pipelining" else 3
         try:
             modules = [
@@ -61,7 +63,7 @@ def some_plan(rng):
                 modules.append(some_placement(rng, name, pool, most_stages=stages, vpp=chunks))
             num_microbatches = rng.randint(1, 5)
             divisors = [n for n in range(1, num_microbatches + 1) if num_microbatches % n == 0]
-            grouped = kind in ("colocated", "bubble_fill")
+            grouped = kind == "colocated" or fills
             return plan_of(
                 kind,
                 *modules,
@@ -69,7 +71,7 @@ def some_plan(rng):
                 group=rng.choice([None, *divisors]) if grouped else None,
                 edges=tuple(edges),
                 world_size=len(world),
-                ahead=kind == "bubble_fill" and rng.random() < 0.3,
+                ahead=fills and rng.random() < 0.3,
             )
         except LayoutError:
             continue
