@@ -11,14 +11,7 @@ from benchmarks.sharing.cases import LANGUAGE, Case
 from benchmarks.sharing.choice import Planned, sms_of
 from benchmarks.sharing.lanes import LaneBank
 from benchmarks.sharing.modules import make_modules
-from benchmarks.sharing.runner import (
-    StepRun,
-    draw_batch,
-    gradients,
-    plan_of,
-    relative_errors,
-    steps_for,
-)
+from benchmarks.sharing.runner import StepRun, draw_batch, gradients, plan_of, relative_errors
 from benchmarks.sharing.setting import Setting, synchronize, timed_s
 from megatron_mosaic.errors import HostError, LayoutError
 from megatron_mosaic.layout.plan import Plan
@@ -118,7 +111,7 @@ def split_quotas(case: Case, split: Sequence[int]) -> dict[str, int | None]:
 
 
 def cap_quotas(case: Case, sms: int) -> dict[str, int | None]:
-    """Every encoder under a cap of so many SMs in all, the language model under none."""
+    """Every encoder under a cap of so many SMs, the language model under none."""
     return {name: None if name == LANGUAGE else sms for name in case.modules}
 
 
@@ -157,9 +150,8 @@ class Bench:
         """
         sms = None if arm.mode is None else {name: arm.sms.get(name) for name in self.case.modules}
         plan = arm.plan or plan_of(self.case, sms=sms, encoder_group=arm.encoder_group)
-        steps = steps_for(plan)
         lanes = self.bank.lanes(arm.mode or "serial", sms or {})
-        run = StepRun(self.modules, self.batch, steps, lanes)
+        run = StepRun(self.modules, self.batch, plan, lanes)
         return self._captures.captured(run) if arm.graphs else run
 
     def check(self, run: Callable[[], None]) -> dict[str, float]:

@@ -114,12 +114,12 @@ def cases_for(setting: Setting) -> tuple[Case, ...]:
     language = Tower(
         hidden=32, layers=1, heads=4, groups=2, ffn=48, tokens=16, items=2, vocab=64, gated=True
     )
-    four = dict.fromkeys(("audio", "depth", "vision"), encoder)
+    three: dict[str, Tower] = dict.fromkeys(("audio", "depth", "vision"), encoder)
     return (
         Case(name="tiny pair", encoders={"vision": encoder}, language=language, num_microbatches=3),
         Case(
             name="tiny towers",
-            encoders=four,
+            encoders=three,
             language=replace(language, gated=False, groups=4),
             num_microbatches=2,
             contrastive=True,

@@ -1,6 +1,6 @@
 """Picture of the parts that have run: rates by SM count, gains of arms, gaps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def draw(results: Results, path: Path) -> Path:
             ("p4", _gains, lambda rows: 0.9 + 0.16 * sum(len(row["arms"]) + 2 for row in rows)),
             ("p5", _gaps, lambda rows: 2.8),
         )
-        if (rows := _ran(rows_of(results, part)))
+        if (rows := _shown(part, results))
         for height in [height(rows)]
     ]
     heights = [height for height, _, _ in panels] or [1.0]
@@ -40,8 +40,10 @@ def draw(results: Results, path: Path) -> Path:
     return path
 
 
-def _ran(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if not {"skipped", "failed"} & row.keys()]
+def _shown(part: str, results: Results) -> list[Mapping[str, Any]]:
+    """Rows with something to draw."""
+    ran = [row for row in rows_of(results, part) if not {"skipped", "failed"} & row.keys()]
+    return [row for row in ran if part != "p5" or row["recovered"] is not None]
 
 
 def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -73,6 +75,8 @@ def _gains(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Gain of every arm with its interval; a line for what overlap could give at best."""
     place, ticks, names = 0.0, [], []
     for row in rows:
+        axes.text(1.0, place, row["case"], fontsize=8, weight="bold", va="center")
+        place += 1
         first = place
         for name, arm in row["arms"].items():
             if not arm.get("gain"):
@@ -84,11 +88,9 @@ def _gains(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             ticks.append(place)
             names.append(name)
             place += 1
-        if place > first:
-            last = place - 0.5
-            axes.plot([row["ideal_gain"]] * 2, [first - 0.5, last], color="#c0392b", linewidth=1)
-            axes.text(1.0, last + 0.75, row["case"], fontsize=8, weight="bold", va="center")
-        place += 2
+        ends = [first - 0.5, place - 0.5]
+        axes.plot([row["ideal_gain"]] * 2, ends, color="#c0392b", linewidth=1)
+        place += 1
     axes.axvline(1, color="black", linewidth=0.7)
     axes.set_yticks(ticks, names, fontsize=6)
     axes.invert_yaxis()
@@ -103,23 +105,10 @@ def _where(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _gaps(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Share of each gap that was filled."""
-    shown: dict[str, Callable[[Mapping[str, Any]], float]] = {
-        arm: lambda row: 100 * row["recovered"] for arm in _GAP_COLOURS
-    }
-    drawn = [row for row in rows if row.get("recovered") is not None]
-    for arm, share in shown.items():
-        own = [row for row in drawn if row["arm"] == arm]
-        axes.plot(
-            [row["gap_of_encoder"] for row in own],
-            [share(row) for row in own],
-            color=_GAP_COLOURS[arm],
-            marker="o",
-            linestyle="",
-            label=arm,
-        )
-    if not drawn:
-        axes.text(0.5, 0.5, "needs a GPU", ha="center", va="center", transform=axes.transAxes)
-        return
+    for arm, colour in _GAP_COLOURS.items():
+        own = [row for row in rows if row["arm"] == arm]
+        x, y = [row["gap_of_encoder"] for row in own], [100 * row["recovered"] for row in own]
+        axes.plot(x, y, color=colour, marker="o", linestyle="", label=arm)
     axes.axhline(80, color="#cccccc", linewidth=1, linestyle=":")
     axes.set(xlabel="gap over the encoder's time", ylabel="% of min(gap, encoder)\nrecovered")
     axes.set_title("gaps", fontsize=9, loc="left")

@@ -3,6 +3,8 @@
 Triton comes with torch on a GPU and not on a host: only what has a device imports this module.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +41,8 @@ class Spin:
     def launch(self, duration_s: float) -> None:
         """Launches all blocks in the current stream."""
         buffers = self._ids, self._began, self._ended
-        _spin_kernel[(self._blocks,)](*buffers, int(duration_s * 1e9), num_warps=1)
+        launch: Any = _spin_kernel
+        launch[(self._blocks,)](*buffers, int(duration_s * 1e9), num_warps=1)
 
     def sms(self) -> list[int]:
         """SMs that blocks were on, ascending; the launch must have ended."""

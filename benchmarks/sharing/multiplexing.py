@@ -117,7 +117,11 @@ def scan_quotas(bench: Bench, alone_s: Mapping[str, float]) -> list[dict[str, An
     case, setting = bench.case, bench.setting
     splits = nearest_splits(setting.splits(len(case.modules)), [alone_s[m] for m in case.modules])
     tried = [("split", split_quotas(case, split)) for split in splits]
-    tried += [("cap", cap_quotas(case, sms)) for sms in setting.quotas()]
+    tried += [
+        ("cap", cap_quotas(case, sms))
+        for sms in setting.quotas()
+        if sms * len(case.encoders) <= setting.num_sms
+    ]
     found = []
     for kind, sms in tried:
         arm = Arm(name=kind, mode="green", sms=sms, graphs=not setting.tiny)

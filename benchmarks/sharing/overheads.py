@@ -14,14 +14,15 @@ from benchmarks.sharing.stats import median_interval
 from megatron_mosaic.sharing.lane import Lanes
 
 MODES = ("streams", "priority", "green")
+CLOCKS = ("host", "device")
 TIMES = 200
-"""Calls, or kernels, that are timed together."""
+"""Launches that are timed together."""
 
 
 def measure(setting: Setting) -> Iterator[dict[str, Any]]:
     """Measures every kind of lanes."""
-    split = setting.splits(2)[len(setting.splits(2)) // 2]
-    sms = dict(zip(("first", "second"), split, strict=True))
+    first, second = setting.splits(2)[len(setting.splits(2)) // 2]
+    sms: dict[str, int | None] = {"first": first, "second": second}
     for mode in MODES:
         try:
             yield {"overhead": f"open, {mode}", "s": [_opened_s(setting, mode, sms)]}
@@ -29,96 +30,101 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
         except FAILURES as error:
             yield {"overhead": f"open, {mode}", "failed": failure(error)}
             continue
-        for name, run, on_host in _runs(lanes, setting):
-            yield {"overhead": f"{name}, {mode}", "sms": sms, "backend": lanes.backend,
-                   **_measured(run, setting, on_host=on_host)}  # fmt: skip
+        launches = Launches(lanes, setting)
+        for clock in CLOCKS:
+            for name, run in launches.ways().items():
+                row = {"overhead": f"{clock}: launch {name}, {mode}", "sms": sms, "clock": clock}
+                yield row | _measured(launches.joined(run), setting, clock=clock)
 
 
-def _opened_s(setting: Setting, mode: str, sms: Mapping[str, int]) -> float:
+def _opened_s(setting: Setting, mode: str, sms: Mapping[str, int | None]) -> float:
     """Seconds to open lanes that nobody has opened before, on a device that is at work already."""
     torch.zeros(1, device=setting.device)
     synchronize(setting.device)
     began_s = time.perf_counter()
-    LaneBank(setting).lanes(mode, dict(sms))
+    LaneBank(setting).lanes(mode, sms)
     return time.perf_counter() - began_s
 
 
-def _runs(lanes: Lanes, setting: Setting) -> Iterator[tuple[str, Callable[[], None], bool]]:
-    """What is timed, by the host's clock where the host is what it costs."""
-    first, second = lanes.named.values()
-    small = torch.zeros(1, device=setting.device)
+class Launches:
+    """Tiny kernels, launched in ways that differ in what lanes add.
 
-    def in_main() -> None:
+    Args:
+        lanes: Two lanes.
+        setting: Where.
+    """
+
+    def __init__(self, lanes: Lanes, setting: Setting) -> None:
+        self._lanes = lanes
+        self._first, self._second = lanes.named.values()
+        self._small = torch.zeros(1, device=setting.device)
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """All of them, the plain one first."""
+        return {
+            "in the loop's stream": self._in_main,
+            "in a lane": self._in_lane,
+            "and enter a lane": self._entered,
+            "and change between quota and whole": self._gone_over,
+            "and hand over by an event": self._handed_over,
+        }
+
+    def joined(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Lets lanes begin after the loop's stream, and that go on after them."""
+
+        def whole() -> None:
+            begun = self._lanes.main.record()
+            for lane in self._lanes.named.values():
+                lane.wait(begun)
+            run()
+            for lane in self._lanes.named.values():
+                self._lanes.main.wait(lane.record())
+
+        return whole
+
+    def _in_main(self) -> None:
         for _ in range(TIMES):
-            small.add_(1)
+            self._small.add_(1)
 
-    def in_lane() -> None:
-        first.wait(lanes.main.record())
-        with first.active():
-            in_main()
-        lanes.main.wait(first.record())
+    def _in_lane(self) -> None:
+        with self._first.active():
+            self._in_main()
 
-    def entered() -> None:
+    def _entered(self) -> None:
         for _ in range(TIMES):
-            with first.active():
-                small.add_(1)
+            with self._first.active():
+                self._small.add_(1)
 
-    def gone_over() -> None:
+    def _gone_over(self) -> None:
         for number in range(TIMES):
-            with first.active(whole=bool(number % 2)):
-                small.add_(1)
+            with self._first.active(whole=bool(number % 2)):
+                self._small.add_(1)
 
-    def handed_over() -> None:
+    def _handed_over(self) -> None:
         for number in range(TIMES):
-            mine, other = (first, second) if number % 2 else (second, first)
+            mine, other = (self._first, self._second)[:: 1 if number % 2 else -1]
             with mine.active():
-                small.add_(1)
+                self._small.add_(1)
             other.wait(mine.record())
 
-    yield "launch in the loop's stream", in_main, True
-    yield "launch in a lane", in_lane, True
-    yield "launch and enter a lane", entered, True
-    yield "launch and change between quota and whole", gone_over, True
-    yield "launch and hand over by an event", handed_over, True
-    for name, run in (
-        ("kernel in the loop's stream", in_main),
-        ("kernel in a lane", in_lane),
-        ("kernel and change between quota and whole", gone_over),
-        ("kernel and hand over by an event", handed_over),
-    ):
-        yield name, _between_waits(lanes, run), False
 
-
-def _between_waits(lanes: Lanes, run: Callable[[], None]) -> Callable[[], None]:
-    """Lets lanes begin after the main one, and the main one end after them."""
-
-    def whole() -> None:
-        begun = lanes.main.record()
-        for lane in lanes.named.values():
-            lane.wait(begun)
-        run()
-        for lane in lanes.named.values():
-            lanes.main.wait(lane.record())
-
-    return whole
-
-
-def _measured(run: Callable[[], None], setting: Setting, *, on_host: bool) -> dict[str, Any]:
-    """Seconds of one call, and its interval."""
-    if setting.tiny and not on_host:
+def _measured(run: Callable[[], None], setting: Setting, *, clock: str) -> dict[str, Any]:
+    """Seconds of one launch: median, and its interval."""
+    if setting.tiny and clock == "device":
         return {"needs": "a GPU"}
-    times_s = []
-    for _ in range(setting.warm_up + setting.rounds):
-        if on_host:
-            synchronize(setting.device)
-            began_s = time.perf_counter()
-            run()
-            times_s.append((time.perf_counter() - began_s) / TIMES)
-        else:
-            times_s.append(timed_s(run, setting.device) / TIMES)
+    times_s = [
+        (_launched_s(run, setting) if clock == "host" else timed_s(run, setting.device)) / TIMES
+        for _ in range(setting.warm_up + setting.rounds)
+    ]
+    return {"s": list(median_interval(times_s[setting.warm_up :]))}
+
+
+def _launched_s(run: Callable[[], None], setting: Setting) -> float:
+    """Seconds until the host has launched everything."""
     synchronize(setting.device)
-    return {"s": list(median_interval(times_s[setting.warm_up :])), "clock":
-            "host" if on_host else "device"}  # fmt: skip
+    began_s = time.perf_counter()
+    run()
+    return time.perf_counter() - began_s
 
 
 def summary(row: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def where_lanes_ran(lanes: Lanes, setting: Setting) -> dict[str, Any]:
     found = {}
     for whole in (False, True):
         spins = {}
-        for name, lane in lanes.named.items():
+        for name in lanes.named:
             spins[name] = spin(BLOCKS_PER_SM * setting.num_sms, setting.device)
             synchronize(setting.device)
         for name, lane in lanes.named.items():

@@ -13,7 +13,8 @@ from megatron_mosaic.layout.plan import Plan, ScheduleChoice
 from megatron_mosaic.layout.share import Share
 from megatron_mosaic.schedule.alone import alone_tasks
 from megatron_mosaic.schedule.build import build_schedule
-from megatron_mosaic.schedule.lanes import LaneStep, lane_steps
+from megatron_mosaic.schedule.lanes import Joins, LaneStep, has_lanes, joins, lane_steps
+from megatron_mosaic.schedule.races import accesses
 from megatron_mosaic.schedule.steps import Compute, steps_of
 from megatron_mosaic.schedule.task import Task
 from megatron_mosaic.sharing.lane import Lane, Lanes
@@ -87,20 +88,18 @@ class StepRun:
     Args:
         modules: Modules by name; their gradients are there.
         batch: What they take.
-        steps: What is launched.
+        plan: What to do with one rank.
         lanes: Where. Steps of a plan without lanes run in the main one.
     """
 
     def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        batch: Batch,
-        steps: Sequence[LaneStep],
-        lanes: Lanes,
+        self, modules: Mapping[str, nn.Module], batch: Batch, plan: Plan, lanes: Lanes
     ) -> None:
         self._modules = modules
         self._batch = batch
-        self._steps = steps
+        self._steps = steps = steps_for(plan)
+        self._used = accesses(plan, [step.step for step in steps])
+        self._joins = joins(steps) if lanes.named and has_lanes(plan) else Joins((), ())
         self._lanes = lanes
         self._awaited = {before for step in steps for before in step.after}
         self._kept: dict[tuple[str, int], Any] = {}
@@ -110,22 +109,30 @@ class StepRun:
         """Launches the step; what is launched in the main lane afterwards comes after it."""
         main, named = self._lanes.main, self._lanes.named
         for module in self._modules.values():
-            torch._foreach_zero_([parameter.grad for parameter in module.parameters()])
+            torch._foreach_zero_([own.grad for own in module.parameters() if own.grad is not None])
         begun = main.record()
-        for lane in named.values():
-            lane.wait(begun)
+        for name in self._joins.begin:
+            named[name].wait(begun)
         events: dict[int, Any] = {}
         for position, step in enumerate(self._steps):
             lane = named.get(step.lane, main)
             for before in step.after:
                 lane.wait(events[before])
+            self._check(step.lane, position)
             if isinstance(step.step, Compute):
                 with lane.active(whole=step.whole):
                     self._run(step.step.task, lane)
             if position in self._awaited:
                 events[position] = lane.record()
-        for lane in named.values():
-            main.wait(lane.record())
+        for name in self._joins.end:
+            main.wait(named[name].record())
+
+    def _check(self, lane: str, position: int) -> None:
+        """Tells virtual lanes what a step reads and writes."""
+        if self._lanes.races is not None:
+            for what, writes in self._used[position]:
+                race = self._lanes.races.access(lane, what, writes=writes)
+                assert race is None, str(race)
 
     def _run(self, task: Task, lane: Lane) -> None:
         if task.module == LANGUAGE:

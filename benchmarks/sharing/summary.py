@@ -24,14 +24,11 @@ def print_summary(path: Path) -> None:
 
 def tables(results: Results) -> list[Table]:
     """One table for every part that has run, and what was to be shown."""
-    makers = {
-        "p1": _curves,
-        "p2": _pairs,
-        "p3": _overheads,
-        "p4": _steps,
-        "p5": _gaps,
-    }
+    makers = {"p1": _curves, "p2": _pairs, "p3": _overheads, "p5": _gaps}
     found = [make(rows) for part, make in makers.items() if (rows := rows_of(results, part))]
+    steps = [row for row in rows_of(results, "p4") if row.get("arms")]
+    if steps:
+        found += [*map(_steps, steps), _scans(steps)]
     return [*found, _lines(verdicts(results))]
 
 
@@ -64,40 +61,57 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _overheads(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("P3: what lanes cost", "what", "clock", "us")
+    table = _table("P3: what lanes cost", "what", "us")
     for row in rows:
         told = row.get("failed") or ("no GPU" if "needs" in row else f"{1e6 * row['s'][0]:.2f}")
-        table.add_row(row["overhead"], row.get("clock", "host"), told)
+        table.add_row(row["overhead"], told)
     return table
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Gains of every arm over the best serial one; its own step in milliseconds."""
-    ran = [row for row in rows if row.get("arms")]
-    names = list(dict.fromkeys(name for row in ran for name in row["arms"]))
-    table = _table("P4: steps of the best serial arm over those of each arm", "case", "serial",
-                   "ms", *names, "A/A", "ideal", "roofline")  # fmt: skip
-    for row in ran:
-        serial = row["serial"]
-        table.add_row(
-            row["case"],
-            serial,
-            f"{1e3 * row['arms'][serial]['median_s']:.1f}" if serial else "",
-            *(_gain(row["arms"].get(name)) for name in names),
-            f"±{100 * row['noise']:.1f} %" if row["noise"] is not None else "",
-            f"{row['ideal_gain']:.2f}",
-            f"{row['roofline_gain']:.2f}",
-        )
+def _steps(row: Mapping[str, Any]) -> Table:
+    """Every arm of a case: its step, its gain over the best serial arm, and what goes with it."""
+    control = "" if row["noise"] is None else f", A/A ±{100 * row['noise']:.1f} %"
+    table = _table(
+        f"P4: {row['case']}; gain over {row['serial']}{control}; perfect overlap "
+        f"{row['ideal_gain']:.2f}, roofline {row['roofline_gain']:.2f}",
+        *("arm", "SMs", "ms", "gain", "interval", "gradients off", "GiB", "MHz", "W"),
+    )
+    for name, arm in row["arms"].items():
+        table.add_row(name, _sms(arm["sms"]), *_arm_cells(arm))
     return table
 
 
-def _gain(arm: Mapping[str, Any] | None) -> str:
-    if arm is None:
-        return ""
-    if not arm.get("gain"):
-        return "-"
-    gain = arm["gain"]
-    return f"{gain['estimate']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
+def _sms(sms: Mapping[str, int | None]) -> str:
+    return "|".join("-" if own is None else str(own) for own in sms.values())
+
+
+def _arm_cells(arm: Mapping[str, Any]) -> list[str]:
+    if arm.get("failed"):
+        return ["failed", arm["failed"][:60]]
+    gain, sensors, peak = arm["gain"], arm["sensors"] or {}, arm["peak_bytes"]
+    return [
+        f"{1e3 * arm['median_s']:.2f}",
+        f"{gain['estimate']:.3f}",
+        f"{gain['low']:.3f} to {gain['high']:.3f}",
+        f"{max(arm['gradient_errors'].values()):.1e}",
+        "" if peak is None else f"{peak / 2**30:.1f}",
+        *(f"{sensors[key]:.0f}" if sensors else "" for key in ("sm_clock_mhz", "power_w")),
+    ]
+
+
+def _scans(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Steps of all quotas that were tried, over the fastest of them: losses stand here, too."""
+    table = _table("P4: quotas that were tried, slower than the best of them", "case", "kind", "%")
+    for row in rows:
+        for kind in ("split", "cap"):
+            tried = [each for each in row["scan"] if each["kind"] == kind and each["median_s"]]
+            least_s = min((each["median_s"] for each in tried), default=0.0)
+            cells = (
+                f"{_sms(each['sms'])} {100 * (each['median_s'] / least_s - 1):.0f}"
+                for each in tried
+            )
+            table.add_row(row["case"], kind, "  ".join(cells))
+    return table
 
 
 def _gaps(rows: Sequence[Mapping[str, Any]]) -> Table:
