@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     setting = setting_on(
         "cpu" if options.dry_run else "cuda", budget_s=options.budget_s, rounds=options.rounds
     )
-    for name in PARTS if options.part == "all" else [options.part]:
+    for name in PARTS if "all" in options.part else options.part:
         measure, told = PARTS[name]
         machine = describe_device(setting)
         print(f"{name} on {machine['device']['name']}", flush=True)
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     running = commands.add_parser("run", help="measure a part")
     running.set_defaults(command=_on_own_stream)
-    running.add_argument("--part", choices=[*PARTS, "all"], required=True)
+    running.add_argument("--part", choices=[*PARTS, "all"], nargs="+", required=True)
     running.add_argument("--output", type=Path, default=OUTPUT)
     running.add_argument("--budget-s", type=float, default=480.0, help="nothing new after that")
     running.add_argument("--rounds", type=int, help="turns of every arm")

@@ -1,7 +1,8 @@
 """Ways to run the same step: one module after the other, or at the same time in lanes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from megatron_mosaic.layout.plan import Plan
 
 LARGEST_ERROR = 1e-2
 """Relative norm by which gradients in bf16 may differ from those of the first arm."""
+
+USED_SHARE = 0.9
+"""Of free memory that arms may fill together."""
+
+IMPORTANCE = ("A", "A again", "A'", "G'", "F", "F cap", "G", "D", "E", "B'", "C'", "A' batch",
+              "A batch", "B", "C")  # fmt: skip
+"""Arms in the order in which they are kept where not all fit."""
 
 FAILURES = (RuntimeError, NotImplementedError, HostError, LayoutError)
 """What an arm may end with on a machine that cannot run it; torch's out-of-memory is among it."""
@@ -73,23 +81,43 @@ def is_serial(name: str) -> bool:
     return name[0] == "A" and name != "A again"
 
 
-def lane_arms(
-    *, split: Mapping[str, int | None] | None, cap: Mapping[str, int | None] | None
-) -> list[Arm]:
-    """Modules at the same time, under the best quotas that a scan has found."""
+def lane_arms(*, split: Arm | None, cap: Arm | None) -> list[Arm]:
+    """Modules at the same time, under the best quotas and groups that a scan has found."""
     arms = [
         Arm(name="B", mode="streams"),
         Arm(name="B'", mode="streams", graphs=True),
         Arm(name="C", mode="priority"),
         Arm(name="C'", mode="priority", graphs=True),
     ]
-    for letter, sms in (("D", split), ("E", cap)):
-        if sms is not None:
-            arms.append(Arm(name=letter, mode="green", sms=sms))
-    for name, sms in (("F", split), ("F cap", cap)):
-        if sms is not None:
-            arms.append(Arm(name=name, mode="green", sms=sms, graphs=True))
+    for best, launched, captured in ((split, "D", "F"), (cap, "E", "F cap")):
+        if best is not None:
+            arms.append(replace(best, name=launched, graphs=False))
+            arms.append(replace(best, name=captured, graphs=True))
     return arms
+
+
+def affordable(arms: Sequence[Arm], *, each_bytes: float, free_bytes: float) -> set[str]:
+    """Names of the arms whose memory fits at once, those that say most first.
+
+    The allocator keeps memory for every stream, and a pool for captured steps: only arms without
+    lanes use each other's.
+
+    Args:
+        arms: All arms.
+        each_bytes: What a step of one takes.
+        free_bytes: What there is.
+    """
+    kept, left = set(), free_bytes
+    seen: set[bool] = set()
+    for arm in sorted(arms, key=lambda arm: IMPORTANCE.index(arm.name)):
+        # The encoders' whole batch needs more than a microbatch, the language model no less.
+        size = arm.encoder_group * each_bytes
+        known = arm.mode is None and arm.graphs in seen and arm.encoder_group == 1
+        if known or size <= left:
+            kept.add(arm.name)
+            left -= 0 if known else size
+            seen |= {arm.graphs} if arm.mode is None else set()
+    return kept
 
 
 def planned_arm(planned: Planned, *, graphs: bool) -> Arm:
@@ -138,12 +166,20 @@ class Bench:
         self.batch = draw_batch(case, setting)
         self.bank = bank
         self._captures = Captures(setting.device)
-        self.run_of(Arm(name="A"))()
+        first = Arm(name="A")
+        run = self.run_of(first)
+        before = self._allocated_bytes()
+        self.step_bytes = (self.peak_bytes(first, run) or 0) - before
+        run()
         synchronize(setting.device)
         self._reference = gradients(self.modules)
 
-    def run_of(self, arm: Arm) -> Callable[[], None]:
+    def run_of(self, arm: Arm, *, captures: Captures | None = None) -> Callable[[], None]:
         """Returns what runs the step of an arm.
+
+        Args:
+            arm: The arm.
+            captures: Captures steps in place of what all arms share.
 
         Raises:
             HostError: The device cannot give these lanes, or capture anything.
@@ -152,7 +188,18 @@ class Bench:
         plan = arm.plan or plan_of(self.case, sms=sms, encoder_group=arm.encoder_group)
         lanes = self.bank.lanes(arm.mode or "serial", sms or {})
         run = StepRun(self.modules, self.batch, plan, lanes)
-        return self._captures.captured(run) if arm.graphs else run
+        return (captures or self._captures).captured(run) if arm.graphs else run
+
+    def _allocated_bytes(self) -> int:
+        on_gpu = self.setting.device.type == "cuda"
+        return torch.cuda.memory_allocated(self.setting.device) if on_gpu else 0
+
+    def free_bytes(self) -> float:
+        """Memory that arms may fill; a host has no bound."""
+        if self.setting.device.type != "cuda":
+            return inf
+        torch.cuda.empty_cache()
+        return USED_SHARE * torch.cuda.mem_get_info(self.setting.device)[0]
 
     def check(self, run: Callable[[], None]) -> dict[str, float]:
         """Gradients' relative errors of one run against the first arm's, by module."""

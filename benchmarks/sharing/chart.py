@@ -58,7 +58,7 @@ def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(
             [row["sms"] for row in own],
             [last["median_s"] / row["median_s"] for row in own],
-            color=_COLOURS[kind],
+            color=_COLOURS[kind.partition(".")[0]],
             linewidth=1,
             marker="o",
             markersize=2.5,

@@ -1,9 +1,9 @@
 """P1: what operations take on some of the SMs, alone."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
         for sms in (*counts, setting.num_sms):
             row = {"operation": operation.name, "kind": operation.kind, "sms": sms}
             if budget.spent:
-                yield row | {"skipped": f"{setting.budget_s:.0f} s had gone by"}
+                yield row | {"skipped": budget.told()}
                 continue
             try:
                 quota = None if sms == setting.num_sms else sms
@@ -56,10 +56,12 @@ def measure_operation(
     }
     if setting.tiny:
         return found | {"grids": None, "needs": "a GPU for grids and carve-outs"}
-    found["grids"] = grid_sizes(run, setting.device)
-    if operation.kind == "matmul" and sms < setting.num_sms:
-        with carved_out(setting.num_sms - sms):
-            found["carved_out_s"] = repeated_s(run, setting)
+    try:
+        found["grids"] = grid_sizes(run, setting.device)
+    except RuntimeError as error:
+        found["grids"] = failure(error)
+    if operation.kind.startswith("matmul") and sms < setting.num_sms:
+        found["carved_out_s"] = carved_out_s(run, setting, sms=setting.num_sms - sms)
     return found
 
 
@@ -86,13 +88,17 @@ def in_lane(
     return run
 
 
-@contextmanager
-def carved_out(sms: int) -> Iterator[None]:
-    """Tells matrix products of libraries to leave some SMs alone, all over the process."""
-    carve: Any = torch._C._set_sm_carveout_experimental
+def carved_out_s(run: Callable[[], None], setting: Setting, *, sms: int) -> float | None:
+    """Seconds while libraries are told to leave some SMs alone; None where torch has no such way.
+
+    It holds for the whole process, and torch calls it an experiment.
+    """
+    carve: Any = getattr(torch._C, "_set_sm_carveout_experimental", None)
+    if carve is None:
+        return None
     carve(sms)
     try:
-        yield
+        return repeated_s(run, setting)
     finally:
         carve(None)
 
@@ -116,8 +122,7 @@ def blocks_of(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     found = {}
     for event in events:
         if event.get("cat") == "kernel":
-            x, y, z = event["args"]["grid"]
-            found[event["name"][:60]] = x * y * z
+            found[event["name"][:60]] = math.prod(event["args"]["grid"])
     return found
 
 

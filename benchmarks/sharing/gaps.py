@@ -38,7 +38,7 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
         for part in GAPS_OF_ENCODER:
             row = {"case": case.name, "gap_of_encoder": part}
             if budget.spent:
-                yield row | {"arm": None, "skipped": f"{setting.budget_s:.0f} s had gone by"}
+                yield row | {"arm": None, "skipped": budget.told()}
                 continue
             for found in encoder.measure(part * encoder_s, encoder_s):
                 yield row | found

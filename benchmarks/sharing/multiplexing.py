@@ -1,6 +1,7 @@
 """P4: the same step in every arm, in turn, with gradients compared and losses reported."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from benchmarks.sharing.arms import (
     LARGEST_ERROR,
     Arm,
     Bench,
+    affordable,
     cap_quotas,
     is_serial,
     lane_arms,
@@ -17,6 +19,7 @@ from benchmarks.sharing.arms import (
     serial_arms,
     split_quotas,
 )
+from benchmarks.sharing.capture import Captures
 from benchmarks.sharing.cases import cases_for
 from benchmarks.sharing.choice import Planned, planned
 from benchmarks.sharing.lanes import LaneBank
@@ -34,6 +37,7 @@ from benchmarks.sharing.stats import (
     noise,
 )
 from benchmarks.sharing.work import Work, counted
+from megatron_mosaic.planner.legal_sizes import divisors
 
 SCAN_REPEATS = 3
 """Steps of each split before the best one is measured anew, beside all arms."""
@@ -42,7 +46,8 @@ MOST_SPLITS = 15
 """Splits that are scanned: all of two lanes on 132 SMs; of more lanes those nearest to the
 modules' shares of the time."""
 
-Quotas = Mapping[str, int | None]
+MOST_CAPS = 8
+"""Caps of the encoders that are scanned."""
 
 
 def measure(
@@ -55,20 +60,21 @@ def measure(
         cluster: What the planner takes the GPU for.
         only: Cases whose names contain one of these; none is all.
     """
-    budget = Budget(seconds=setting.budget_s)
+    budget, longest_s = Budget(seconds=setting.budget_s), 0.0
     bank, peaks = LaneBank(setting), ceilings(setting)
     for case in cases_for(setting):
         if only and not any(each in case.name for each in only):
             continue
-        if budget.spent:
-            yield {"case": case.name, "skipped": f"{setting.budget_s:.0f} s had gone by"}
+        if budget.left_s <= longest_s:
+            yield {"case": case.name, "skipped": budget.told()}
             continue
+        before_s = budget.left_s
         bench = Bench(case, setting, bank)
         choices = [planned(case, graphs=graphs, cluster=cluster) for graphs in (False, True)]
         yield measure_case(bench, choices=choices, peaks=peaks)
         del bench
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_cached(setting)
+        longest_s = max(longest_s, before_s - budget.left_s)
 
 
 def measure_case(
@@ -92,7 +98,7 @@ def measure_case(
     scan = scan_quotas(bench, alone_s)
     arms = [
         *serial_arms(case),
-        *lane_arms(split=_best(scan, "split"), cap=_best(scan, "cap")),
+        *lane_arms(split=best_of(scan, "split"), cap=best_of(scan, "cap")),
         *(
             planned_arm(own, graphs=graphs)
             for own, graphs in zip(choices, (False, True), strict=True)
@@ -116,23 +122,44 @@ def scan_quotas(bench: Bench, alone_s: Mapping[str, float]) -> list[dict[str, An
     """Times every split, and every cap of the encoders alone; captured where that is possible."""
     case, setting = bench.case, bench.setting
     splits = nearest_splits(setting.splits(len(case.modules)), [alone_s[m] for m in case.modules])
-    tried = [("split", split_quotas(case, split)) for split in splits]
-    tried += [
-        ("cap", cap_quotas(case, sms))
-        for sms in setting.quotas()
-        if sms * len(case.encoders) <= setting.num_sms
+    caps = [sms for sms in setting.quotas() if sms * len(case.encoders) <= setting.num_sms]
+    graphs = not setting.tiny
+    arms = [
+        *(Arm(name="split", sms=split_quotas(case, split)) for split in splits),
+        *(Arm(name="cap", sms=cap_quotas(case, sms)) for sms in thinned(caps, MOST_CAPS)),
     ]
-    found = []
-    for kind, sms in tried:
-        arm = Arm(name=kind, mode="green", sms=sms, graphs=not setting.tiny)
-        row: dict[str, Any] = {"kind": kind, "sms": sms, "median_s": None, "failed": None}
-        try:
-            run = bench.run_of(arm)
-            row["median_s"] = median_s(run, setting.device, repeats=SCAN_REPEATS, warm_up=1)
-        except FAILURES as error:
-            row["failed"] = failure(error)
-        found.append(row)
+    found = [_scanned(bench, replace(arm, mode="green", graphs=graphs)) for arm in arms]
+    for kind in ("split", "cap"):
+        best = best_of(found, kind)
+        groups = divisors(case.num_microbatches)[1:] if best else []
+        found += [_scanned(bench, replace(best, encoder_group=group)) for group in groups if best]
     return found
+
+
+def _scanned(bench: Bench, arm: Arm) -> dict[str, Any]:
+    """Times an arm that gives its memory back: each has streams, and so memory, of its own."""
+    row: dict[str, Any] = {"kind": arm.name, "median_s": None, "failed": None, **arm.written()}
+    try:
+        run = bench.run_of(arm, captures=Captures(bench.setting.device))
+        row["median_s"] = median_s(run, bench.setting.device, repeats=SCAN_REPEATS, warm_up=1)
+        del run
+    except FAILURES as error:
+        row["failed"] = failure(error)
+    free_cached(bench.setting)
+    return row
+
+
+def free_cached(setting: Setting) -> None:
+    """Gives memory that nothing uses back to the device."""
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def thinned(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of ascending values, evenly, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def nearest_splits(
@@ -151,23 +178,30 @@ def nearest_splits(
     return [split for split in splits if split in kept]
 
 
-def _best(scan: Sequence[Mapping[str, Any]], kind: str) -> Quotas | None:
+def best_of(scan: Sequence[Mapping[str, Any]], kind: str) -> Arm | None:
+    """The fastest arm of a kind that was scanned."""
     ran = [row for row in scan if row["kind"] == kind and row["median_s"] is not None]
-    return min(ran, key=lambda row: row["median_s"])["sms"] if ran else None
+    if not ran:
+        return None
+    row = min(ran, key=lambda row: row["median_s"])
+    names = ("mode", "sms", "graphs", "encoder_group")
+    return Arm(name=kind, **{name: row[name] for name in names})
 
 
 def take_turns(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """Runs the arms in turn; what an arm cannot do is noted, and the others go on."""
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], None]] = {}
+    fitting = affordable(arms, each_bytes=bench.step_bytes, free_bytes=bench.free_bytes())
     for arm in arms:
         rows[arm.name] = row = {**arm.written(), "failed": None}
+        if arm.name not in fitting:
+            row["failed"] = f"left out: {bench.step_bytes / 2**30:.0f} GiB for each arm"
+            continue
         try:
             run = bench.run_of(arm)
             row["gradient_errors"] = bench.check(run)
             row["peak_bytes"] = bench.peak_bytes(arm, run)
-            for _ in range(bench.setting.warm_up):
-                run()
         except FAILURES as error:
             row["failed"] = failure(error)
             continue
@@ -175,9 +209,13 @@ def take_turns(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     sensors = Sensors(bench.setting.device)
     times_s: dict[str, list[float]] = {name: [] for name in runs}
     readings: dict[str, list[Any]] = {name: [] for name in runs}
-    for _, name in in_turns(list(runs), rounds=bench.setting.rounds):
-        times_s[name].append(bench.timed_s(runs[name]))
-        readings[name].append(sensors.read())
+    warm_up, rounds = bench.setting.warm_up, bench.setting.rounds
+    # Every capture has given cached memory back: arms are warm only after the last of them.
+    for turn, name in in_turns(list(runs), rounds=warm_up + rounds):
+        seconds, reading = bench.timed_s(runs[name]), sensors.read()
+        if turn >= warm_up:
+            times_s[name].append(seconds)
+            readings[name].append(reading)
     medians_s = {name: median_interval(own).estimate for name, own in times_s.items()}
     base = fastest(medians_s, [name for name in runs if is_serial(name)])
     for name in runs:

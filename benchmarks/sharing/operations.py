@@ -17,7 +17,7 @@ class Operation:
 
     Args:
         name: For people.
-        kind: ``matmul``, ``attention`` or ``elementwise``.
+        kind: The cost model's name of its kind: ``matmul.bf16``, ``elementwise``.
         run: Launches it once.
         work: What it does.
     """
@@ -81,7 +81,7 @@ def _draw(setting: Setting, *shape: int) -> torch.Tensor:
 
 def _gemm(setting: Setting, name: str, tokens: int, outputs: int, inputs: int) -> _Made:
     a, b = _draw(setting, tokens, inputs), _draw(setting, outputs, inputs)
-    return f"gemm {name}", "matmul", lambda: F.linear(a, b)
+    return f"gemm {name}", "matmul.bf16", lambda: F.linear(a, b)
 
 
 def _attention(
@@ -98,8 +98,8 @@ def _attention(
         return torch.autograd.grad(forward(), leaves, grad)
 
     return [
-        (f"attention {name} forward", "attention", torch.no_grad()(forward)),
-        (f"attention {name} both", "attention", both),
+        (f"attention {name} forward", "attention.forward", torch.no_grad()(forward)),
+        (f"attention {name} both", "attention.both", both),
     ]
 
 

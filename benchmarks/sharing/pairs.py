@@ -45,7 +45,7 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
             if isinstance(lanes, str):
                 yield row | {"failed": lanes}
             elif budget.spent:
-                yield row | {"skipped": f"{setting.budget_s:.0f} s had gone by"}
+                yield row | {"skipped": budget.told()}
             else:
                 yield row | measure_pair(pair, lanes, setting)
 

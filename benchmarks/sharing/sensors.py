@@ -19,14 +19,16 @@ class Sensors:
             return
         try:
             self._nvml = importlib.import_module("pynvml")
+        except ImportError as error:
+            self.note = str(error)
+            return
+        try:
             self._nvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
             self.note = None
-        except (ImportError, RuntimeError, OSError, AttributeError) as error:
-            self.note = _first_line(error)
-        except Exception as error:  # noqa: BLE001 - NVML's errors derive from nothing else
-            self.note = _first_line(error)
+        except self._nvml.NVMLError as error:
+            self.note = f"NVML: {error}"
 
     def read(self) -> Mapping[str, float] | None:
         """Clock of the SMs in MHz and power in watts, now."""
@@ -54,7 +56,3 @@ def medians(readings: Sequence[Mapping[str, float] | None]) -> dict[str, float] 
     """Median of every reading."""
     found = [each for each in readings if each is not None]
     return {key: median(each[key] for each in found) for key in found[0]} if found else None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -98,6 +98,10 @@ class Budget:
         """Whether nothing new should begin."""
         return self.left_s <= 0
 
+    def told(self) -> str:
+        """Why something was skipped."""
+        return f"too little was left of {self.seconds:.0f} s"
+
 
 def synchronize(device: torch.device) -> None:
     """Waits for all that was launched."""
