@@ -84,8 +84,9 @@ class ScheduleChoice:
         for key, known in _KINDS_OF_KEY.items():
             value = getattr(self, key)
             if value not in (None, False) and self.kind not in known:
+                *others, last = known
                 raise LayoutError(
-                    f"schedule: {key}={show(value)} must go with kind={' or '.join(known)}, "
+                    f"schedule: {key}={show(value)} must go with kind={', '.join(others)} or {last}, "
                     f"not {self.kind}; remove the key or change the kind"
                 )
         for key, otherwise in (("encoder_group", "the default"), ("max_live", "no bound")):

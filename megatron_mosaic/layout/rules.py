@@ -185,9 +185,10 @@ def _check_encoder_group(plan: "Plan") -> None:
     group, total = plan.schedule.encoder_group, plan.num_microbatches
     if group is not None and total % group:
         lower = next(n for n in range(min(group, total), 0, -1) if total % n == 0)
+        default = "the whole batch" if plan.schedule.kind == "colocated" else "one microbatch"
         raise LayoutError(
             f"schedule: encoder_group={group} must divide the {total} microbatches of a step; "
-            f"use {lower}, or remove the key for the whole batch"
+            f"use {lower}, or remove the key for {default}"
         )
 
 

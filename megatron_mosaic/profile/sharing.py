@@ -119,7 +119,10 @@ def _time_pair(
         stopwatch.device, runs, lanes, num_other=round(longer * alone_s[0] / alone_s[1])
     )
     second_s = _beside_s(
-        stopwatch.device, runs[::-1], lanes[::-1], num_other=round(longer * alone_s[1] / alone_s[0])
+        stopwatch.device,
+        (runs[1], runs[0]),
+        (lanes[1], lanes[0]),
+        num_other=round(longer * alone_s[1] / alone_s[0]),
     )
     return alone_s, (first_s, second_s)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import Stage, hosted_stages
-from megatron_mosaic.schedule.steps import Compute, Post, Step, Transfer, Wait
+from megatron_mosaic.schedule.steps import Compute, Post, Step, Transfer, Wait, crosses_steps
 from megatron_mosaic.schedule.task import Task
 
 ONE_LANE = ""
@@ -63,7 +63,12 @@ def lanes_of(plan: Plan, rank: int) -> tuple[str, ...]:
 
 
 def lane_steps(
-    plan: Plan, steps: Sequence[Step], rank: int, *, alone: Collection[Task] = ()
+    plan: Plan,
+    steps: Sequence[Step],
+    rank: int,
+    *,
+    alone: Collection[Task] = (),
+    ahead: frozenset[str] = frozenset(),
 ) -> tuple[LaneStep, ...]:
     """Puts a rank's steps into lanes, with the fewest events that keep them right.
 
@@ -75,9 +80,11 @@ def lane_steps(
         steps: What the rank does, in the order in which it launches it.
         rank: The rank.
         alone: Its tasks beside which no other lane can run, as ``alone_tasks`` finds them.
+        ahead: Modules that run a step ahead. What they made before the steps begin is at hand:
+            whoever uses it does not wait for their lanes.
     """
     hosted = hosted_stages(plan, rank)
-    lanes = [lane_of(plan, _lane_module(step, hosted)) for step in steps]
+    lanes = [lane_of(plan, _lane_module(step, hosted, ahead)) for step in steps]
     posted: dict[Transfer, int] = {}
     after: list[tuple[int, ...]] = []
     order = _Order()
@@ -151,12 +158,18 @@ def _whole(
     return whole
 
 
-def _lane_module(step: Step, hosted: Collection[Stage]) -> str:
-    """Module in whose lane a step runs: posts go where the rank sends, if it does."""
+def _lane_module(step: Step, hosted: Collection[Stage], ahead: frozenset[str]) -> str:
+    """Module in whose lane a step runs: that of the stage that made what is posted, if it is here.
+
+    What was made a step before is posted by the stage that uses it, if that is here.
+    """
     if isinstance(step, Compute):
         return step.task.module
     source, destination = _ends(step.transfer)
-    return source.module if isinstance(step, Post) and source in hosted else destination.module
+    if isinstance(step, Wait) or source not in hosted:
+        return destination.module
+    is_kept = crosses_steps(ahead, step.transfer.edge)
+    return destination.module if is_kept and destination in hosted else source.module
 
 
 def _ends(transfer: Transfer) -> tuple[Stage, Stage]:

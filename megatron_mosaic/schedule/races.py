@@ -19,6 +19,7 @@ from megatron_mosaic.schedule.steps import (
     Post,
     Step,
     Transfer,
+    crosses_steps,
     edges_of,
     has_gradient,
     transfers_of,
@@ -97,11 +98,19 @@ class VectorClocks:
         return self._clocks.setdefault(lane, {lane: 1})
 
 
-def accesses(plan: Plan, steps: Iterable[Step]) -> list[tuple[Access, ...]]:
+def accesses(
+    plan: Plan, steps: Iterable[Step], *, ahead: frozenset[str] = frozenset()
+) -> list[tuple[Access, ...]]:
     """What each step of a rank reads and writes.
 
     A transfer's rows leave a task, are posted, arrive, and go into a task, each piece taken by
     the next. A task's activations live from its forward to its backward pass.
+
+    Args:
+        plan: The plan.
+        steps: The steps.
+        ahead: Modules that run a step ahead: what is posted of theirs was made before the steps,
+            what they make is for the next ones.
     """
     edges = edges_of(plan)
     returning = frozenset(edge for edge in edges if has_gradient(plan, edge))
@@ -114,7 +123,10 @@ def accesses(plan: Plan, steps: Iterable[Step]) -> list[tuple[Access, ...]]:
             own = at_stage[Stage(*step.task[1:3])]
             found.append(_of_task(step.task, *transfers_of(own, returning, step.task)))
         else:
-            pieces = ("leaving", "posted") if isinstance(step, Post) else ("posted", "arrived")
+            pieces = ("posted", "arrived")
+            if isinstance(step, Post):
+                kept = crosses_steps(ahead, step.transfer.edge)
+                pieces = ("kept" if kept else "leaving", "posted")
             found.append(tuple(Access((piece, step.transfer), True) for piece in pieces))
     return found
 

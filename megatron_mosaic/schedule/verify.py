@@ -239,8 +239,10 @@ def _check_races(
         return
     for row, steps_of_row in zip(rows, steps, strict=True):
         if row.hosted:
-            in_lanes = lane_steps(plan, steps_of_row, row.ranks[0])
-            race = find_race(in_lanes, joins(in_lanes), accesses(plan, steps_of_row))
+            ahead = schedule.ahead
+            in_lanes = lane_steps(plan, steps_of_row, row.ranks[0], ahead=ahead)
+            used = accesses(plan, steps_of_row, ahead=ahead)
+            race = find_race(in_lanes, joins(in_lanes), used)
             assert race is None, f"rank {row.ranks[0]}: {race}"
 
 

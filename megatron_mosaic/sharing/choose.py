@@ -1,6 +1,6 @@
 """Which kind of lanes a run has: what ``--mosaic-sharing`` asks for, or what there is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,17 +16,6 @@ from megatron_mosaic.sharing.virtual import virtual_lanes
 Mode = Literal["auto", "strict", "green", "priority", "streams", "serial"]
 MODES: tuple[Mode, ...] = ("auto", "strict", "green", "priority", "streams", "serial")
 
-Open = Callable[[Sequence[Quota], torch.device], Lanes]
-
-BACKENDS: Mapping[str, Open] = {
-    "green": lambda quotas, device: green_lanes(quotas, device=device),
-    "priority": lambda quotas, device: priority_lanes(quotas, device=device),
-    "streams": lambda quotas, device: stream_lanes(quotas, device=device),
-    "serial": lambda quotas, device: serial_lanes(quotas),
-    "virtual": lambda quotas, device: virtual_lanes(quotas),
-}
-"""How lanes of each kind are opened."""
-
 _ON_HOST = {"auto": "virtual", "strict": "virtual", "green": "virtual", "serial": "serial"}
 _ON_GPU = {"strict": "green", "auto": "green"}
 
@@ -37,7 +26,6 @@ def open_lanes(
     mode: Mode,
     device: torch.device,
     environment: Environment,
-    backends: Mapping[str, Open] = BACKENDS,
 ) -> Lanes:
     """Opens the lanes of a rank.
 
@@ -49,7 +37,6 @@ def open_lanes(
         mode: What was asked for; ``strict`` is green contexts.
         device: Where the lanes are; a host has ``virtual`` ones.
         environment: Settings of the run, the same on every rank.
-        backends: How lanes of each kind are opened.
 
     Raises:
         HostError: The mode cannot be had, with what to do.
@@ -60,11 +47,10 @@ def open_lanes(
     """
     against = () if mode == "serial" else objections(environment)
     if mode == "auto":
-        return _best(quotas, device, against, backends)
+        return _best(quotas, device, against)
     if against:
         raise HostError(against[0])
-    backend = _backend(mode, device)
-    return _noted(backends[backend](quotas, device), "")
+    return _open(_backend(mode, device), quotas, device)
 
 
 def _backend(mode: Mode, device: torch.device) -> str:
@@ -77,24 +63,35 @@ def _backend(mode: Mode, device: torch.device) -> str:
     return _ON_HOST[mode]
 
 
-def _best(
-    quotas: Sequence[Quota],
-    device: torch.device,
-    against: Sequence[str],
-    backends: Mapping[str, Open],
-) -> Lanes:
+def _best(quotas: Sequence[Quota], device: torch.device, against: Sequence[str]) -> Lanes:
     """Opens the best lanes that there are; the note tells why it is not better ones."""
-    if against:
-        return _noted(backends["serial"](quotas, device), against[0])
-    first = _backend("auto", device)
-    try:
-        return _noted(backends[first](quotas, device), "")
-    except (HostError, LayoutError) as error:
-        return _noted(backends["priority"](quotas, device), str(error))
+    better = () if against else (_backend("auto", device), "priority")
+    why = list(against[:1])
+    for backend in better:
+        try:
+            return _open(backend, quotas, device, why="; ".join(why))
+        except (HostError, LayoutError) as error:
+            why.append(str(error))
+    return _open("serial", quotas, device, why="; ".join(why))
 
 
-def _noted(lanes: Lanes, why: str) -> Lanes:
-    """Gives lanes the line that the log has of them."""
+def _open(backend: str, quotas: Sequence[Quota], device: torch.device, *, why: str = "") -> Lanes:
+    match backend:
+        case "green":
+            lanes = green_lanes(quotas, device=device)
+        case "priority":
+            lanes = priority_lanes(quotas, device=device)
+        case "streams":
+            lanes = stream_lanes(quotas, device=device)
+        case "virtual":
+            lanes = virtual_lanes(quotas)
+        case _:
+            lanes = serial_lanes(quotas)
+    return replace(lanes, note=_note(lanes, why))
+
+
+def _note(lanes: Lanes, why: str) -> str:
+    """The line that the log has of lanes."""
     shown = ", ".join(
         f"{lane.name} on {'all' if lane.sms is None else lane.sms} SMs"
         for lane in lanes.named.values()
@@ -106,5 +103,4 @@ def _noted(lanes: Lanes, why: str) -> Lanes:
         "serial": "none, modules run one after the other",
         "virtual": f"virtual, on a host, checked for races: {shown}",
     }[lanes.backend]
-    because = f" ({why})" if why else ""
-    return replace(lanes, note=f"lanes: {meaning}{because}")
+    return f"lanes: {meaning} ({why})" if why else f"lanes: {meaning}"

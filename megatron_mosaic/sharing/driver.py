@@ -6,7 +6,7 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from megatron_mosaic.sharing.streams import priorities
 # The first driver with streams of green contexts, as cuDriverGetVersion counts: CUDA 12.5.
 _OLDEST_DRIVER = 12050
 
-_FALL_BACK = "use --mosaic-sharing auto"
+_FALL_BACK = "use --mosaic-sharing priority"
 
 # What a driver's refusals mean here, by their number in CUresult.
 _REMEDIES = {
@@ -126,13 +126,15 @@ def green_streams(
         sizes=gpu.sizes,
         where=f"cuda:{device}",
     )
+    ranked = [
+        replace(quota, priority=priority)
+        for quota, priority in zip(quotas, priorities(quotas), strict=True)
+    ]
     with ExitStack() as undo:
         places = _places(calls, gpu, split) if split.num_groups else []
         streams = [
-            _stream(calls, gpu, quota, priority, [places[part] for part in parts], undo)
-            if parts
-            else None
-            for quota, parts, priority in zip(quotas, split.parts, priorities(quotas), strict=True)
+            _stream(calls, gpu, quota, [places[part] for part in parts], undo) if parts else None
+            for quota, parts in zip(ranked, split.parts, strict=True)
         ]
         undo.pop_all()
     return streams
@@ -164,12 +166,7 @@ def _places(calls: "DriverCalls", gpu: _Device, split: SmSplit) -> list[Any]:
 
 
 def _stream(
-    calls: "DriverCalls",
-    gpu: _Device,
-    quota: Quota,
-    priority: int,
-    parts: Sequence[Any],
-    undo: ExitStack,
+    calls: "DriverCalls", gpu: _Device, quota: Quota, parts: Sequence[Any], undo: ExitStack
 ) -> GreenStream:
     enums = calls.driver
     descriptor = calls("cuDevResourceGenerateDesc", list(parts), len(parts))
@@ -177,7 +174,7 @@ def _stream(
     context = calls("cuGreenCtxCreate", descriptor, gpu.handle, flag)
     undo.callback(calls.quietly, "cuGreenCtxDestroy", context)
     flag = enums.CUstream_flags.CU_STREAM_NON_BLOCKING
-    stream = calls("cuGreenCtxStreamCreate", context, flag, priority)
+    stream = calls("cuGreenCtxStreamCreate", context, flag, quota.priority)
     undo.callback(calls.quietly, "cuStreamDestroy", stream)
     check_sms(
         calls("cuGreenCtxGetDevResource", context, calls.sm_type).sm.smCount, quota, calls.where

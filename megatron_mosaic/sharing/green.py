@@ -1,6 +1,6 @@
 """Lanes with SMs of their own: streams of green contexts that come from one split."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,29 +20,31 @@ from megatron_mosaic.sharing.streams import MainLane, StreamLane, priorities
 # The first driver and bindings with cuDevSmResourceSplit, which torch's own split calls.
 _FIRST_WITH_SPLIT = 13010
 
-Split = Callable[[Sequence[Quota]], list[GreenStream | None]]
 
-
-def green_lanes(quotas: Sequence[Quota], *, device: torch.device, note: str = "") -> Lanes:
+def green_lanes(quotas: Sequence[Quota], *, device: torch.device) -> Lanes:
     """Opens lanes that have SMs of their own, and uncapped ones that use all.
+
+    Where no lane has a quota there is nothing to split, and any driver will do.
 
     Raises:
         QuotaError: Bindings, driver or device cannot give the quotas.
         LayoutError: The device has no such quotas.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
+    capped = any(quota.sms is not None for quota in quotas)
+    streams = _streams(quotas, index) if capped else [None] * len(quotas)
+    return lanes_of_streams(quotas, streams, device=torch.device("cuda", index))
+
+
+def _streams(quotas: Sequence[Quota], device: int) -> list[GreenStream | None]:
     driver = load_driver()
     torch.cuda.init()  # green contexts are parts of the primary context, which torch makes
-    sizes = granularity(torch.cuda.get_device_capability(index))
+    sizes = granularity(torch.cuda.get_device_capability(device))
     contexts: Any = getattr(torch.cuda, "GreenContext", None)
-    if torch_splits(contexts, driver):
-        num_sms = torch.cuda.get_device_properties(index).multi_processor_count
-        streams = torch_streams(
-            quotas, device=index, num_sms=num_sms, sizes=sizes, contexts=contexts
-        )
-    else:
-        streams = green_streams(quotas, device=index, sizes=sizes, driver=driver)
-    return lanes_of_streams(quotas, streams, device=torch.device("cuda", index), note=note)
+    if not torch_splits(contexts, driver):
+        return green_streams(quotas, device=device, sizes=sizes, driver=driver)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return torch_streams(quotas, device=device, num_sms=num_sms, sizes=sizes, contexts=contexts)
 
 
 def torch_splits(contexts: Any, driver: Any) -> bool:
@@ -84,7 +86,7 @@ def torch_streams(
         shown = " | ".join(str(quotas[lane].sms) for lane in capped)
         raise QuotaError(
             f"{where}: share.sms={shown} must be granted by the driver, but GreenContext.split "
-            f"raised {' '.join(str(error).split())}; use --mosaic-sharing auto"
+            f"raised {' '.join(str(error).split())}; use --mosaic-sharing priority"
         ) from error
     for lane, context in zip(capped, made, strict=True):
         check_sms(context.sm_count, quotas[lane], where)
@@ -107,7 +109,6 @@ def lanes_of_streams(
     streams: Sequence[GreenStream | None],
     *,
     device: torch.device,
-    note: str = "",
 ) -> Lanes:
     """Makes lanes of streams with SMs of their own; one without has a stream on the whole GPU."""
     named: dict[str, StreamLane] = {}
@@ -118,4 +119,4 @@ def lanes_of_streams(
             if green is None
             else GreenLane(quota.lane, green=green, device=device, whole=whole)
         )
-    return Lanes(main=MainLane(), named=named, backend="green", note=note)
+    return Lanes(main=MainLane(), named=named, backend="green")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_mosaic.errors import HostError
 from megatron_mosaic.schedule.lanes import MAIN
 from megatron_mosaic.sharing.lane import Lanes, Quota
 
@@ -100,17 +101,27 @@ class StreamLane:
         self._beside = stream
         self._whole = stream if whole is None else whole
         self._last = stream
+        self._active: Any = None
         self._activate = torch.cuda.stream if activate is None else activate
 
     @contextmanager
     def active(self, *, whole: bool = False) -> Iterator[None]:
-        """Launches in the lane what the caller launches inside."""
-        stream = self._whole if whole else self._beside
+        """Launches in the lane what the caller launches inside; may be called inside itself."""
+        outer, stream = self._active, self._whole if whole else self._beside
+        self._go_over(stream)
+        self._active = stream
+        try:
+            with self._activate(stream):
+                yield
+        finally:
+            self._active = outer
+            if outer is not None:
+                self._go_over(outer)
+
+    def _go_over(self, stream: Any) -> None:
         if stream is not self._last:
             stream.wait_event(self._last.record_event())
             self._last = stream
-        with self._activate(stream):
-            yield
 
     def record(self) -> Any:
         """Returns an event: the lane has done all that was launched in it so far."""
@@ -128,31 +139,41 @@ class StreamLane:
             tensor.record_stream(stream)
 
 
-def serial_lanes(quotas: Sequence[Quota], *, note: str = "") -> Lanes:
+def serial_lanes(quotas: Sequence[Quota]) -> Lanes:
     """Opens no lanes: modules run one after the other. Works on every device."""
     return Lanes(
         main=NoLane(MAIN),
         named={quota.lane: NoLane(quota.lane) for quota in quotas},
         backend="serial",
-        note=note,
     )
 
 
-def stream_lanes(quotas: Sequence[Quota], *, device: torch.device, note: str = "") -> Lanes:
+def stream_lanes(quotas: Sequence[Quota], *, device: torch.device) -> Lanes:
     """Opens lanes that share all SMs of a GPU, none before another."""
     named = {
         quota.lane: StreamLane(quota.lane, stream=torch.cuda.Stream(device)) for quota in quotas
     }
-    return Lanes(main=MainLane(), named=named, backend="streams", note=note)
+    return Lanes(main=MainLane(), named=named, backend="streams")
 
 
-def priority_lanes(quotas: Sequence[Quota], *, device: torch.device, note: str = "") -> Lanes:
-    """Opens lanes that share all SMs of a GPU, the thread blocks of some before those of others."""
+def priority_lanes(quotas: Sequence[Quota], *, device: torch.device) -> Lanes:
+    """Opens lanes that share all SMs of a GPU, the thread blocks of some before those of others.
+
+    Raises:
+        HostError: The device knows one priority only.
+    """
+    streams: Any = torch.cuda.Stream  # torch's types know no static methods
+    least, greatest = streams.priority_range()
+    if least == greatest:
+        raise HostError(
+            f"{device}: stream priorities {least}..{greatest} must differ to run one lane before "
+            f"another; use --mosaic-sharing streams or serial"
+        )
     named = {
         quota.lane: StreamLane(quota.lane, stream=torch.cuda.Stream(device, priority=priority))
         for quota, priority in zip(quotas, priorities(quotas), strict=True)
     }
-    return Lanes(main=MainLane(), named=named, backend="priority", note=note)
+    return Lanes(main=MainLane(), named=named, backend="priority")
 
 
 def priorities(quotas: Sequence[Quota]) -> tuple[int, ...]:

@@ -43,13 +43,12 @@ class VirtualLane:
         """Does nothing: memory of a host is counted by references."""
 
 
-def virtual_lanes(quotas: Sequence[Quota], *, note: str = "") -> Lanes:
+def virtual_lanes(quotas: Sequence[Quota]) -> Lanes:
     """Opens lanes that find races and run one after the other."""
     clocks = VectorClocks()
     return Lanes(
         main=VirtualLane(Quota(lane=MAIN), clocks=clocks),
         named={quota.lane: VirtualLane(quota, clocks=clocks) for quota in quotas},
         backend="virtual",
-        note=note,
         races=clocks,
     )

@@ -18,8 +18,10 @@ class FakeCuda:
     @contextmanager
     def activate(self, stream):
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def launch(self, what, *, writes=True):
         """Uses memory in the current stream; returns a race with an earlier use."""

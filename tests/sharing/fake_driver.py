@@ -55,7 +55,8 @@ class FakeDriver:
 
     Args:
         num_sms: Its SMs.
-        multiple: Least size of a group, and what it is a multiple of.
+        least: Smallest size of a group; 0 is a driver that does not say.
+        multiple: What a group's size is a multiple of.
         version: CUDA of the driver; None is no driver.
         max_groups: Groups that it can make, if clusters of SMs allow fewer than there are SMs for.
         fails: Results of functions that fail, by name and number of the call, from 1.
@@ -71,6 +72,7 @@ class FakeDriver:
         self,
         *,
         num_sms=132,
+        least=8,
         multiple=8,
         version=13000,
         max_groups=99,
@@ -78,7 +80,8 @@ class FakeDriver:
         missing=(),
         short=0,
     ):
-        self.num_sms, self.multiple, self.version = num_sms, multiple, version
+        self.num_sms, self.least, self.multiple = num_sms, least, multiple
+        self.version = version
         self.max_groups, self.fails, self.short = max_groups, dict(fails), short
         self.missing = missing
         self.called = []
@@ -109,7 +112,7 @@ class FakeDriver:
     def _resource(self, sms, split):
         fields = SimpleNamespace(
             smCount=len(sms),
-            minSmPartitionSize=self.multiple,
+            minSmPartitionSize=self.least,
             smCoscheduledAlignment=self.multiple,
         )
         return SimpleNamespace(sm=fields, sms=frozenset(sms), split=split)
@@ -127,7 +130,8 @@ class FakeDriver:
         return (self._resource(range(self.num_sms), None),)
 
     def _cuDevSmResourceSplitByCount(self, num_groups, source, flags, least):  # noqa: N802
-        size = -(-least // self.multiple) * self.multiple
+        multiple = self.multiple or 1
+        size = max(self.least, -(-least // multiple) * multiple)
         made = min(num_groups, source.sm.smCount // size, self.max_groups)
         split = len(self.called)
         groups = [self._resource(range(i * size, (i + 1) * size), split) for i in range(made)]

@@ -128,6 +128,23 @@ def test_open_lanes_falls_back_to_priorities_and_says_why(fake_gpu, case):
     assert "\n" not in lanes.note
 
 
+def test_open_lanes_has_none_without_quotas_and_priorities(fake_gpu):
+    fake_gpu(FakeDriver(version=12040), priority_range=(0, 0))
+
+    lanes = lanes_of("auto")
+
+    assert lanes.backend == "serial"
+    assert "CUDA 12.4 must be >= 12.5" in lanes.note
+    assert "stream priorities 0..0 must differ" in lanes.note
+
+
+def test_open_lanes_stops_without_priorities(fake_gpu):
+    fake_gpu(FakeDriver(), priority_range=(0, 0))
+
+    with pytest.raises(HostError, match=r"cuda:0: stream priorities 0\.\.0 must differ"):
+        lanes_of("priority")
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("auto", "serial")])
 def test_open_lanes_stops_where_a_guard_objects(fake_gpu, mode):
     fake_gpu(FakeDriver())

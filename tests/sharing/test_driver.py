@@ -1,9 +1,13 @@
 import sys
-from itertools import combinations
+from inspect import signature
+from itertools import combinations, islice
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_mosaic.cluster.sm_partition import Granularity
+from megatron_mosaic.cluster.sm_partition import Granularity, granularity, partitions
 from megatron_mosaic.errors import LayoutError
 from megatron_mosaic.sharing.driver import QuotaError, green_streams, load_driver
 from megatron_mosaic.sharing.lane import Quota
@@ -100,16 +104,33 @@ def test_green_streams_take_priorities():
 
 def test_green_streams_take_granularity_where_the_driver_has_none():
     # Drivers before CUDA 13 do not say; an A100 has groups of >= 4 in multiples of 2.
-    driver = FakeDriver(num_sms=108, multiple=0)
-    driver._cuDevSmResourceSplitByCount = lambda groups, source, flags, least: (
-        [driver._resource(range(least), 1)],
-        1,
-        driver._resource(range(least, 108), 1),
-    )
+    driver = FakeDriver(num_sms=108, least=0, multiple=0)
 
     streams = green_streams(quotas(10, 98), device=0, sizes=Granularity(4, 2), driver=driver)
 
     assert [stream.sms for stream in streams] == [10, 98]
+
+
+@given(
+    # V100, A100, L40S, H100 PCIe, H200, B200, RTX 5090.
+    st.sampled_from([(80, 7), (108, 8), (142, 8), (114, 9), (132, 9), (148, 10), (170, 12)]),
+    st.integers(2, 4),
+    st.data(),
+)
+def test_green_streams_of_every_partition_are_disjoint(device, num_lanes, data):
+    num_sms, major = device
+    sizes = granularity((major, 0))
+    deals = partitions(num_sms, compute_capability=(major, 0), num_lanes=num_lanes)
+    some = list(islice(deals, 0, None, 101 if num_lanes > 2 else 1))
+    deal = data.draw(st.permutations(data.draw(st.sampled_from(some))))
+    driver = FakeDriver(num_sms=num_sms, least=sizes.least, multiple=sizes.multiple)
+
+    streams = green_streams(quotas(*deal), device=0, sizes=sizes, driver=driver)
+
+    own = [driver.sms_of(stream.handle) for stream in streams]
+    assert [len(each) for each in own] == list(deal)
+    assert len(frozenset().union(*own)) == num_sms
+    assert driver.names().count("cuDevSmResourceSplitByCount") == 1
 
 
 def test_green_streams_report_groups_that_clusters_do_not_allow():
@@ -189,10 +210,10 @@ def test_green_streams_leave_nothing_behind_when_the_driver_fails(name, call, co
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (801, "has no green contexts; use --mosaic-sharing auto"),
+        (801, "has no green contexts; use --mosaic-sharing priority"),
         (914, "has no SMs to split"),
         (915, "choose quotas of which the driver can make groups"),
-        (1, r"\(1\); use --mosaic-sharing auto"),
+        (1, r"\(1\); use --mosaic-sharing priority"),
     ],
 )
 def test_green_streams_say_what_to_do(code, remedy):
@@ -240,10 +261,21 @@ def test_load_driver_returns_the_bindings(monkeypatch):
     assert load_driver() is driver
 
 
-def test_fake_driver_has_names_and_numbers_of_the_real_one():
-    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver")
+def test_load_driver_finds_none_on_a_machine_without_gpu():
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 
-    assert [name for name in FUNCTIONS if not hasattr(real, name)] == []
+    with pytest.raises(QuotaError, match="driver must find cuDriverGetVersion in the CUDA driver"):
+        load_driver()
+
+
+def test_fake_driver_has_the_signatures_and_numbers_of_the_real_one():
+    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    fake = FakeDriver()
+
+    for name in FUNCTIONS:
+        ours, theirs = getattr(fake, f"_{name}"), getattr(real, name)
+        assert len(signature(ours).parameters) == len(signature(theirs).parameters), name
     for enum in fake_driver.ENUMS:
         theirs = getattr(real, enum.__name__)
         assert {each.name: each.value for each in enum} == {

@@ -81,6 +81,15 @@ def test_green_lanes_need_no_green_contexts_of_torch(fake_gpu, monkeypatch):
     assert driver.names().count("cuDevSmResourceSplitByCount") == 1
 
 
+def test_green_lanes_without_quotas_need_no_driver(fake_gpu):
+    driver = fake_gpu(FakeDriver(version=None))
+
+    lanes = green_lanes(quotas(None, None), device=DEVICE)
+
+    assert (lanes.backend, [lane.sms for lane in lanes.named.values()]) == ("green", [None, None])
+    assert driver.called == []
+
+
 def test_green_lanes_split_by_torch_where_it_can(fake_gpu, monkeypatch):
     contexts = FakeContexts()
     monkeypatch.setattr(torch.cuda, "GreenContext", contexts, raising=False)

@@ -39,6 +39,35 @@ def test_stream_lane_runs_on_the_stream_asked_for():
     assert cuda.current.name == "main"
 
 
+def test_stream_lane_runs_in_order_inside_itself():
+    cuda = FakeCuda()
+    lane = lane_of(cuda, "vision")
+
+    with lane.active():
+        assert cuda.launch("activations") is None
+        with lane.active(whole=True):
+            assert cuda.launch("activations") is None
+        assert cuda.current.name == "vision"
+        assert cuda.launch("activations") is None
+
+
+def test_stream_lane_runs_in_order_after_work_that_failed():
+    cuda = FakeCuda()
+    lane = lane_of(cuda, "vision")
+
+    def fail():
+        with lane.active(whole=True):
+            cuda.launch("activations")
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+
+    assert cuda.current.name == "main"
+    with lane.active():
+        assert cuda.launch("activations") is None
+
+
 def test_stream_lane_without_quota_has_one_stream():
     cuda = FakeCuda()
     lane = lane_of(cuda, "language", capped=False)
@@ -113,12 +142,11 @@ def test_hold_keeps_memory_once_on_a_lane_without_quota():
 
 
 def test_serial_lanes_do_nothing():
-    lanes = serial_lanes(QUOTAS, note="why")
+    lanes = serial_lanes(QUOTAS)
     tensor = torch.ones(2)
 
-    assert (lanes.backend, lanes.note, list(lanes.named)) == (
+    assert (lanes.backend, list(lanes.named)) == (
         "serial",
-        "why",
         ["vision", "language"],
     )
     for lane in (lanes.main, *lanes.named.values()):

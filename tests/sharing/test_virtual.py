@@ -82,10 +82,10 @@ def test_virtual_lanes_find_each_wait_that_is_left_out(plan):
 
 
 def test_virtual_lanes_have_their_quotas_and_change_no_work():
-    lanes = virtual_lanes([Quota(lane="vision", sms=32), Quota(lane="language")], note="why")
+    lanes = virtual_lanes([Quota(lane="vision", sms=32), Quota(lane="language")])
     vision = lanes.named["vision"]
 
-    assert (lanes.backend, lanes.note) == ("virtual", "why")
+    assert lanes.backend == "virtual"
     assert (vision.name, vision.sms, lanes.named["language"].sms) == ("vision", 32, None)
     with vision.active(whole=True):
         tensor = torch.ones(2)
