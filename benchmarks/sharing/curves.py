@@ -65,9 +65,10 @@ def measure_operation(
     return found
 
 
-def repeated_s(run: Callable[[], None], setting: Setting) -> float:
+def repeated_s(run: Callable[[], None], setting: Setting, *, times: int = IN_A_ROW) -> float:
     """Median seconds of one launch of a row of them."""
-    return median_s(run, setting.device, repeats=setting.rounds, warm_up=setting.warm_up) / IN_A_ROW
+    repeats, warm_up = setting.rounds, setting.warm_up
+    return median_s(run, setting.device, repeats=repeats, warm_up=warm_up) / times
 
 
 def in_lane(

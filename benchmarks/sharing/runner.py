@@ -97,7 +97,7 @@ class StepRun:
     ) -> None:
         self._modules = modules
         self._batch = batch
-        self._steps = steps = steps_for(plan)
+        self.steps = steps = steps_for(plan)
         self._used = accesses(plan, [step.step for step in steps])
         self._joins = joins(steps) if lanes.named and has_lanes(plan) else Joins((), ())
         self._lanes = lanes
@@ -114,7 +114,7 @@ class StepRun:
         for name in self._joins.begin:
             named[name].wait(begun)
         events: dict[int, Any] = {}
-        for position, step in enumerate(self._steps):
+        for position, step in enumerate(self.steps):
             lane = named.get(step.lane, main)
             for before in step.after:
                 lane.wait(events[before])
@@ -170,15 +170,13 @@ class StepRun:
 
 
 def whole_pairs(steps: Sequence[LaneStep]) -> tuple[LaneStep, ...]:
-    """Lets a forward pass have the whole GPU only if its backward pass has it, too.
+    """Lets a pass have the whole GPU only if the other pass of its microbatches has it, too.
 
-    Autograd runs a backward pass in the stream of its forward pass, whatever is active when it
-    is called: https://docs.pytorch.org/docs/stable/notes/cuda.html#stream-semantics-of-backward-passes
+    Autograd runs a backward pass in the streams of its forward pass, whatever is active around it:
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#stream-semantics-of-backward-passes
     """
     limited = {
-        step.step.task[1:]
-        for step in steps
-        if isinstance(step.step, Compute) and step.step.task.kind == "B" and not step.whole
+        step.step.task[1:] for step in steps if isinstance(step.step, Compute) and not step.whole
     }
     return tuple(
         step._replace(whole=False)

@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.sharing.pairs import MODULE
 from benchmarks.sharing.results import Results, rows_of
+from benchmarks.sharing_prediction import TARGET, co_run_errors, parts_of
 
 OF_BEST = 1.03
 """Steps of the planner's choice over those of the best measured arm."""
 
 GAP_SHARE = 0.8
 PAIR_GOAL, SET_GOAL = 1.15, 1.25
+LEAST_PAIRS = 2
 SET_SIZE = 4
 """Modules from which a case is a set of small ones."""
 
@@ -36,6 +39,7 @@ def verdicts(results: Results) -> list[Verdict]:
         gradients(steps),
         near_best(steps),
         never_slower(steps),
+        *contention(results),
         gaps_filled(rows_of(results, "p5")),
         goal(steps, least=2, most=2, gain=PAIR_GOAL),
         goal(steps, least=SET_SIZE, most=None, gain=SET_GOAL),
@@ -87,6 +91,26 @@ def never_slower(steps: Sequence[Mapping[str, Any]]) -> Verdict:
                 slower.append(row["case"])
     return Verdict("the planner's choice is never below serial", _all(gains, not slower),
                    _worst(gains, min))  # fmt: skip
+
+
+def contention(results: Results) -> list[Verdict]:
+    """How far predicted times beside others are from measured ones, of operations and modules."""
+    curves, pairs = rows_of(results, "p1"), rows_of(results, "p2")
+    ran = [row for row in pairs if row.get("co_run_s")]
+    found = []
+    for told, of_modules in (("operations", False), ("modules", True)):
+        line = f"times of pairs of {told} are predicted within 8 %, each held out"
+        own = [row for row in ran if (MODULE in row["kinds"]) == of_modules]
+        known = parts_of(curves)
+        if len(own) < LEAST_PAIRS or not known:
+            found.append(Verdict(line, None, "not measured"))
+            continue
+        num_sms = max(part.sms for part in known)
+        errors = co_run_errors(curves, own, num_sms=num_sms)
+        found.append(
+            Verdict(line, errors.held_out <= TARGET, f"{errors.held_out:.1%} of {len(own)} pairs")
+        )
+    return found
 
 
 def gaps_filled(rows: Sequence[Mapping[str, Any]]) -> Verdict:
