@@ -52,13 +52,13 @@ def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     labelled = set()
     for name in dict.fromkeys(row["operation"] for row in rows):
         own = sorted((row for row in rows if row["operation"] == name), key=lambda row: row["sms"])
-        kind, last = own[0]["kind"], own[-1]
+        kind, last = own[0]["kind"].partition(".")[0], own[-1]
         if last["sms"] != whole:
             continue
         axes.plot(
             [row["sms"] for row in own],
             [last["median_s"] / row["median_s"] for row in own],
-            color=_COLOURS[kind.partition(".")[0]],
+            color=_COLOURS[kind],
             linewidth=1,
             marker="o",
             markersize=2.5,
@@ -66,7 +66,7 @@ def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         )
         labelled.add(kind)
     axes.plot([0, whole], [0, 1], color="#cccccc", linewidth=1, linestyle=":", zorder=0)
-    axes.set(xlabel="SMs", ylabel="rate, of the whole GPU's", ylim=(0, None), xlim=(0, None))
+    axes.set(xlabel="SMs", ylabel="rate, of the whole GPU's", ylim=(0, 1.15), xlim=(0, None))
     axes.set_title("operations alone on some SMs", fontsize=9, loc="left")
     axes.legend(frameon=False, fontsize=8)
 
@@ -112,4 +112,4 @@ def _gaps(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.axhline(80, color="#cccccc", linewidth=1, linestyle=":")
     axes.set(xlabel="gap over the encoder's time", ylabel="% of min(gap, encoder)\nrecovered")
     axes.set_title("gaps", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
