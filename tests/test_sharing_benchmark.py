@@ -10,7 +10,7 @@ from benchmarks.sharing.cases import CASES, cases_for
 from benchmarks.sharing.choice import document_of
 from benchmarks.sharing.curves import blocks_of
 from benchmarks.sharing.lanes import LaneBank
-from benchmarks.sharing.multiplexing import best_of, nearest_splits, thinned
+from benchmarks.sharing.multiplexing import best_of, nearest_splits, nearest_swapped, thinned
 from benchmarks.sharing.results import merge, put_row, rows_of
 from benchmarks.sharing.runner import StepRun, plan_of, steps_for
 from benchmarks.sharing.setting import setting_on
@@ -116,6 +116,13 @@ def test_splits_that_are_scanned_are_nearest_to_the_modules_times(monkeypatch):
 
     # A quarter of the time is a quarter of 32 SMs.
     assert nearest_splits([(8, 24), (16, 16), (24, 8)], [1.0, 3.0]) == [(8, 24), (16, 16)]
+
+
+def test_splits_next_to_the_best_give_the_remainder_to_the_other_module():
+    splits = [(8, 124), (56, 76), (64, 68), (72, 60)]
+
+    # Swapped they are (124, 8), (76, 56), (68, 64) and (60, 72).
+    assert nearest_swapped(splits, (64, 68)) == [(60, 72), (68, 64)]
 
 
 def test_best_of_a_scan_is_the_fastest_that_ran():

@@ -23,6 +23,10 @@ from benchmarks.sharing.stats import in_turns, median_interval, recovered_share
 GAPS_OF_ENCODER = (0.25, 0.5, 1.0, 2.0)
 """Lengths of the gap, over what the encoder takes alone."""
 
+CAP_SHARE = 0.75
+"""Of the SMs, for an encoder in a gap: one that has almost all of them needs two waves of blocks
+for what is made for all."""
+
 GAP_CASES = ("ViT-L b1 / 1B s2048", "ViT-L b4 / 8B-8L s2048")
 
 
@@ -74,12 +78,14 @@ class GapStep:
 
     def measure(self, gap_s: float, encoder_s: float) -> Iterator[dict[str, Any]]:
         """Measures one length of the gap in all arms, which take turns."""
-        cap = self._setting.quotas()[-1]
+        graphs, most = not self._setting.tiny, CAP_SHARE * self._setting.num_sms
+        cap = max(sms for sms in self._setting.quotas() if sms <= most)
+        sms = cap_quotas(self._bench.case, cap)
         arms = [
-            Arm(name="serial"),
-            Arm(name="streams", mode="streams"),
-            Arm(name="priority", mode="priority"),
-            Arm(name="cap", mode="green", sms=cap_quotas(self._bench.case, cap)),
+            Arm(name="serial", graphs=graphs),
+            Arm(name="streams", mode="streams", graphs=graphs),
+            Arm(name="priority", mode="priority", graphs=graphs),
+            Arm(name="cap", mode="green", sms=sms, graphs=graphs),
         ]
         runs: dict[str, Callable[[], None]] = {}
         failed = {}

@@ -46,6 +46,9 @@ MOST_SPLITS = 15
 """Splits that are scanned: all of two lanes on 132 SMs; of more lanes those nearest to the
 modules' shares of the time."""
 
+MOST_SWAPPED = 2
+"""Splits that are scanned with the remainder for the other one of two modules."""
+
 MOST_CAPS = 8
 """Caps of the encoders that are scanned."""
 
@@ -129,6 +132,11 @@ def scan_quotas(bench: Bench, alone_s: Mapping[str, float]) -> list[dict[str, An
         *(Arm(name="cap", sms=cap_quotas(case, sms)) for sms in thinned(caps, MOST_CAPS)),
     ]
     found = [_scanned(bench, replace(arm, mode="green", graphs=graphs)) for arm in arms]
+    best = best_of(found, "split")
+    if best is not None and len(case.modules) == 2:
+        tried = [own for own in best.sms.values() if own is not None]
+        swapped = nearest_swapped(setting.splits(2), tried)
+        found += [_scanned(bench, replace(best, sms=split_quotas(case, own))) for own in swapped]
     for kind in ("split", "cap"):
         best = best_of(found, kind)
         groups = divisors(case.num_microbatches)[1:] if best else []
@@ -153,6 +161,12 @@ def free_cached(setting: Setting) -> None:
     """Gives memory that nothing uses back to the device."""
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def nearest_swapped(splits: Sequence[Sequence[int]], best: Sequence[int]) -> list[tuple[int, ...]]:
+    """Splits the other way round, next to the best: the remainder goes to the other module."""
+    others = [tuple(split[::-1]) for split in splits if list(split[::-1]) != list(best)]
+    return sorted(others, key=lambda split: (abs(split[0] - best[0]), split))[:MOST_SWAPPED]
 
 
 def thinned(values: Sequence[int], most: int) -> list[int]:
