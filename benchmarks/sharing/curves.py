@@ -108,7 +108,7 @@ def grid_sizes(run: Callable[[], None], device: torch.device) -> dict[str, int]:
     """Thread blocks of every kernel that was launched, as the profiler saw them."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as traced:
         run()
         synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
