@@ -35,11 +35,16 @@ def fastest_shared(problem: Problem) -> tuple[Simulated | None, int]:
 def _layouts(problem: Problem, cost_model: CostModel) -> Iterator[Simulated]:
     """Yields every layout whose modules share ranks, under one of its schedules."""
     estimator, seen = Estimator(problem, cost_model), set()
+    # Before Blackwell Megatron has only such modules launch in more than one queue.
+    whole = (problem.cluster.gpu.compute_capability or (0, 0)) < (10, 0)
     for micro_batch_size in problem.space.micro_batch_sizes:
         for sizes in language_sizes(problem, micro_batch_size=micro_batch_size):
             for candidate in every_candidate(problem, sizes, micro_batch_size):
                 key = replace(candidate, encoder_group=1)
                 shared = any(encoder.shares for encoder in candidate.encoders)
+                sizes_of_all = (candidate.language, *(it.sizes for it in candidate.encoders))
+                if whole and any(its.tp * its.cp > 1 for its in sizes_of_all):
+                    continue
                 if candidate.kind != "colocated" or not shared or key in seen:
                     continue
                 estimate = estimator.estimate(candidate)

@@ -1,12 +1,13 @@
 """What the planner expects of modules that share GPUs, for the model families of Mosaic's paper.
 
-python -m benchmarks.sharing_planner [--quick] [--only FAMILY]
+python -m benchmarks.sharing_planner [--quick]
 
-Every row is planned three times in a process of its own, on one core: with everything that the
-planner knows; without modules that run at the same time (``temporal``); with one layout for all
-modules (``homogeneous``). Small rows are compared with the best of all layouts, groups and quotas
-of their space (``optimum``), and with what plans are worth that wrong curves have chosen. All
-numbers are predictions; ``benchmarks.sharing_gpu`` measures.
+Every row is planned in a process of its own, on one core: with everything that the planner knows;
+without modules that run at the same time (``temporal``); with one layout for all modules
+(``homogeneous``). Families of two modules on few GPUs are compared with the best of all layouts,
+groups and quotas with the largest microbatch (``optimum``), and rows of ``WRONG_GPUS`` with what
+plans are worth that wrong curves have chosen. Nothing is computed again: models of this size have
+the memory. All numbers are predictions.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from benchmarks.machine import write_results
 
 if TYPE_CHECKING:
     from megatron_mosaic.cluster.spec import Cluster, SharingCurves
+    from megatron_mosaic.planner.multiplexing import Multiplexing
     from megatron_mosaic.planner.planner import Answer
     from megatron_mosaic.planner.problem import Problem
+    from megatron_mosaic.planner.simulated import Simulated
 
 
 class Family(NamedTuple):
@@ -50,10 +53,11 @@ GPUS = (1, 2, 4, 8, 16)
 BLACKWELL_GPUS = 8
 """On B200s tensor-parallel modules may share GPUs, too."""
 
-OPTIMUM_GPUS = 2
+OPTIMUM_GPUS = 1
 """GPUs up to which all layouts of two-module families are compared."""
 
-LIMIT_S = 20.0
+WRONG_GPUS = (2,)
+"""GPUs of rows that are planned with wrong curves, too."""
 
 # Curves that are wrong: none of what the planner takes for the shares of a GPU, or too much of it.
 PREDICTORS = ("no interference", "knee at 40 %", "knee at 75 %", "all in proportion")
@@ -61,25 +65,36 @@ PREDICTORS = ("no interference", "knee at 40 %", "knee at 75 %", "all in proport
 
 def measure(name: str, cluster_name: str, num_gpus: int) -> dict[str, Any]:
     """Plans a row in this process."""
+    from megatron_mosaic.planner.multiplexing import multiplexed
+    from megatron_mosaic.planner.planner import make_plan
+
     family = next(family for family in FAMILIES if family.model == name)
     asked = _problem(family, cluster_name, num_gpus)
-    shared, search_s = _planned(asked)
-    space = replace(asked.space, multiplexing=False)
-    temporal, temporal_search_s = _planned(replace(asked, space=space))
+    start = perf_counter()
+    serial = make_plan(replace(asked, space=replace(asked.space, multiplexing=False)))
+    temporal_search_s = perf_counter() - start
+    found = multiplexed(serial.best, asked, serial.cost_model)
+    search_s = perf_counter() - start
+    choice = found.best if found.best is not None and found.pays else serial.choice
     row = {
         "model": name,
         "cluster": cluster_name,
         "num_gpus": num_gpus,
         "global_batch_size": family.global_batch_size,
         "num_modules": len(asked.model.modules),
-        "step_s": shared.choice.step_s,
-        "search_s": search_s,
-        "temporal_s": temporal.choice.step_s,
+        "step_s": choice.step_s,
+        "temporal_s": serial.choice.step_s,
+        "homogeneous_s": None if serial.baseline is None else serial.baseline.step_s,
         "temporal_search_s": temporal_search_s,
-        **_what_sharing_does(shared),
-        "homogeneous_s": None if shared.baseline is None else shared.baseline.step_s,
-        "predictors": _with_wrong_curves(asked, shared),
+        "search_s": search_s,
+        "placement": choice.candidate.placement,
+        "data_parallel_sizes": {
+            name: placement.data_parallel_size for name, placement in choice.plan.modules.items()
+        },
+        **_what_sharing_does(found),
     }
+    if num_gpus in WRONG_GPUS:
+        row["predictors"] = _with_wrong_curves(asked, serial, choice)
     if num_gpus <= OPTIMUM_GPUS and row["num_modules"] == 2:
         row["optimum"] = _optimum(asked)
     return row
@@ -95,43 +110,37 @@ def _problem(family: Family, cluster_name: str, num_gpus: int) -> "Problem":
         cluster=load_cluster(cluster_name, num_gpus=num_gpus),
         num_gpus=num_gpus,
         global_batch_size=family.global_batch_size,
-        space=Space(micro_batch_sizes=family.micro_batch_sizes),
+        space=Space(micro_batch_sizes=family.micro_batch_sizes, recompute=(None,)),
     )
 
 
-def _planned(asked: "Problem") -> tuple["Answer", float]:
-    from megatron_mosaic.planner.planner import make_plan
-
-    start = perf_counter()
-    answer = make_plan(asked, time_limit_s=LIMIT_S)
-    return answer, perf_counter() - start
-
-
-def _what_sharing_does(answer: "Answer") -> dict[str, Any]:
+def _what_sharing_does(found: "Multiplexing") -> dict[str, Any]:
     """The best plan with lanes, whether it is chosen or not."""
-    found, best = answer.multiplexing, answer.multiplexing.best
+    best = found.best
     return {
         "pays": found.pays,
         "gain": found.gain,
         "examined": found.num_examined,
         "quotas": None if best is None else dict(best.candidate.quotas),
         "encoder_group": None if best is None else best.candidate.encoder_group,
-        "layout": {
-            name: placement.data_parallel_size
-            for name, placement in answer.choice.plan.modules.items()
-        },
-        "placement": answer.choice.candidate.placement,
+        "ahead": None if best is None else best.candidate.ahead,
+        "micro_batch_size": None if best is None else best.candidate.micro_batch_size,
     }
 
 
-def _with_wrong_curves(asked: "Problem", right: "Answer") -> dict[str, float]:
+def _with_wrong_curves(asked: "Problem", serial: "Answer", right: "Simulated") -> dict[str, float]:
     """Share by which steps are longer whose plans were chosen with wrong curves."""
+    from megatron_mosaic.cost.cost_model import CostModel
+    from megatron_mosaic.planner.multiplexing import multiplexed
+
     losses = {}
     for name in PREDICTORS:
         wrong = replace(asked, cluster=_with_curves(asked.cluster, name))
-        chosen, _ = _planned(wrong)
-        step = right.cost_model.estimate(chosen.choice.plan)
-        losses[name] = step.step_s / right.choice.step_s - 1
+        found = multiplexed(
+            serial.best, wrong, CostModel(wrong.model, wrong.cluster, wrong.settings)
+        )
+        chosen = found.best if found.best is not None and found.pays else serial.choice
+        losses[name] = serial.cost_model.estimate(chosen.plan).step_s / right.step_s - 1
     return losses
 
 
@@ -155,15 +164,23 @@ def _curves(curves: "SharingCurves", name: str) -> "SharingCurves":
 
 
 def _optimum(asked: "Problem") -> dict[str, Any]:
-    """The best of all layouts, groups and quotas, one after the other."""
+    """The best of all layouts, groups and quotas, one after the other, and the planner's best."""
     from benchmarks.optimal_sharing import fastest_shared
+    from megatron_mosaic.cost.cost_model import CostModel
+    from megatron_mosaic.planner.multiplexing import multiplexed
 
+    largest = asked.space.micro_batch_sizes[-1:]
+    asked = replace(asked, space=replace(asked.space, micro_batch_sizes=largest))
     start = perf_counter()
     best, count = fastest_shared(asked)
+    search_s = perf_counter() - start
+    found = multiplexed([], asked, CostModel(asked.model, asked.cluster, asked.settings))
     return {
         "step_s": None if best is None else best.step_s,
+        "planner_s": None if found.best is None else found.best.step_s,
         "plans": count,
-        "search_s": perf_counter() - start,
+        "examined": found.num_examined,
+        "search_s": search_s,
     }
 
 

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the plan's schedule and prediction, and writes a file if one is asked for."""
+    from megatron_mosaic.report.lanes import describe_lanes
     from megatron_mosaic.report.prediction import read_baseline, read_prediction
     from megatron_mosaic.report.terminal import describe
     from megatron_mosaic.schedule.build import build_schedule
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     except (PlanError, LayoutError) as error:
         raise type(error)(f"{args.plan}: {error}") from None
     print(draw(build_schedule(plan)))
+    if lanes := describe_lanes(plan):
+        print(lanes)
     if described:
         print()
         print(described)

@@ -222,9 +222,8 @@ def mlp_exposed(layer: Layer, site: Site, times: PassTimes) -> Exposed:
         return tensor_exposed(site, times)
     place, mlp = site.place, layer.mlp
     exposed = tensor_exposed(site, times) if mlp.shared_ffn_hidden_size else Exposed()
-    if place.settings.cuda_graph != "full":
-        launched_s = _launch_experts_s(mlp, site)
-        exposed += Exposed(launched_s, launched_s)
+    launched_s = launch_experts_s(layer, site)
+    exposed += Exposed(launched_s, launched_s)
     if place.sizes.ep > 1:
         sent_s = 2 * dispatch_s(mlp, site)
         if place.settings.moe_overlap:
@@ -240,12 +239,14 @@ def mlp_exposed(layer: Layer, site: Site, times: PassTimes) -> Exposed:
     return exposed
 
 
-def _launch_experts_s(mlp: Experts, site: Site) -> float:
-    # The host learns how many tokens came, and launches kernels for each expert after that.
+def launch_experts_s(layer: Layer, site: Site) -> float:
+    """Time in which the host launches experts' kernels, once it knows how many tokens came."""
+    if not isinstance(layer.mlp, Experts) or site.place.settings.cuda_graph == "full":
+        return 0.0
     waits, precision = site.cluster.gpu.host_expert_s, site.place.precision
     each = waits.get("bf16" if precision in ("bf16", "fp16", "fp32") else "fp8", 0.0)
-    kernels = 2 if mlp.bias else 1
-    return kernels * each * mlp.num_experts / site.place.sizes.ep
+    kernels = 2 if layer.mlp.bias else 1
+    return kernels * each * layer.mlp.num_experts / site.place.sizes.ep
 
 
 def dispatch_s(mlp: Experts, site: Site) -> float:

@@ -12,6 +12,7 @@ from megatron_mosaic.cost.exposed import (
     Exposed,
     Site,
     context_exposed,
+    launch_experts_s,
     mlp_exposed,
     tensor_exposed,
 )
@@ -118,6 +119,7 @@ def layer_costs(layer: Layer, site: Site, module: ModuleSpec) -> PartCosts:
         exposed,
         moved=site.moved((*mixer, *mlp)),
         host_s=host_s,
+        experts_host_s=launch_experts_s(layer, site),
         operations=(*mixer, *mlp),
         recompute=sizes.recompute,
         parameters=weights.dense,
@@ -224,12 +226,14 @@ def _part(
     operations: Sequence[Operation],
     recompute: str | None,
     host_s: float = 0.0,
+    experts_host_s: float = 0.0,
     parameters: float,
     expert_parameters: float = 0.0,
     trainable: float = 1.0,
     waits: Exposed = NOTHING,
 ) -> PartCosts:
     forward_s = times.forward_s + exposed.forward_s
+    passes = 2 if recompute == "full" else 1
     again = {"full": forward_s, "selective": times.core_s}.get(recompute or "", 0.0)
     return PartCosts(
         forward_s=forward_s,
@@ -245,8 +249,8 @@ def _part(
         forward_bytes=moved.forward,
         input_gradient_bytes=moved.input_gradient,
         weight_gradient_bytes=moved.weight_gradient,
-        forward_host_s=host_s,
-        backward_host_s=(_BACKWARD_LAUNCH + (recompute == "full")) * host_s,
+        forward_host_s=host_s + experts_host_s,
+        backward_host_s=(_BACKWARD_LAUNCH + passes - 1) * host_s + passes * experts_host_s,
         recompute_bytes={"full": moved.forward, "selective": moved.core}.get(recompute or "", 0.0),
         parameters=parameters,
         expert_parameters=expert_parameters,

@@ -6,8 +6,8 @@ from dataclasses import replace
 from math import ceil
 from typing import NamedTuple
 
-from megatron_mosaic.cluster.spec import Curve, Gpu, SharingCurves
-from megatron_mosaic.cost.efficiency import MEMORY_CURVES
+from megatron_mosaic.cluster.spec import Gpu, SharingCurves
+from megatron_mosaic.cost.efficiency import MEMORY_CURVES, find_curve
 from megatron_mosaic.errors import PlanError
 
 # Kinds of operations of which another one's measured rates stand in.
@@ -50,8 +50,10 @@ def sharing_of(gpu: Gpu) -> SharingCurves:
 def gpu_with(gpu: Gpu, *, sms: int, bandwidth_share: float = 1.0) -> Gpu:
     """A GPU that has some of another one's multiprocessors and memory bandwidth.
 
-    Rates of operations fall; what each costs whatever its size stays. In the curve's terms, limit
-    and half size fall together: ``t = (size + half_size) / limit`` keeps ``half_size / limit``.
+    Rates of operations fall; the time to launch each stays. A memory-bound one shows that time:
+    ``half_size / limit``, as an operation takes ``(size + half_size) / limit``. What others cost
+    beyond it, whatever their size, is of blocks that do not fill the GPU: on fewer multiprocessors
+    they wait for each other, and are counted as if they always had.
 
     Args:
         gpu: The whole one.
@@ -63,16 +65,33 @@ def gpu_with(gpu: Gpu, *, sms: int, bandwidth_share: float = 1.0) -> Gpu:
     """
     if sms == gpu.num_sms and bandwidth_share == 1:
         return gpu
-    sharing = sharing_of(gpu)
+    sharing, launch_s = sharing_of(gpu), _launch_s(gpu)
     curves = {}
     for name, curve in gpu.curves.items():
         rate = rate_share(sharing, name, sms=sms, num_sms=gpu.num_sms)
-        curves[name] = _slower(curve, rate * (bandwidth_share if name in MEMORY_CURVES else 1.0))
+        rate *= bandwidth_share if name in MEMORY_CURVES else 1.0
+        launched = min(curve.half_size, launch_s * _limit_per_s(gpu, name))
+        curves[name] = replace(
+            curve,
+            peak_share=rate * curve.peak_share,
+            half_size=curve.half_size - (1 - rate) * launched,
+        )
     return replace(gpu, curves=curves)
 
 
-def _slower(curve: Curve, rate: float) -> Curve:
-    return replace(curve, peak_share=rate * curve.peak_share, half_size=rate * curve.half_size)
+def _launch_s(gpu: Gpu) -> float:
+    curve = find_curve(gpu, "elementwise", "bf16")
+    return curve.half_size / _limit_per_s(gpu, "elementwise")
+
+
+def _limit_per_s(gpu: Gpu, name: str) -> float:
+    """FLOPs or bytes per second of large operations."""
+    share = gpu.curves[name].peak_share
+    if name in MEMORY_CURVES:
+        return share * gpu.memory_bytes_per_s
+    last = name.rpartition(".")[2]
+    peaks = gpu.matmul_flops_per_s
+    return share * peaks.get(last, peaks["bf16"])
 
 
 def rate_share(sharing: SharingCurves, curve: str, *, sms: int, num_sms: int) -> float:

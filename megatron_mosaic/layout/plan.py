@@ -85,8 +85,9 @@ class ScheduleChoice:
             value = getattr(self, key)
             if value not in (None, False) and self.kind not in known:
                 *others, last = known
+                kinds_of_key = f"{', '.join(others)} or {last}"
                 raise LayoutError(
-                    f"schedule: {key}={show(value)} must go with kind={', '.join(others)} or {last}, "
+                    f"schedule: {key}={show(value)} must go with kind={kinds_of_key}, "
                     f"not {self.kind}; remove the key or change the kind"
                 )
         for key, otherwise in (("encoder_group", "the default"), ("max_live", "no bound")):

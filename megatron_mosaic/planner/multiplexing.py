@@ -7,31 +7,40 @@ from math import inf
 
 from megatron_mosaic.cluster.spec import Gpu
 from megatron_mosaic.cost.cost_model import CostModel
-from megatron_mosaic.cost.plan_memory import task_microbatches
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.planner.candidate import Candidate
+from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.filling import num_tasks, ordered
 from megatron_mosaic.planner.legal_sizes import divisors
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.quotas import Quotas, first_quotas, more_quotas
 from megatron_mosaic.planner.search import search
 from megatron_mosaic.planner.simulated import Simulated, plan_under, simulated
-from megatron_mosaic.schedule.graph import rank_kinds
 
 LEAST_GAIN = 0.03
 """Gain over the best plan that runs one module at a time, below which modules do not share a GPU.
 
-Measured throughputs of static splits differ from serial ones by about as much either way, so that
-a smaller predicted gain is as likely to be a loss.
+Published measurements of static splits with large models are about neutral, so that a smaller
+predicted gain is as likely to be a loss. Ours until ``benchmarks.sharing_gpu`` has measured it.
 
-Source: section 8 of the design; pegainfer's green contexts on an RTX 5090 (+-1 %), and those of
-https://github.com/kekzl/imp/issues/1792 (neutral).
+Source: https://github.com/kekzl/imp/issues/1792 (neutral); that one splits only where it is
+predicted to pay: DuetServe, arXiv 2511.04791.
 """
 
 MAX_TASKS = 2_500
 """Tasks of a step up to which modules are examined at the same time."""
 
-MAX_EXAMINED_TASKS = 150_000
-"""Tasks of all plans that are examined together: about ten seconds."""
+MAX_EXAMINED_TASKS = 40_000
+"""Tasks of all plans that are examined together: some seconds, and more than a descent needs."""
+
+_RANKS_A_TASK = 2
+"""Ranks whose lists of tasks take as long to make as a task of a step takes to simulate, about."""
+
+MOST_GAIN = 1.5
+"""Times as long as the fastest plan that a layout may take, one module at a time, to be examined.
+
+Ours: the best case that is published gains 1.31 (arXiv 2605.18710).
+"""
 
 NUM_SEARCHED = 24
 """Layouts with shared ranks that a search of their own finds."""
@@ -88,14 +97,13 @@ def multiplexed(
     """
     examined = _Examined(problem, cost_model)
     is_asked = problem.pins.kind == "concurrent"
+    serial_s = serial[0].step_s if serial else inf
     layouts = []
     if can_share(problem.cluster.gpu) and may_share(problem):
-        layouts = _shared_layouts(problem, cost_model, time_limit_s=time_limit_s)
-    # Who fixes the schedule is told what the same layouts take without it.
-    serial_s = min(
-        (entry.step_s for entry in [*serial, *(layouts if is_asked else ())]), default=inf
-    )
-    best = _best(layouts, examined, below_s=inf if is_asked else serial_s / (1 + LEAST_GAIN))
+        layouts = _shared_layouts(problem, cost_model, serial_s, time_limit_s=time_limit_s)
+    if is_asked:  # who fixes the schedule is told what the same layouts take without it
+        serial_s = min((first.step_s for first in layouts), default=inf)
+    best = _best(layouts, examined)
     gains = best is not None and serial_s / best.step_s - 1 >= LEAST_GAIN
     return Multiplexing(
         best=best,
@@ -142,20 +150,30 @@ def _obstacle(gpu: Gpu) -> str:
 
 
 def _shared_layouts(
-    problem: Problem, cost_model: CostModel, *, time_limit_s: float | None
+    problem: Problem, cost_model: CostModel, serial_s: float, *, time_limit_s: float | None
 ) -> list[Simulated]:
-    """The fastest layouts with shared ranks, one of each size of language and its microbatches."""
+    """The fastest layouts with shared ranks, one of each size of language and its microbatches.
+
+    Of those only the ones that can gain enough.
+    """
     pins, whole = problem.pins, _needs_whole_layers(problem.cluster.gpu)
     alone = {"tp": 1, "cp": 1} if whole else {}
     sizes = {name: {**alone, **pins.modules.get(name, {})} for name in problem.model.modules}
     if any(own[axis] > 1 for own in sizes.values() for axis in alone):
         return []
     asked = replace(problem, pins=replace(pins, kind="colocated", modules=sizes))
-    found = search(asked, cost_model, top=NUM_SEARCHED, time_limit_s=time_limit_s)
+    found = search(
+        asked,
+        cost_model,
+        top=NUM_SEARCHED,
+        below_s=MOST_GAIN * serial_s,
+        time_limit_s=time_limit_s,
+    )
     kept = {}
     for estimate in found.best:
         candidate = estimate.candidate
-        if any(encoder.shares for encoder in candidate.encoders):
+        shared = any(encoder.shares for encoder in candidate.encoders)
+        if shared and least_s(estimate) * (1 + LEAST_GAIN) <= serial_s:
             kept.setdefault((candidate.language, candidate.micro_batch_size), estimate)
     return [
         simulated(estimate, problem, cost_model) for estimate in list(kept.values())[:NUM_LAYOUTS]
@@ -175,38 +193,33 @@ class _Examined:
         if candidate not in self._known:
             split = first.layers_per_stage
             count = num_tasks(plan_under(candidate, split, self.problem))
-            if count > min(MAX_TASKS, self._left):
+            effort = count + self.problem.num_gpus // _RANKS_A_TASK
+            if count > MAX_TASKS or effort > self._left:
                 return None
-            self.count, self._left = self.count + 1, self._left - count
+            self.count, self._left = self.count + 1, self._left - effort
             self._known[candidate] = ordered(first, candidate, split, self.problem, self.cost_model)
         return self._known[candidate]
 
-    def least_s(self, first: Simulated, candidate: Candidate) -> float:
-        """Time of the longest lane with the whole GPU; no quotas are faster."""
-        plan = plan_under(candidate, first.layers_per_stage, self.problem)
-        tasks_s = self.cost_model.plan_durations(plan).tasks_s
-        work_s = (
-            sum(
-                sum(tasks_s[stage]) * plan.num_microbatches / task_microbatches(plan, name)
-                for stage in kind.stages
-                if stage.module == name
-            )
-            for kind in rank_kinds(plan)
-            for name in plan.modules
-        )
-        return max(work_s)
+
+def least_s(estimate: Estimate) -> float:
+    """Time of the language model's pipeline with the whole of its GPUs; no quotas are faster.
+
+    A stage begins after the forward passes of those before it, and they end after its last
+    backward pass.
+    """
+    number, before_s, longest_s = estimate.num_microbatches, 0.0, 0.0
+    for stage in estimate.modules[LANGUAGE].stages:
+        passes_s = stage.forward_s + stage.backward_s
+        longest_s = max(longest_s, before_s + number * passes_s)
+        before_s += passes_s
+    return longest_s
 
 
-def _best(layouts: Sequence[Simulated], examined: _Examined, *, below_s: float) -> Simulated | None:
+def _best(layouts: Sequence[Simulated], examined: _Examined) -> Simulated | None:
     """The fastest plan of all layouts under the groups and quotas that are examined."""
-    problem = examined.problem
     entries: list[Simulated] = []
     for first in layouts:
-        ways = [
-            candidate
-            for candidate in _ways(first, problem)
-            if examined.least_s(first, candidate) < below_s
-        ]
+        ways = _ways(first, examined.problem)
         found = (examined.entry(first, candidate) for candidate in ways)
         entries += sorted(filter(None, found), key=lambda entry: entry.step_s)[:1]
     entries.sort(key=lambda entry: entry.step_s)

@@ -1,7 +1,9 @@
 """From a problem to the best plans, the homogeneous one beside them, or what is in the way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from time import monotonic
 from typing import Any
 
 from megatron_mosaic import __version__
@@ -18,6 +20,9 @@ from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.rerank import NUM_COMPARED, rerank, with_other_schedules
 from megatron_mosaic.planner.search import Found, search
 from megatron_mosaic.planner.simulated import Simulated, simulated
+
+_LEAST_TIME = 0.25
+"""Share of the time limit that is left for layouts with shared ranks, whatever the rest took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +69,7 @@ def make_plan(
     cost_model: CostModel | None = None,
     top: int = 3,
     time_limit_s: float | None = None,
+    clock: Callable[[], float] = monotonic,
 ) -> Answer:
     """Finds the best plans.
 
@@ -72,10 +78,12 @@ def make_plan(
         cost_model: What things cost; ``None`` is that of the problem's model, cluster and settings.
         top: Plans to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
+        clock: Seconds; tests have their own.
 
     Raises:
         PlanError: Nothing fits the memory, or nothing has what is pinned.
     """
+    start_s = clock()
     cost_model = cost_model or CostModel(problem.model, problem.cluster, problem.settings)
     found = search(problem, cost_model, top=max(top, NUM_COMPARED), time_limit_s=time_limit_s)
     if not found.best:
@@ -85,7 +93,10 @@ def make_plan(
     if found.baseline is not None and found.baseline not in candidates:
         candidates.append(found.baseline)
     entries = rerank(candidates, problem, cost_model, top=top)
-    multiplexing = multiplexed(entries, problem, cost_model, time_limit_s=time_limit_s)
+    left_s = None
+    if time_limit_s is not None:
+        left_s = max(time_limit_s - (clock() - start_s), _LEAST_TIME * time_limit_s)
+    multiplexing = multiplexed(entries, problem, cost_model, time_limit_s=left_s)
     if multiplexing.best is not None and multiplexing.pays:
         entries = [multiplexing.best, *entries]
     if not entries:

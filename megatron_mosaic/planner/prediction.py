@@ -8,6 +8,8 @@ from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.simulated import Simulated
 from megatron_mosaic.schedule.graph import rank_kinds
+from megatron_mosaic.schedule.lane_notes import lane_notes
+from megatron_mosaic.schedule.plan_program import program_of_plan
 
 
 def prediction(choice: Simulated) -> dict[str, Any]:
@@ -55,8 +57,14 @@ def figure_notes(
 
 def _drawn(plan: Plan, cost_model: CostModel) -> dict[str, Any]:
     """Times and memory of which a figure of a step is made."""
-    tasks_s, transfers_s, _ = cost_model.plan_durations(plan)
+    tasks_s, transfers_s, lanes = cost_model.plan_durations(plan)
+    shared = {}
+    if lanes is not None:
+        shared["lanes"] = lane_notes(
+            program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s, lanes=lanes
+        )
     return {
+        **shared,
         "memory_bytes": _memory(plan, cost_model),
         "tasks_s": {
             f"{stage.module}.{stage.stage}": [_short(time_s) for time_s in times]

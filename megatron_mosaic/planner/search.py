@@ -58,6 +58,7 @@ def search(
     *,
     top: int = 3,
     time_limit_s: float | None = None,
+    below_s: float = inf,
     first: bool = False,
     clock: Callable[[], float] = monotonic,
 ) -> Found:
@@ -70,11 +71,12 @@ def search(
         cost_model: What things cost.
         top: Candidates to return.
         time_limit_s: Ends the search with the best so far; ``None`` is no limit.
+        below_s: Step time that candidates must be below to be of interest.
         first: Ends the search with the first candidates that fit.
         clock: Seconds; tests have their own.
     """
     stop_s = inf if time_limit_s is None else clock() + time_limit_s
-    run = Run(problem, cost_model, top=top, late=lambda: clock() > stop_s)
+    run = Run(problem, cost_model, top=top, below_s=below_s, late=lambda: clock() > stop_s)
     run.find_baseline()
     if not (first and run.best.estimates):
         run.find_best(first=first)
@@ -87,11 +89,12 @@ class _Best:
 
     top: int
     estimates: list[Estimate]
+    below_s: float = inf
 
     @property
     def threshold_s(self) -> float:
         """Time that another one must be below."""
-        return self.estimates[-1].step_s if len(self.estimates) == self.top else inf
+        return self.estimates[-1].step_s if len(self.estimates) == self.top else self.below_s
 
     def add(self, estimate: Estimate) -> None:
         """Adds an estimate if it is among the fastest; the earlier of equals stays."""
@@ -106,11 +109,17 @@ class Run:
     """One search: what is known so far."""
 
     def __init__(
-        self, problem: Problem, cost_model: CostModel, *, top: int, late: Callable[[], bool]
+        self,
+        problem: Problem,
+        cost_model: CostModel,
+        *,
+        top: int,
+        below_s: float,
+        late: Callable[[], bool],
     ) -> None:
         self.problem, self.late = problem, late
         self.estimator = Estimator(problem, cost_model)
-        self.best, self.baseline = _Best(top, []), _Best(1, [])
+        self.best, self.baseline = _Best(top, [], below_s), _Best(1, [])
         self.num_estimates = 0
         self.unexplored_s = inf  # bound of what a time limit has left out
         work_s = encoder_work_s(self.estimator)

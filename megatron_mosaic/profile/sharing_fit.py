@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from math import log
 from statistics import fmean
 from typing import NamedTuple, get_args
@@ -106,17 +105,25 @@ def fit_sharing(
 def fit_rates(parts: Iterable[TimedPart], *, num_sms: int) -> dict[str, dict[int, float]]:
     """Rates of every kind of operation over that on the whole GPU, by multiprocessors.
 
-    What an operation costs whatever its size is known from the sizes on the whole GPU. The rest of
-    its time goes with the rate, which is the closest one for all sizes. Rates do not fall with
-    more multiprocessors: where noise says so, the higher one holds.
+    What it costs to launch an operation is known from the sizes on the whole GPU, and is no more
+    than of one that memory bounds. The rest of its time goes with the rate, which is the closest
+    one for all sizes. Rates do not fall with more multiprocessors: where noise says so, the higher
+    one holds.
 
     Args:
-        parts: All kinds, each on the whole GPU as well.
+        parts: All kinds, ``elementwise`` among them, each on the whole GPU as well.
         num_sms: Multiprocessors of the GPU.
     """
-    ordered = sorted(parts, key=lambda part: kind_of(part.operation.curve))
-    grouped = groupby(ordered, key=lambda part: kind_of(part.operation.curve))
-    return {kind: _kind_rates(list(own), num_sms) for kind, own in grouped}
+    kinds = _by_kind(parts)
+    launch_s = _fixed_s(kinds["elementwise"], num_sms)
+    return {kind: _kind_rates(own, num_sms, launch_s) for kind, own in kinds.items()}
+
+
+def _by_kind(parts: Iterable[TimedPart]) -> dict[str, list[TimedPart]]:
+    kinds: dict[str, list[TimedPart]] = {}
+    for part in parts:
+        kinds.setdefault(kind_of(part.operation.curve), []).append(part)
+    return dict(sorted(kinds.items()))
 
 
 def kind_of(curve: str) -> str:
@@ -125,8 +132,8 @@ def kind_of(curve: str) -> str:
     return name if last in get_args(Precision) else curve
 
 
-def _kind_rates(parts: Sequence[TimedPart], num_sms: int) -> dict[int, float]:
-    whole, fixed_s = _whole_s(parts, num_sms), _fixed_s(parts, num_sms)
+def _kind_rates(parts: Sequence[TimedPart], num_sms: int, launch_s: float) -> dict[int, float]:
+    whole, fixed_s = _whole_s(parts, num_sms), min(launch_s, _fixed_s(parts, num_sms))
     counts = sorted({part.sms for part in parts})
     found = []
     for sms in counts:
@@ -271,14 +278,12 @@ def _errors_without(
     rates = fit_rates(kept, num_sms=num_sms)
     curves = SharingCurves(bandwidth_knee=1.0, interference=0.0, rates=rates)
     whole = _whole_s(parts, num_sms)
-    fixed_s = {
-        kind: _fixed_s([it for it in kept if kind_of(it.operation.curve) == kind], num_sms)
-        for kind in rates
-    }
+    fixed_s = {kind: _fixed_s(own, num_sms) for kind, own in _by_kind(kept).items()}
+    launch_s = fixed_s["elementwise"]
     errors = []
     for operation, sms in parts:
         if sms in missing:
-            own_s = fixed_s[kind_of(operation.curve)]
+            own_s = min(launch_s, fixed_s[kind_of(operation.curve)])
             rate = rate_share(curves, operation.curve, sms=sms, num_sms=num_sms)
             guess_s = own_s + (whole[_identity(operation)] - own_s) / rate
             errors.append(abs(guess_s / operation.seconds - 1))
@@ -287,7 +292,7 @@ def _errors_without(
 
 def _smallest(distance: Callable[[float], float], *, low: float, high: float) -> float:
     """Place of the least value in an interval: of a grid, then between the neighbours of it."""
-    grid = np.linspace(low, high, 65)
+    grid = np.linspace(low, high, 17)
     values = [distance(float(it)) for it in grid]
     best = int(np.argmin(values))
     around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.report.lanes import quotas
 from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS
 from megatron_mosaic.report.prediction import (
     MEMORY_TERMS,
@@ -64,7 +65,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
                 _draw_memory(axes[0], prediction, bars, height=top_height - _AROUND)
             if prediction.breakdown:
                 _draw_breakdown(axes[-1], prediction, height=top_height - _AROUND)
-        draw_timelines(bottom, timelines, predicted=bool(prediction.tasks_s))
+        draw_timelines(bottom, timelines, predicted=bool(prediction.tasks_s), quotas=quotas(plan))
         figure.savefig(path, dpi=150)
 
 

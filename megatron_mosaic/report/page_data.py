@@ -9,10 +9,11 @@ import numpy as np
 from megatron_mosaic.layout.placement import ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
+from megatron_mosaic.report.lanes import quotas
 from megatron_mosaic.report.palette import MEMORY_COLORS, TIME_COLORS, module_colors
 from megatron_mosaic.report.prediction import Memory, Prediction
 from megatron_mosaic.report.step import Measured, MeasuredRow, ReportedStep
-from megatron_mosaic.report.summary import key_numbers, summary
+from megatron_mosaic.report.summary import in_brackets, key_numbers, summary
 from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.program import Integers, Program, TaskArrays
 from megatron_mosaic.schedule.simulate import Seconds
@@ -56,6 +57,7 @@ def page_data(
         baseline: The homogeneous layout's step.
     """
     layouts = [own, baseline] if baseline else [own]
+    own_quotas = quotas(plan)
     program, measured = own.step.timeline.program, own.step.measured
     modules = module_colors(
         stage.module for each in layouts for stage in each.step.timeline.program.stages
@@ -66,9 +68,12 @@ def page_data(
         "summary": summary(own.prediction, own.step),
         "numbers": [number._asdict() for number in key_numbers(own.prediction, own.step)],
         "source": own.step.source,
-        "modules": [{"name": module, "colors": list(pair)} for module, pair in modules.items()],
+        "modules": [
+            {"name": module, "colors": list(pair), "quota": own_quotas.get(module)}
+            for module, pair in modules.items()
+        ],
         "layouts": [{"title": each.title, "once_us": _once_us(each)} for each in layouts],
-        **_columns(layouts, list(modules)),
+        **_columns(layouts, list(modules), own_quotas),
         "measured": _measured(measured, program) if measured else None,
         "durations": _durations(own.prediction, measured) if measured else [],
         "breakdown": _breakdown(own.prediction),
@@ -83,7 +88,9 @@ def _title(plan: Plan) -> str:
     return f"{modules} on {plan.world_size:,} rank{'s' * (plan.world_size > 1)}"
 
 
-def _columns(layouts: Sequence[Drawn], modules: Sequence[str]) -> dict[str, Any]:
+def _columns(
+    layouts: Sequence[Drawn], modules: Sequence[str], quotas: Mapping[str, str]
+) -> dict[str, Any]:
     """Stages, kinds of ranks and tasks of all layouts, one behind the other."""
     stages: list[dict[str, Any]] = []
     kinds: list[dict[str, Any]] = []
@@ -101,6 +108,7 @@ def _columns(layouts: Sequence[Drawn], modules: Sequence[str]) -> dict[str, Any]
         ]
         for kind in program.kinds:
             written = _kind(program, kind, prediction.memory, first_stage=first_stage)
+            written["lanes"] = _lanes(program, kind, first_stage=first_stage, quotas=quotas)
             kinds.append({"layout": layout, **written})
         columns = program.tasks._replace(stage=program.tasks.stage + first_stage)
         for name, column in columns._asdict().items():
@@ -122,6 +130,23 @@ def _kind(
         "label": " + ".join(show_stages(program.stages[stage] for stage in stages)),
         "memory": dict(terms) if terms else None,
     }
+
+
+def _lanes(
+    program: Program, kind: RankKind, *, first_stage: int, quotas: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Lanes of ranks of a kind, each a row of its own; none where modules take turns."""
+    lanes = program.lane_tasks(kind)
+    if len(lanes) == 1:
+        return []
+    return [
+        {
+            "stages": (first_stage + np.unique(program.tasks.stage[lane.tasks])).tolist(),
+            "label": " ".join(show_stages(lane.stages))
+            + in_brackets(quotas.get(lane.stages[0].module, "")),
+        }
+        for lane in lanes
+    ]
 
 
 def _simulated(step: ReportedStep) -> dict[str, list[int]]:
@@ -191,7 +216,7 @@ def _breakdown(prediction: Prediction) -> list[dict[str, Any]]:
 
 
 def _plan_rows(plan: Plan) -> Iterable[Mapping[str, Any]]:
-    named = any(map(_loads, plan.modules.values()))
+    named, own = any(map(_loads, plan.modules.values())), quotas(plan)
     for name, placement in plan.modules.items():
         written = asdict(placement)
         yield {
@@ -202,6 +227,7 @@ def _plan_rows(plan: Plan) -> Iterable[Mapping[str, Any]]:
             "trainable": _trainable(placement.trainable),
             "recompute": placement.recompute or "as the script says",
             **({"loads": _loads(placement)} if named else {}),
+            **({"share": own.get(name, "all SMs")} if own else {}),
         }
 
 

@@ -21,8 +21,8 @@ from megatron_mosaic.schedule.graph import RankKind, show_stages
 from megatron_mosaic.schedule.program import START, Integers, Program
 from megatron_mosaic.schedule.simulate import Seconds
 
-_SIMULATED = 0  # thread of a process; measured ranks have theirs behind it
 _Event = dict[str, Any]
+_Thread = tuple[int, int]  # process and thread
 
 
 def write_perfetto(plan: Plan, path: Path, *, trace: Path | None = None) -> None:
@@ -45,8 +45,9 @@ def write_perfetto(plan: Plan, path: Path, *, trace: Path | None = None) -> None
 def trace_events(step: ReportedStep, prediction: Prediction) -> list[_Event]:
     """Events of a step, times in microseconds.
 
-    A kind of ranks is a process. Its first thread is the simulated step, and each measured rank
-    is one more. An arrow leads to a task from the one that it waited for on other ranks. Counters
+    A kind of ranks is a process. Its first threads are the lanes of the simulated step, one where
+    modules take turns, and those of each measured rank follow. An arrow leads to a task from the
+    one that it waited for on other ranks or in another lane. Counters
     of the process are the memory of one of its ranks, and in it the activations of each module.
 
     Returns:
@@ -59,16 +60,28 @@ def trace_events(step: ReportedStep, prediction: Prediction) -> list[_Event]:
 
 
 def _names(step: ReportedStep) -> Iterator[_Event]:
-    for pid, kind in enumerate(step.timeline.program.kinds):
+    program = step.timeline.program
+    for pid, kind in enumerate(program.kinds):
         stages = " ".join(show_stages(kind.stages))
         yield _name("process_name", pid, name=f"{ranks_text(show_ranks(kind.ranks))}: {stages}")
         yield _name("process_sort_index", pid, sort_index=pid)
-        yield _name("thread_name", pid, name="simulated")
+        for tid, name in _lane_names(program, kind):
+            yield _name("thread_name", pid, tid=tid, name=f"simulated{name}")
+    first = _first_threads(step)
     for row in _measured_rows(step):
-        yield _name("thread_name", row.kind, tid=_thread(row), name=f"rank {row.rank}, measured")
+        for lane, name in _lane_names(program, program.kinds[row.kind]):
+            tid = first[row.rank] + lane
+            yield _name("thread_name", row.kind, tid=tid, name=f"rank {row.rank}, measured{name}")
 
 
-def _name(what: str, pid: int, *, tid: int = _SIMULATED, **args: Any) -> _Event:
+def _lane_names(program: Program, kind: RankKind) -> Iterator[tuple[int, str]]:
+    """Numbers of the lanes of a kind of ranks, and what to add to the name of a thread."""
+    lanes = program.lane_tasks(kind)
+    for number, lane in enumerate(lanes):
+        yield number, f", {' '.join(show_stages(lane.stages))}" if len(lanes) > 1 else ""
+
+
+def _name(what: str, pid: int, *, tid: int = 0, **args: Any) -> _Event:
     return {"name": what, "ph": "M", "pid": pid, "tid": tid, "args": args}
 
 
@@ -76,43 +89,45 @@ def _measured_rows(step: ReportedStep) -> tuple[MeasuredRow, ...]:
     return step.measured.rows if step.measured else ()
 
 
-def _thread(row: MeasuredRow) -> int:
-    return 1 + row.rank
+def _first_threads(step: ReportedStep) -> Mapping[int, int]:
+    """The first thread of every measured rank: they stand behind those of the simulated lanes."""
+    program = step.timeline.program
+    most = max(len(program.lane_tasks(kind)) for kind in program.kinds)
+    return {row.rank: most * (1 + row.rank) for row in _measured_rows(step)}
+
+
+def _lane_of_tasks(program: Program, kind: RankKind) -> dict[int, int]:
+    """Number of the lane in which ranks of a kind run each of their tasks."""
+    lanes = program.lane_tasks(kind)
+    return {task: n for n, lane in enumerate(lanes) for task in lane.tasks.tolist()}
 
 
 def _simulated_events(step: ReportedStep) -> Iterator[_Event]:
     timeline = step.timeline
     program = timeline.program
-    first_kind = np.zeros(len(timeline.start_s), dtype=np.int64)
-    for pid, kind in reversed([*enumerate(program.kinds)]):
-        first_kind[program.tasks_of(kind)] = pid
-    for pid, kind in enumerate(program.kinds):
-        own = program.tasks_of(kind)
-        waits_for = _from_elsewhere(program, kind, step.after)
-        for task, start_s, end_s in zip(
-            own.tolist(), timeline.start_s[own], timeline.end_s[own], strict=True
-        ):
-            yield _slice(program, task, pid, _SIMULATED, start_s, end_s, step.after)
-            if task in waits_for:
-                before = waits_for[task]
-                yield from _arrow(step, before, task, source=int(first_kind[before]), pid=pid)
+    lanes = [_lane_of_tasks(program, kind) for kind in program.kinds]
+    first_kind = {task: pid for pid, own in reversed([*enumerate(lanes)]) for task in own}
+    for pid, own in enumerate(lanes):
+        for task in sorted(own):
+            times = float(timeline.start_s[task]), float(timeline.end_s[task])
+            yield _slice(program, task, (pid, own[task]), *times, step.after)
+            before = int(step.after[task])
+            if before != START and own.get(before) != own[task]:
+                source = pid if before in own else first_kind[before]
+                ends = (source, lanes[source][before]), (pid, own[task])
+                yield from _arrow(step, before, task, *ends)
 
 
 def _measured_events(step: ReportedStep) -> Iterator[_Event]:
     if step.measured is None:
         return
+    program, first = step.timeline.program, _first_threads(step)
+    lanes = [_lane_of_tasks(program, kind) for kind in program.kinds]
     for row in step.measured.rows:
         times = zip(row.index.tolist(), row.start_s, row.end_s, strict=True)
         for task, start_s, end_s in times:
-            yield _slice(
-                step.timeline.program,
-                task,
-                row.kind,
-                _thread(row),
-                start_s,
-                end_s,
-                step.measured.after,
-            )
+            thread = row.kind, first[row.rank] + lanes[row.kind][task]
+            yield _slice(program, task, thread, start_s, end_s, step.measured.after)
 
 
 def _simulated_memory(step: ReportedStep, prediction: Prediction) -> Iterator[_Event]:
@@ -159,7 +174,7 @@ def _counter(name: str, pid: int, time_s: Seconds, size: Seconds) -> Iterator[_E
 
 
 def _slice(
-    program: Program, index: int, pid: int, tid: int, start_s: float, end_s: float, after: Integers
+    program: Program, index: int, thread: _Thread, start_s: float, end_s: float, after: Integers
 ) -> _Event:
     task = program.task(index)
     before = int(after[index])
@@ -170,31 +185,24 @@ def _slice(
         "name": str(task),
         "cat": "backward" if task.kind == "B" else "forward",
         "ph": "X",
-        "pid": pid,
-        "tid": tid,
+        "pid": thread[0],
+        "tid": thread[1],
         "ts": _us(start_s),
         "dur": _us(end_s) - _us(start_s),
         "args": args,
     }
 
 
-def _from_elsewhere(program: Program, kind: RankKind, after: Integers) -> Mapping[int, int]:
-    """For each task of a kind that waits for one of other ranks, which."""
-    own = set(program.tasks_of(kind).tolist())
-    return {
-        task: int(after[task]) for task in own if after[task] != START and after[task] not in own
-    }
-
-
 def _arrow(
-    step: ReportedStep, before: int, task: int, *, source: int, pid: int
+    step: ReportedStep, before: int, task: int, source: _Thread, thread: _Thread
 ) -> Iterator[_Event]:
     """The two ends of an arrow; each lies inside the slice that it belongs to."""
     timeline = step.timeline
-    arrow = {"name": "waits for", "cat": "wait", "id": f"{pid}.{task}", "tid": _SIMULATED}
+    arrow = {"name": "waits for", "cat": "wait", "id": f"{thread[0]}.{task}"}
     start_us = _inside(timeline.start_s, timeline.end_s, before)
-    yield {**arrow, "ph": "s", "pid": source, "ts": start_us}
-    yield {**arrow, "ph": "f", "bp": "e", "pid": pid, "ts": _us(timeline.start_s[task])}
+    yield {**arrow, "ph": "s", "pid": source[0], "tid": source[1], "ts": start_us}
+    end_us = _us(timeline.start_s[task])
+    yield {**arrow, "ph": "f", "bp": "e", "pid": thread[0], "tid": thread[1], "ts": end_us}
 
 
 def _inside(start_s: Seconds, end_s: Seconds, task: int) -> float:

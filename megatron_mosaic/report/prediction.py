@@ -9,8 +9,10 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import mapping, show
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import Stage, stage_order
+from megatron_mosaic.schedule.lane_notes import noted_lanes
+from megatron_mosaic.schedule.lanes import has_lanes
 from megatron_mosaic.schedule.plan_program import program_of_plan
-from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
+from megatron_mosaic.schedule.simulate import LaneTimes, PassTimes, Timeline, simulate
 from megatron_mosaic.schedule.steps import edges_of
 
 MEMORY_TERMS = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
@@ -63,6 +65,8 @@ class Prediction:
         transfers_s: Times of a microbatch, by the text of the edge.
         task_bytes: Activations of a stage's longest task, from its forward to its backward pass;
             empty where one is missing.
+        lanes: What modules that run at the same time make of each other's times; None where they
+            take turns, or nothing is known of it.
     """
 
     step_s: float | None
@@ -75,6 +79,7 @@ class Prediction:
     tasks_s: Mapping[Stage, PassTimes]
     transfers_s: Mapping[str, float]
     task_bytes: Mapping[Stage, float]
+    lanes: LaneTimes | None = None
 
 
 class Baseline(NamedTuple):
@@ -108,9 +113,10 @@ def read_prediction(plan: Plan) -> Prediction:
         baseline_layout=str(baseline.get("layout", "")),
         memory=tuple(_memory(f"memory_bytes[{n}]", bar) for n, bar in enumerate(bars)),
         capacity_bytes=_optional("capacity_bytes", written),
-        tasks_s=_tasks_s(plan, mapping("predicted.tasks_s", written.get("tasks_s", {}))),
+        tasks_s=_tasks_s(plan, written.get("tasks_s", {}), field="tasks_s"),
         transfers_s=_numbers("transfers_s", written.get("transfers_s", {})),
         task_bytes=_of_stages(plan, _numbers("task_bytes", written.get("task_bytes", {}))),
+        lanes=_lanes(plan, mapping("predicted.lanes", written.get("lanes", {}))),
     )
 
 
@@ -150,7 +156,8 @@ def predicted_timeline(plan: Plan, prediction: Prediction) -> Timeline:
             counts[program.stages[stage]] = max(counts[program.stages[stage]], int(count))
         tasks_s = {stage: PassTimes(count, 2.0 * count) for stage, count in counts.items()}
     transfers_s = {edge: prediction.transfers_s.get(str(edge), 0.0) for edge in edges_of(plan)}
-    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s)
+    lanes = prediction.lanes if prediction.tasks_s else None
+    return simulate(program_of_plan(plan), tasks_s=tasks_s, transfers_s=transfers_s, lanes=lanes)
 
 
 def _memory(field: str, written: Any) -> Memory:
@@ -168,13 +175,26 @@ def _terms(field: str, written: Any, names: tuple[str, ...]) -> Mapping[str, flo
     return {name: found[name] for name in names if name in found}
 
 
-def _tasks_s(plan: Plan, written: Mapping[Any, Any]) -> Mapping[Stage, PassTimes]:
+def _tasks_s(plan: Plan, written: Any, *, field: str) -> Mapping[Stage, PassTimes]:
     times: dict[str, PassTimes] = {}
-    for name, pair in written.items():
+    for name, pair in mapping(f"predicted.{field}", written).items():
         if not isinstance(pair, list) or len(pair) != 2:
-            raise _error(f"tasks_s.{name}", pair, "be the times of a forward and a backward pass")
-        times[str(name)] = PassTimes(*(_number(f"tasks_s.{name}", value) for value in pair))
+            raise _error(f"{field}.{name}", pair, "be the times of a forward and a backward pass")
+        times[str(name)] = PassTimes(*(_number(f"{field}.{name}", value) for value in pair))
     return _of_stages(plan, times)
+
+
+def _lanes(plan: Plan, written: Mapping[Any, Any]) -> LaneTimes | None:
+    shared_s = _tasks_s(plan, written.get("tasks_s", {}), field="lanes.tasks_s")
+    slowdown: dict[str, tuple[float, ...]] = {}
+    for names, factors in mapping("predicted.lanes.slowdown", written.get("slowdown", {})).items():
+        field = f"lanes.slowdown.{names}"
+        if not isinstance(factors, list) or len(factors) != len(str(names).split(" + ")):
+            raise _error(field, factors, "be a list with a number for every pass of its name")
+        slowdown[str(names)] = tuple(_number(field, factor) for factor in factors)
+        if min(factors) < 1:
+            raise _error(field, factors, "be numbers >= 1")
+    return noted_lanes(shared_s, slowdown) if shared_s and has_lanes(plan) else None
 
 
 def _of_stages[T](plan: Plan, written: Mapping[str, T]) -> Mapping[Stage, T]:

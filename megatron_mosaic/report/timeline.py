@@ -1,6 +1,7 @@
 """Simulated steps as rows of tasks."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,9 +10,12 @@ from matplotlib.patches import Patch
 
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.report.palette import module_colors
+from megatron_mosaic.report.summary import in_brackets
 from megatron_mosaic.report.units import seconds
 from megatron_mosaic.schedule.graph import RankKind, show_stages
+from megatron_mosaic.schedule.program import LaneTasks
 from megatron_mosaic.schedule.simulate import Timeline
+from megatron_mosaic.schedule.task_arrays import Integers
 
 _MOST_ROWS = 20
 _LEAST_LABELLED_SHARE = 0.014  # of the step, at the smallest legible size
@@ -22,8 +26,26 @@ def timeline_height(timeline: Timeline) -> float:
     return 1.3 + 0.3 * len(_rows(timeline))
 
 
+class _Row(NamedTuple):
+    """Ranks of a kind, or one of their lanes.
+
+    Args:
+        kind: The kind of ranks.
+        is_first: Whether it is the first row of the kind.
+        lane: What runs in the row.
+    """
+
+    kind: RankKind
+    is_first: bool
+    lane: LaneTasks
+
+
 def draw_timelines(
-    figure: Figure | SubFigure, timelines: Mapping[str, Timeline], *, predicted: bool
+    figure: Figure | SubFigure,
+    timelines: Mapping[str, Timeline],
+    *,
+    predicted: bool,
+    quotas: Mapping[str, str],
 ) -> None:
     """Draws steps below each other on one scale of time, and a legend of their tasks.
 
@@ -31,6 +53,7 @@ def draw_timelines(
         figure: Where to draw.
         timelines: The steps by the names of their layouts.
         predicted: Whether durations are predictions; else they are those of an example.
+        quotas: What modules have of their GPUs while others run there.
     """
     heights = [timeline_height(timeline) for timeline in timelines.values()]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
@@ -43,8 +66,9 @@ def draw_timelines(
         _draw_step(axes, timeline, colors=colors)
         axes.set_title(_title(timeline, name=name, predicted=predicted))
     handles = [
-        Patch(color=colors[module][backward], label=f"{module} {name}")
+        Patch(color=colors[module][backward], label=f"{module} {name}{in_brackets(quota)}")
         for module in colors
+        for quota in [quotas.get(module, "")]
         for backward, name in enumerate(("forward", "backward"))
         if any(_runs(timeline, module, backward=backward) for timeline in timelines.values())
     ]
@@ -54,23 +78,40 @@ def draw_timelines(
 
 
 def _draw_step(axes: Axes, timeline: Timeline, *, colors: Mapping[str, tuple[str, str]]) -> None:
-    """Draws a row for each kind of rank; numbers are the first microbatches of tasks."""
+    """Draws a row for each lane of a kind of rank; numbers are the first microbatches of tasks."""
     rows = _rows(timeline)
-    for row, kind in enumerate(rows):
-        _draw_row(axes, timeline, kind, row=row, colors=colors)
-    labels = [f"{_where(kind)}  {' '.join(show_stages(kind.stages))}" for kind in rows]
+    for place, row in enumerate(rows):
+        if row.is_first and place and len(rows) > len(_kinds(timeline)):
+            axes.axhline(place - 0.5, color="#cccccc", linewidth=0.6, zorder=0)
+        _draw_row(axes, timeline, row.lane.tasks, place=place, colors=colors)
+    labels = [
+        f"{_where(row.kind) + '  ' if row.is_first else ''}{' '.join(show_stages(row.lane.stages))}"
+        for row in rows
+    ]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
-def _rows(timeline: Timeline) -> Sequence[RankKind]:
+def _rows(timeline: Timeline) -> list[_Row]:
+    """Rows to draw: a lane of a kind of ranks each."""
+    return [
+        _Row(kind, number == 0, lane)
+        for kind in _kinds(timeline)
+        for number, lane in enumerate(timeline.program.lane_tasks(kind))
+    ]
+
+
+def _kinds(timeline: Timeline) -> Sequence[RankKind]:
     """Kinds of ranks to draw: all, or the first of every module and some of the others."""
-    kinds = timeline.program.kinds
-    if len(kinds) <= _MOST_ROWS:
+    program = timeline.program
+    kinds = program.kinds
+    most_lanes = max(len(program.lane_tasks(kind)) for kind in kinds)
+    if len(kinds) * most_lanes <= _MOST_ROWS:
         return kinds
     first = {stage.module: k for k, kind in reversed([*enumerate(kinds)]) for stage in kind.stages}
     rest = [k for k in range(len(kinds)) if k not in first.values()]
-    spread = np.linspace(0, len(rest) - 1, _MOST_ROWS - len({*first.values()})).round().astype(int)
+    others = max(_MOST_ROWS // most_lanes - len({*first.values()}), 0)
+    spread = np.linspace(0, len(rest) - 1, min(others, len(rest))).round().astype(int)
     return [kinds[k] for k in sorted({*first.values(), *(rest[n] for n in spread)})]
 
 
@@ -83,13 +124,12 @@ def _runs(timeline: Timeline, module: str, *, backward: int) -> bool:
 def _draw_row(
     axes: Axes,
     timeline: Timeline,
-    kind: RankKind,
+    index: Integers,
     *,
-    row: int,
+    place: int,
     colors: Mapping[str, tuple[str, str]],
 ) -> None:
     program = timeline.program
-    index = program.tasks_of(kind)
     start_s = timeline.start_s[index]
     width_s = timeline.end_s[index] - start_s
     look = [
@@ -103,7 +143,7 @@ def _draw_row(
         own = [n for n, each in enumerate(look) if each == (module, backward)]
         axes.broken_barh(
             [(start_s[n], width_s[n]) for n in own],
-            (row - 0.4, 0.8),
+            (place - 0.4, 0.8),
             facecolors=colors[module][backward],
             edgecolor="white",
             linewidth=edge,
@@ -112,7 +152,7 @@ def _draw_row(
         if width_s[n] > _LEAST_LABELLED_SHARE * timeline.makespan_s:
             axes.text(
                 start_s[n] + width_s[n] / 2,
-                row,
+                place,
                 f"{program.tasks.first[index[n]]}",
                 ha="center",
                 va="center",
@@ -129,8 +169,8 @@ def _where(kind: RankKind) -> str:
 
 
 def _title(timeline: Timeline, *, name: str, predicted: bool) -> str:
-    rows = _rows(timeline)
-    waits = [timeline.bubble_s(kind) / (timeline.makespan_s or 1.0) for kind in rows]
+    kinds = _kinds(timeline)
+    waits = [timeline.bubble_s(kind) / (timeline.makespan_s or 1.0) for kind in kinds]
     of = f" of {name}" if name else ""
     parts = [f"Tasks of one step{of}, {seconds(timeline.makespan_s)}"]
     if not predicted:
@@ -140,7 +180,7 @@ def _title(timeline: Timeline, *, name: str, predicted: bool) -> str:
     shares = sorted({f"{wait:.0%}": wait for wait in waits}.items(), key=lambda item: item[1])
     span = " to ".join(dict.fromkeys((shares[0][0], shares[-1][0])))
     parts.append(f"ranks wait {span} of it")
-    hidden = len(timeline.program.kinds) - len(rows)
+    hidden = len(timeline.program.kinds) - len(kinds)
     if hidden:
         parts.append(f"{hidden} kinds of ranks left out")
     return ", ".join(parts)

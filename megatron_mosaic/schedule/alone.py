@@ -1,7 +1,8 @@
 """Tasks that have a GPU to themselves, although other modules run on it at the same time.
 
-Such a task comes, by what tasks wait for, after or before every task of other lanes of its ranks.
-Only the schedule decides that, no duration does: it holds on all replicas, in every step.
+Such a task comes, by what tasks wait for, after or before every task of other lanes of its ranks,
+and so does the other pass of its microbatches. Only the schedule decides that, no duration does: it
+holds on all replicas, in every step.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron_mosaic.schedule.task_arrays import Integers
 
 
 def alone_tasks(plan: Plan, schedule: Schedule, rank: int) -> frozenset[Task]:
-    """Tasks of a rank beside which nothing of another lane can run; none without lanes."""
+    """Tasks of a rank beside which, in both passes, nothing else can run; none without lanes."""
     kind = next((kind for kind in rank_kinds(plan) if rank in kind.ranks), None)
     if kind is None or not has_lanes(plan):
         return frozenset()
@@ -26,7 +27,21 @@ def alone_tasks(plan: Plan, schedule: Schedule, rank: int) -> frozenset[Task]:
 
 
 def is_alone(program: Program) -> np.ndarray:
-    """Whether each task of a program is alone on all ranks that run it; ``[tasks]``."""
+    """Whether each task of a program is alone on all ranks that run it; ``[tasks]``.
+
+    Both passes of the same microbatches are, or none is: autograd runs a backward pass on the
+    streams of its forward pass, and so with the quota or without it as that one ran.
+    """
+    first = program.tasks.first
+    pairs = program.tasks.stage * (1 + first.max(initial=0)) + first
+    _, pair = np.unique(pairs, return_inverse=True)
+    both = np.ones(1 + pair.max(initial=-1), dtype=bool)
+    np.logical_and.at(both, pair, _is_alone_now(program))
+    return both[pair]
+
+
+def _is_alone_now(program: Program) -> np.ndarray:
+    """Whether each task is alone while it runs, whatever its other pass is; ``[tasks]``."""
     latest, earliest = _reach(program)
     alone = np.empty(len(program.tasks.stage), dtype=bool)
     for part, own in enumerate(program.lanes):

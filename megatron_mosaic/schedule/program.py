@@ -35,6 +35,18 @@ class Inputs(NamedTuple):
     passed: Integers
 
 
+class LaneTasks(NamedTuple):
+    """What ranks of a kind run in one of their lanes.
+
+    Args:
+        stages: Stages that run there.
+        tasks: Positions of their tasks, in their order.
+    """
+
+    stages: tuple[Stage, ...]
+    tasks: Integers
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Program:
     """What a simulation runs.
@@ -77,6 +89,21 @@ class Program:
         number = self.kinds.index(kind)
         hosted = [p for p, part in enumerate(self.parts) if number in part.kinds]
         return np.flatnonzero(np.isin(self.tasks.stage, hosted))
+
+    def lane_tasks(self, kind: RankKind) -> tuple[LaneTasks, ...]:
+        """Lanes of ranks of a kind, those that feed others first; one where modules take turns."""
+        number = self.kinds.index(kind)
+        hosted: dict[int, list[int]] = {}
+        for p, (part, lanes) in enumerate(zip(self.parts, self.lanes, strict=True)):
+            if number in part.kinds:
+                hosted.setdefault(lanes[part.kinds.index(number)], []).append(p)
+        return tuple(
+            LaneTasks(
+                tuple(self.parts[p].stage for p in own),
+                np.flatnonzero(np.isin(self.tasks.stage, own)),
+            )
+            for own in hosted.values()
+        )
 
     def peak_live(self, stage: Stage) -> int:
         """Most tasks of a stage whose activations a rank holds at the same time."""

@@ -4,15 +4,17 @@ import pytest
 
 from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cost.cost_model import CostModel
-from megatron_mosaic.cost.costs import PartCosts
+from megatron_mosaic.cost.costs import ModuleCosts, PartCosts, PartRun
 from megatron_mosaic.cost.exposed import waited_s
+from megatron_mosaic.cost.imbalance import slowed
 from megatron_mosaic.cost.sizes import ParallelSizes, TrainingSettings
-from megatron_mosaic.cost.stages import backward_s
+from megatron_mosaic.cost.stages import StageWork, backward_s, stage_costs
 from megatron_mosaic.model.shipped import load_model
 
 PART = PartCosts(
     forward_s=1.0, input_gradient_s=1.1, weight_gradient_s=0.9, recompute_s=0.2, trainable=1.0
 )
+SETTINGS = TrainingSettings()
 FROZEN = replace(PART, trainable=0.0)
 
 
@@ -34,6 +36,44 @@ def test_adapters_add_their_share_of_the_gradients_of_weights():
     assert backward_s(adapted, upstream=False) == pytest.approx(0.009 + 1.1 + 0.2)
 
 
+MOVING = PartCosts(
+    forward_s=1.0,
+    input_gradient_s=1.0,
+    weight_gradient_s=1.0,
+    recompute_s=1.0,
+    forward_bytes=10.0,
+    input_gradient_bytes=20.0,
+    weight_gradient_bytes=40.0,
+    recompute_bytes=10.0,
+    forward_host_s=0.1,
+    backward_host_s=0.25,
+)
+
+
+def test_stage_moves_what_its_passes_do():
+    frozen = replace(MOVING, trainable=0.0)
+    # The first part needs no backward pass, the second all of it, the third no gradient of
+    # weights: 20 + 40 + 10 and 20 + 10.
+    work = StageWork(parts=(frozen, MOVING, frozen), upstream=False)
+    module = ModuleCosts(name="m", sizes=ParallelSizes(), input=FROZEN, layers=(), output=FROZEN)
+
+    found = stage_costs(work, module=module, cluster=load_cluster("h100"), settings=SETTINGS)
+
+    assert (found.forward_bytes, found.backward_bytes) == (30.0, 100.0)
+    assert (found.forward_host_s, found.backward_host_s) == pytest.approx((0.3, 0.5))
+
+
+def test_slowest_replica_moves_as_much_more():
+    costs = ModuleCosts(
+        name="m", sizes=ParallelSizes(), input=FROZEN, layers=(PartRun(1, MOVING),), output=FROZEN
+    )
+
+    slow = slowed(costs, imbalance=1.5).layers[0].costs
+
+    assert (slow.forward_bytes, slow.weight_gradient_bytes) == (15.0, 60.0)
+    assert slow.forward_host_s == MOVING.forward_host_s  # as many kernels
+
+
 def test_communication_waits_for_what_no_computation_hides():
     # 2 of 5 seconds are left; 3 hidden ones cost a tenth.
     assert waited_s(5.0, behind_s=3.0, cost=0.1) == pytest.approx(2.3)
@@ -42,6 +82,39 @@ def test_communication_waits_for_what_no_computation_hides():
 def layer_of(name, cluster="h100", settings=None, samples=1.0, **sizes):
     model = CostModel(load_model(name), load_cluster(cluster), settings)
     return model.module("language", ParallelSizes(**sizes), samples=samples).layers[0].costs
+
+
+def test_layer_moves_no_less_than_its_weights():
+    # Llama 3 8B: 218.1 million weights a layer, in 2 bytes; gradients of weights are read and
+    # written in 4 bytes.
+    layer = layer_of("llama-3-8b")
+
+    assert layer.forward_bytes > 2 * 218.1e6
+    assert layer.weight_gradient_bytes > 8 * 218.1e6
+    assert layer_of("llama-3-8b", recompute="full").recompute_bytes == layer.forward_bytes
+    assert layer.forward_bytes / 3.35e12 < layer.forward_s  # an H100 moves 3.35 TB/s
+
+
+def test_host_launches_what_no_graph_does():
+    # An operation each for queries and keys, attention, its output, and both of the MLP; an RMS
+    # norm and the like are counted with them.
+    gpu = load_cluster("h100").gpu
+    layer = layer_of("llama-3-8b")
+
+    assert layer.forward_host_s == pytest.approx(5 * gpu.host_operation_s)
+    assert layer.backward_host_s == pytest.approx(1.5 * layer.forward_host_s)
+    again = layer_of("llama-3-8b", recompute="full")
+    assert again.backward_host_s == pytest.approx(2.5 * layer.forward_host_s)
+    graphs = layer_of("llama-3-8b", settings=TrainingSettings(cuda_graph="full"))
+    assert graphs.forward_host_s == graphs.backward_host_s == 0.0
+
+
+def test_host_launches_every_expert():
+    gpu = load_cluster("h100").gpu
+    alone, split = (layer_of("mixtral-8x7b", ep=ep).forward_host_s for ep in (1, 8))
+
+    # Seven of eight experts are elsewhere.
+    assert alone - split == pytest.approx(7 * gpu.host_expert_s["bf16"])
 
 
 def test_full_recomputation_runs_the_forward_pass_again():

@@ -57,6 +57,20 @@ def test_tiny_operation_is_no_slower_on_few_multiprocessors():
     assert memory_s(gpu_with(gpu, sms=10), 1) == pytest.approx(1e-5, rel=1e-5)
 
 
+def test_operation_that_does_not_fill_the_gpu_takes_turns_with_itself_on_less_of_it():
+    # At the limits of 8e11 bytes/s and 5e14 FLOP/s: 10 us to launch, 40 us besides of attention
+    # that computes next to nothing. Half the multiprocessors make 10 + (40 - 10) / 0.5 of it.
+    curves = {
+        "elementwise": Curve(peak_share=0.8, half_size=8e6),
+        "attention.forward": Curve(peak_share=0.5, half_size=2e10),
+    }
+    it = MATMUL._replace(curve="attention", flops=1, forward_bytes=0)
+    gpu = replace(GPU, curves=curves)
+
+    assert forward_s(gpu, it) == pytest.approx(4e-5)
+    assert forward_s(gpu_with(gpu, sms=50), it) == pytest.approx(7e-5)
+
+
 def test_gpu_that_nobody_knows_to_share_is_refused():
     with pytest.raises(PlanError, match=r"gpu g: sharing must be given .*profile --sharing"):
         gpu_with(WHOLE, sms=50)

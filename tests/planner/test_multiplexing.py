@@ -18,6 +18,7 @@ from megatron_mosaic.planner.multiplexing import LEAST_GAIN, multiplexed
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import Problem, Space, read_pins
 from megatron_mosaic.planner.quotas import more_quotas, sharing_modules
+from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
 from tests.planner.problems import cost_model, encoder, language, model
@@ -52,6 +53,17 @@ def test_pinned_schedule_runs_modules_at_the_same_time():
     verify(plan, build_schedule(plan))
     assert answer.choice.step.peak_bytes <= PINNED.memory_bytes
     assert answer.multiplexing.pays
+
+
+def test_notes_give_back_the_step_of_modules_that_run_at_the_same_time():
+    answer = make_plan(PINNED)
+    plan = Plan.loads(answer.plan().to_yaml(), where="plan.yaml")
+
+    timeline = predicted_timeline(plan, read_prediction(plan))
+
+    terms = answer.choice.step.breakdown
+    step_s = timeline.makespan_s + terms.sync_s + terms.optimizer_s
+    assert step_s == pytest.approx(answer.choice.step_s, rel=1e-4)
 
 
 def test_pinned_quota_holds_and_fixes_the_schedule():
@@ -97,7 +109,7 @@ def test_quota_that_cannot_be_is_refused(pins, message):
     ("pins", "message"),
     [
         ({"vision.share.sms": "33"}, "quotas that the GPU can give"),
-        ({"placement": "disjoint"}, "a layout whose modules share ranks"),
+        ({"placement": "homogeneous"}, "a layout whose modules share ranks"),
         ({"language.tensor_model_parallel_size": "2"}, "CUDA_DEVICE_MAX_CONNECTIONS=1 before"),
     ],
 )
@@ -172,7 +184,7 @@ def test_three_modules_share_a_gpu():
 
     plan = answer.plan()
     verify(plan, build_schedule(plan))
-    assert sharing_modules(plan) == ["language", "audio", "vision"]
+    assert sharing_modules(plan) == ["audio", "language", "vision"]
     assert sum(placement.share.sms for placement in plan.modules.values() if placement.share) <= 132
 
 

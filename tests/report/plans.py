@@ -83,6 +83,25 @@ schedule: {kind: bubble_fill}
     )
 
 
+LANES = """\
+  lanes:
+    tasks_s:
+      vision.0: [2.0, 2.0]
+      language.0: [1.0, 2.0]
+      language.1: [1.0, 2.0]
+    slowdown:
+      F vision.0 + F language.0: [1.5, 1.0]
+"""
+
+
+def lanes_plan(predicted=PREDICTED + TASK_BYTES + LANES):
+    """Two replicas of vision that run at the same time as a pipeline, with 32 multiprocessors."""
+    source = PLAN.replace("world_size: 4", "world_size: 2").replace("ranks: 2-3", "ranks: 0-1")
+    source = source.replace("data_parallel_size: 2}", "data_parallel_size: 2, share: {sms: 32}}")
+    predicted = predicted.replace("ranks: 2-3, ", "ranks: 9, ")
+    return Plan.loads(source.replace("kind: 1f1b", "kind: concurrent") + predicted, "plan.yaml")
+
+
 def large_plan():
     """4,096 ranks: 32 stages with 128 ranks each, and an encoder on half of them."""
     return Plan.loads(

@@ -14,6 +14,7 @@ from tests.report.plans import (
     TASK_BYTES,
     compared_plan,
     filled_plan,
+    lanes_plan,
     large_compared_plan,
     small_plan,
     write_trace,
@@ -314,6 +315,40 @@ def test_replicas_that_run_apart_have_times_of_their_own(window, tmp_path):
 
 
 EVIL = """</script><script>document.title='evil'</script><b id="evil">"&'</b>"""
+
+
+def test_lanes_of_a_rank_have_rows_and_its_memory_is_that_of_all(window, tmp_path):
+    write_page(lanes_plan(), tmp_path / "lanes.html", name="lanes.yaml")
+    window.open(tmp_path / "lanes.html")
+    window.settle()
+
+    found = []
+    for row in range(4):
+        window.move(*place(window, row=row, at_s=5.0))
+        found.append((tip(window)[""], tip(window)["on"]))
+    # At 5 s vision is in its third task on both ranks; rank 0 runs F1, rank 1 the first backward.
+    assert found == [
+        ("F2 vision.0", "rank 0"),
+        ("F1 language.0", "rank 0"),
+        ("F2 vision.0", "rank 1"),
+        ("B0 language.1", "rank 1"),
+    ]
+    assert "vision forward (32 SMs)" in window.text("#legend")
+
+    window.click("#rows")
+    x, _ = place(window, row=0, at_s=5.0)
+    top, height = window.script(
+        "document.getElementById('memory').scrollIntoView({block: 'center'});"
+        "const box = document.getElementById('memory').getBoundingClientRect();"
+        "return [box.top, box.height]"
+    )
+    window.move(x, top + height / 2)
+    # Three tasks of vision of 1 GiB each, and two of language of 5.
+    shown = tip(window)
+    assert (shown["activations of vision"], shown["activations of language"]) == (
+        "3.0 GiB",
+        "10.0 GiB",
+    )
 
 
 def test_text_of_a_plan_is_never_markup(window, tmp_path):

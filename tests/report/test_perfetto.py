@@ -10,7 +10,7 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.report.perfetto import trace_events
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.step import read_step
-from tests.report.plans import PLAN, PREDICTED, large_plan, small_plan, write_trace
+from tests.report.plans import PLAN, PREDICTED, lanes_plan, large_plan, small_plan, write_trace
 
 
 def events_of(plan, trace=None):
@@ -50,7 +50,31 @@ def test_trace_has_the_times_of_tasks_in_microseconds():
     assert found["args"] == {"stage": "vision.0", "microbatches": [0], "after": "B0 language.0"}
 
 
-@pytest.mark.parametrize("plan", [small_plan(), large_plan()], ids=["4 ranks", "4096 ranks"])
+def test_trace_has_a_thread_for_every_lane(tmp_path):
+    write_trace(lanes_plan(), tmp_path / "trace")
+
+    events = events_of(lanes_plan(), tmp_path / "trace")
+
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names == {
+        (0, 0): "simulated, vision.0",
+        (0, 1): "simulated, language.0",
+        (1, 0): "simulated, vision.0",
+        (1, 1): "simulated, language.1",
+        (0, 2): "rank 0, measured, vision.0",
+        (0, 3): "rank 0, measured, language.0",
+        (1, 4): "rank 1, measured, vision.0",
+        (1, 5): "rank 1, measured, language.1",
+    }
+    found = {(e["pid"], e["tid"], e["name"].split()[1]) for e in events if e["ph"] == "X"}
+    assert found == {(pid, tid, name.split()[-1]) for (pid, tid), name in names.items()}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [small_plan(), large_plan(), lanes_plan()],
+    ids=["4 ranks", "4096 ranks", "lanes"],
+)
 def test_trace_is_of_the_form_that_viewers_read(plan):
     events = events_of(plan)
 

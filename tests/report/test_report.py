@@ -14,17 +14,28 @@ from megatron_mosaic.model.shipped import load_model
 from megatron_mosaic.model.tokens import Distribution
 from megatron_mosaic.model.workload import Workload, draw_masks
 from megatron_mosaic.report.figure import draw_plan
+from megatron_mosaic.report.lanes import describe_lanes, quotas
 from megatron_mosaic.report.mask_figure import draw_mask, rank_of_tiles
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.report.terminal import describe
 from megatron_mosaic.report.timeline import draw_timelines
 from megatron_mosaic.report.units import gib, seconds
-from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.graph import RankKind, Stage
 from megatron_mosaic.schedule.simulate import PassTimes
 from megatron_mosaic.tokens.assign import assign
 from megatron_mosaic.tokens.tiles import KERNEL_TILE
 from tests.planner.problems import language, model
-from tests.report.plans import BASELINE_NOTES, LAYOUT_NOTE, PLAN, PREDICTED, compared_plan
+from tests.report.plans import (
+    BASELINE_NOTES,
+    LANES,
+    LAYOUT_NOTE,
+    PLAN,
+    PREDICTED,
+    compared_plan,
+    lanes_plan,
+)
+
+KIND_0 = RankKind((Stage("language", 0), Stage("vision", 0)), (0,))
 
 
 def plan_with(predicted=PREDICTED):
@@ -139,7 +150,9 @@ def test_timeline_has_a_bar_for_every_task_and_a_row_for_every_kind_of_rank():
     plan = plan_with()
     figure = Figure(layout="constrained")
 
-    draw_timelines(figure, {"": predicted_timeline(plan, read_prediction(plan))}, predicted=True)
+    draw_timelines(
+        figure, {"": predicted_timeline(plan, read_prediction(plan))}, predicted=True, quotas={}
+    )
 
     axes = figure.axes[0]
     bars = [path for bars in axes.collections for path in bars.get_paths()]
@@ -151,6 +164,66 @@ def test_timeline_has_a_bar_for_every_task_and_a_row_for_every_kind_of_rank():
     ]
 
 
+def test_timeline_has_a_row_for_every_lane_and_names_its_quota():
+    plan = lanes_plan()
+    figure = Figure(layout="constrained")
+
+    draw_timelines(
+        figure,
+        {"": predicted_timeline(plan, read_prediction(plan))},
+        predicted=True,
+        quotas=quotas(plan),
+    )
+
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "rank 0  vision.0",
+        "language.0",
+        "rank 1  vision.0",
+        "language.1",
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "vision forward (32 SMs)",
+        "vision backward (32 SMs)",
+        "language forward",
+        "language backward",
+    ]
+
+
+def test_timeline_of_lanes_has_the_times_under_quotas_and_the_slowdown():
+    timeline = predicted_timeline(lanes_plan(), read_prediction(lanes_plan()))
+
+    # Rank 0 runs vF1 from 1 s on in 2 s, beside F0 from 2 to 3 s: 1 + 1 / 1.5 s are done by then.
+    first = {str(span.task): (span.start_s, span.end_s) for span in timeline.spans(KIND_0)}
+    assert first["F0 vision.0"] == (0.0, 1.0)
+    assert first["F1 vision.0"] == pytest.approx((1.0, 3 + 1 / 3))
+    assert first["F0 language.0"] == (2.0, 3.0)
+
+
+def test_lanes_are_told_in_a_line_for_ranks_that_share_the_same():
+    assert describe_lanes(lanes_plan()) == (
+        "ranks 0-1 run at the same time: language (all SMs), vision (32 SMs)"
+    )
+    assert describe_lanes(plan_with()) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "message"),
+    [
+        ("[1.5, 1.0]", "[1.5]", r"\.slowdown\.F vision\.0 \+ F language\.0=\[1\.5\] must be a li"),
+        (
+            "[1.5, 1.0]",
+            "[0.5, 1.0]",
+            r"language\.0=\[0\.5, 1\.0\] must be numbers >= 1; plan",
+        ),
+        ("[2.0, 2.0]", "[2.0]", r"predicted\.lanes\.tasks_s\.vision\.0=\[2\.0\] must be the times"),
+    ],
+)
+def test_lanes_of_another_form_are_refused(change, to, message):
+    with pytest.raises(PlanError, match=message):
+        read_prediction(lanes_plan(PREDICTED + LANES.replace(change, to)))
+
+
 def test_timeline_of_many_stages_keeps_every_module():
     source = PLAN.replace("world_size: 4", "world_size: 42").replace("ranks: 2-3", "ranks: 2-41")
     plan = Plan.loads(
@@ -159,7 +232,9 @@ def test_timeline_of_many_stages_keeps_every_module():
     )
     figure = Figure(layout="constrained")
 
-    draw_timelines(figure, {"": predicted_timeline(plan, read_prediction(plan))}, predicted=False)
+    draw_timelines(
+        figure, {"": predicted_timeline(plan, read_prediction(plan))}, predicted=False, quotas={}
+    )
 
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == 20

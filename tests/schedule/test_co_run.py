@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.fill import fill
 from megatron_mosaic.schedule.graph import Stage, stage_order
+from megatron_mosaic.schedule.lane_notes import lane_notes, noted_lanes
 from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.program import program_of
 from megatron_mosaic.schedule.simulate import LaneTimes, Pass, PassTimes, simulate
@@ -232,6 +233,44 @@ def test_every_task_does_its_work_at_the_speed_of_what_is_beside_it(seed):
             done_s[task] += (end_s - start_s) * speed
     plain = simulate(program, **times)
     assert done_s == pytest.approx((plain.end_s - plain.start_s).tolist(), abs=1e-6)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(SEEDS)
+def test_notes_of_lanes_lead_to_the_same_step(seed):
+    rng = random.Random(seed)
+    plan = some_plan(rng, ("concurrent",))
+    program, times = program_of(plan, build_schedule(plan)), some_times(rng, plan)
+    factors = {}
+
+    def slowdown(passes):  # in eighths, so that no digit is lost
+        return factors.setdefault(passes, tuple(1 + rng.randint(0, 8) / 8 for _ in passes))
+
+    lanes = LaneTimes(times["tasks_s"], slowdown)
+    notes = lane_notes(program, **times, lanes=lanes)
+    noted = noted_lanes(
+        {
+            stage: PassTimes(*notes["tasks_s"][".".join(map(str, stage))])
+            for stage in times["tasks_s"]
+        },
+        {names: tuple(own) for names, own in notes["slowdown"].items()},
+    )
+
+    again = simulate(program, **times, lanes=noted)
+    assert again.end_s.tolist() == simulate(program, **times, lanes=lanes).end_s.tolist()
+
+
+def test_passes_that_notes_do_not_hold_are_slowed_as_the_worst_that_they_met():
+    audio, vision, language = (
+        Pass(Stage(name, 0), False) for name in ("audio", "vision", "language")
+    )
+    noted = noted_lanes(
+        {},
+        {"F audio.0 + F language.0": (1.2, 1.1), "F vision.0 + F language.0": (1.3, 1.4)},
+    )
+
+    assert noted.slowdown((audio, language)) == (1.2, 1.1)
+    assert noted.slowdown((audio, vision, language)) == (1.2, 1.3, 1.4)
 
 
 def speeds(timeline, now_s, slowdown):

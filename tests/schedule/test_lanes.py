@@ -123,13 +123,24 @@ def test_task_is_alone_where_the_schedule_puts_all_others_before_or_after_it():
     plan = shared(num_microbatches=4)
     schedule = build_schedule(plan)
 
-    # Beside the first encoder task its rank has no other work, nor beside the last; beside vF1
-    # runs F0.
+    # Beside the first encoder task its rank has no other work, nor beside the last; but language
+    # runs beside vB0 and vF3, and autograd runs vB3 where vF3 ran.
     for rank in (0, 1):
-        assert {str(task) for task in alone_tasks(plan, schedule, rank)} == {
-            "F0 vision.0",
-            "B3 vision.0",
-        }
+        assert alone_tasks(plan, schedule, rank) == frozenset()
+
+
+def test_task_without_backward_pass_is_alone_by_itself():
+    plan = plan_of(
+        "concurrent",
+        place("vision", 0, 1, dp=2, trainable=()),
+        place("language", 0, 1, pp=2),
+        num_microbatches=4,
+    )
+
+    # Beside vF0 there is nothing; beside vF1 runs F0.
+    for rank in (0, 1):
+        alone = alone_tasks(plan, build_schedule(plan), rank)
+        assert {str(task) for task in alone if task.module == "vision"} == {"F0 vision.0"}
 
 
 def test_task_of_ranks_with_one_module_is_alone():
@@ -372,9 +383,14 @@ def test_task_is_alone_if_the_graph_of_single_ranks_says_so(seed):
     nodes, after = reach(plan, schedule)
 
     def is_alone(rank, task):
-        node = nodes[rank, task]
-        others = (nodes[rank, t] for t in schedule.tasks[rank] if t.module != task.module)
-        return all(other in after[node] or node in after[other] for other in others)
+        others = [nodes[rank, t] for t in schedule.tasks[rank] if t.module != task.module]
+        passes = (nodes.get((rank, task._replace(kind=kind))) for kind in "FB")
+        return all(
+            other in after[node] or node in after[other]
+            for node in passes
+            if node is not None
+            for other in others
+        )
 
     found = {rank: alone_tasks(plan, schedule, rank) for rank in range(plan.world_size)}
     for rank, task in nodes:

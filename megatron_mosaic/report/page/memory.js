@@ -48,7 +48,7 @@ function summed(events, numModules) {
 function memoryLayers(state, row) {
   const { data } = state;
   const terms = data.kinds[row.kind].memory;
-  const track = row[mainTrack(state, row)];
+  const track = row.whole[mainTrack(state, row)]; // memory is that of all lanes
   const known = data.kinds[row.kind].stages.every((s) => data.stages[s].task_bytes !== null);
   const points = known ? liveBytes(data, track) : [[0, []]];
   const stays = STAYS.filter((term) => terms[term]).map((term) => ({

@@ -54,9 +54,10 @@ function fillLegend(target, state) {
     );
   const entries = data.modules.flatMap((module, n) => {
     const colors = state.colors.get(module);
+    const quota = module.quota ? ` (${module.quota})` : "";
     return [
-      [colors.forward, `${module.name} forward`, 0],
-      [colors.backward, `${module.name} backward`, 1],
+      [colors.forward, `${module.name} forward${quota}`, 0],
+      [colors.backward, `${module.name} backward${quota}`, 1],
     ].filter(([, , backward]) => runs(n, backward));
   });
   entries.push([theme.track, "waiting"]);
@@ -226,7 +227,7 @@ function fillPlan(data) {
   const names = Object.keys(rows[0]).filter(
     (name) => !usual.has(name) || rows.some((row) => row[name] > 1),
   );
-  const texts = new Set(["module", "ranks", "layers", "trainable", "recompute", "loads"]);
+  const texts = new Set(["module", "ranks", "layers", "trainable", "recompute", "loads", "share"]);
   const kind = (name) => (texts.has(name) ? { class: "text" } : {});
   const head = names.map((name) => element("th", { scope: "col", ...kind(name) }, name));
   const body = rows.map((row) =>

@@ -2,26 +2,59 @@
 
 /**
  * Makes the rows: one for each kind of ranks, with one or two tracks of tasks; with a trace
- * one for each traced rank.
+ * one for each traced rank. Where modules run at the same time each lane has a row; `whole` are
+ * the tracks of all lanes together.
  *
  * A track holds its tasks in their order: `index` into the columns of tasks, start and end in
  * microseconds, and `behind`, how far back the task is that each waited for last.
  */
 function makeRows(data) {
   const simulated = data.kinds.map((kind) => simulatedTrack(data, kind));
-  const rowOf = (kind, measured) => ({
-    kind,
-    layout: data.kinds[kind].layout,
-    label: measured ? `rank ${measured.rank}` : ranksLabel(data.kinds[kind]),
-    stages: data.kinds[kind].label,
-    turns: turnsOf(data, data.kinds[kind].stages),
-    simulated: simulated[kind],
-    measured: measured ? measuredTrack(data, simulated[kind], measured) : null,
-  });
+  const rowsOf = (kind, measured) => {
+    const whole = {
+      simulated: simulated[kind],
+      measured: measured ? measuredTrack(data, simulated[kind], measured) : null,
+    };
+    const row = {
+      kind,
+      layout: data.kinds[kind].layout,
+      label: measured ? `rank ${measured.rank}` : ranksLabel(data.kinds[kind]),
+      stages: data.kinds[kind].label,
+      turns: turnsOf(data, data.kinds[kind].stages),
+      whole,
+      ...whole,
+    };
+    const { lanes } = data.kinds[kind];
+    return lanes.length ? lanes.map((lane) => laneRow(data, row, lane)) : [row];
+  };
   const traced = data.measured ? data.measured.rows : [];
   const others = data.kinds.map((_, kind) => kind);
   const missing = others.filter((kind) => !traced.some((row) => row.kind === kind));
-  return [...traced.map((row) => rowOf(row.kind, row)), ...missing.map((kind) => rowOf(kind))];
+  return [
+    ...traced.flatMap((row) => rowsOf(row.kind, row)),
+    ...missing.flatMap((kind) => rowsOf(kind)),
+  ];
+}
+
+/** The row of one lane, with the tasks of its stages. */
+function laneRow(data, row, { stages, label }) {
+  const own = new Set(stages);
+  const part = (whole) => {
+    if (!whole) return null;
+    const places = [...whole.index.keys()].filter((at) => own.has(data.tasks.stage[whole.index[at]]));
+    const times = places.map((at) => [whole.start[at], whole.end[at] - whole.start[at]]);
+    return track(
+      places.map((at) => whole.index[at]),
+      whole.behind,
+      times,
+    );
+  };
+  return {
+    ...row,
+    stages: label,
+    simulated: part(row.whole.simulated),
+    measured: part(row.whole.measured),
+  };
 }
 
 /** For every stage of a rank, how many earlier ones of the same module the rank has. */
@@ -44,7 +77,6 @@ function simulatedTrack(data, kind) {
   });
   const { start_us: start, duration_us: duration, behind } = data.simulated;
   return track(
-    data,
     index,
     behind,
     index.map((task) => [start[task], duration[task]]),
@@ -54,10 +86,10 @@ function simulatedTrack(data, kind) {
 function measuredTrack(data, simulated, row) {
   const index = row.index || simulated.index;
   const times = index.map((_, place) => [row.start_us[place], row.duration_us[place]]);
-  return track(data, index, data.measured.behind, times);
+  return track(index, data.measured.behind, times);
 }
 
-function track(data, index, behind, times) {
+function track(index, behind, times) {
   const start = Float64Array.from(times, ([begin]) => begin);
   const end = Float64Array.from(times, ([begin, duration]) => begin + duration);
   const busy = times.reduce((sum, [, duration]) => sum + duration, 0);
