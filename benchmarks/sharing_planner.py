@@ -43,11 +43,11 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
-    Family("clip-vit-l-14", 1024, (8, 16, 32, 64)),
-    Family("qwen3-vl-2b", 128, (1, 2, 4, 8)),
-    Family("unified-io-2-like", 256, (2, 4, 8, 16)),
-    Family("imagebind-like", 512, (8, 16, 32)),
-    Family("ofasys-like", 256, (2, 4, 8, 16)),
+    Family("clip-vit-l-14", 1024, (16, 64, 256)),
+    Family("qwen3-vl-2b", 128, (2, 4, 8)),
+    Family("unified-io-2-like", 256, (4, 8, 16)),
+    Family("imagebind-like", 512, (16, 64, 128)),
+    Family("ofasys-like", 256, (4, 8, 16)),
 )
 GPUS = (1, 2, 4, 8, 16)
 BLACKWELL_GPUS = 8
