@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_mosaic.cost.cost_model import CostModel
+from megatron_mosaic.cost.plan_times import union_s
 from megatron_mosaic.cost.sizes import TrainingSettings
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan, ScheduleKind
 from megatron_mosaic.layout.share import Share
 from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.simulate import Pass
+from megatron_mosaic.schedule.plan_program import program_of_plan
+from megatron_mosaic.schedule.simulate import Pass, Timeline
 from tests.planner.problems import cluster, encoder, model
 from tests.schedule.plans import place, plan_of
 
@@ -155,3 +158,14 @@ def test_memory_of_lanes_is_not_shared():
     assert in_turn["working"] == max(working)
     assert together["activations"] >= in_turn["activations"]
     assert together["weights"] == in_turn["weights"]
+
+
+def test_rank_works_while_any_module_does():
+    program = program_of_plan(shared_plan(None))
+    num_tasks = len(program.tasks.stage)
+    # Two tasks that overlap, one inside them, then a pause of 2 until all others: 4 + 1.
+    start_s, end_s = np.full(num_tasks, 6.0), np.full(num_tasks, 7.0)
+    start_s[:3], end_s[:3] = (1.0, 0.0, 0.5), (4.0, 3.0, 2.0)
+    timeline = Timeline(program=program, start_s=start_s, end_s=end_s)
+
+    assert union_s(timeline, program.kinds[0]) == 4.0 + 1.0
