@@ -2,12 +2,12 @@
 
 python -m benchmarks.sharing_planner [--quick] [--jobs N]
 
-Every row is planned in a process of its own, whose processor time is given: with everything that the planner knows;
-without modules that run at the same time (``temporal``); with one layout for all modules
-(``homogeneous``). Families of two modules on few GPUs are compared with the best of all layouts,
-groups and quotas with the largest microbatch (``optimum``), and rows of ``WRONG_GPUS`` with what
-plans are worth that wrong curves have chosen. Nothing is computed again: models of this size have
-the memory. All numbers are predictions.
+Every row is planned in a process of its own, whose processor time is given: with everything that
+the planner knows; without modules that run at the same time (``temporal``); with one layout for all
+modules (``homogeneous``). Families of two modules on few GPUs are compared with the best of all
+layouts, groups and quotas with the largest microbatch (``optimum``), and rows of ``WRONG_GPUS``
+with what plans are worth that wrong curves have chosen. Nothing is computed again: models of this
+size have the memory. All numbers are predictions.
 """
 
 import argparse
@@ -57,7 +57,7 @@ BLACKWELL_GPUS = 8
 OPTIMUM_GPUS = 1
 """GPUs up to which all layouts of two-module families are compared."""
 
-WRONG_GPUS = (2,)
+WRONG_GPUS = (1,)
 """GPUs of rows that are planned with wrong curves, too."""
 
 # Curves that are wrong: none of what the planner takes for the shares of a GPU, or too much of it.
