@@ -117,7 +117,8 @@ class PendingExchange:
     """An exchange that was posted. It keeps the buffers alive.
 
     Note:
-        On CUDA, post and wait on the same stream.
+        On CUDA the buffers belong to the stream on which it was posted. Whoever waits on another
+        one records it with ``buffers``, and with what arrived, before the wait lets go of them.
     """
 
     exchange: Exchange
@@ -143,6 +144,10 @@ class PendingExchange:
         arrived = [(interval, values.to(device)) for interval, values in self.arrived]
         self.arrived = None
         return self._assemble(arrived)
+
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """Returns what leaves and what arrives; rows that stay on the rank are the sender's."""
+        return (*self.outgoing, *(values for _, values in self.arrived or ()))
 
     def is_done(self) -> bool:
         """Tells, without waiting, whether nothing is under way any more."""

@@ -44,11 +44,11 @@ class GroupFactory:
             self._groups[key] = created if isinstance(created, dist.ProcessGroup) else None
         return self._groups[key]
 
-    def alone(self, world_size: int) -> dist.ProcessGroup:
+    def alone(self, world_size: int, *, scope: str = "alone") -> dist.ProcessGroup:
         """Returns this rank's group of one. Collective over the world."""
         own = None
         for rank in range(world_size):
-            own = self.group((rank,), scope="alone") or own
+            own = self.group((rank,), scope=scope) or own
         assert own is not None
         return own
 

@@ -1,5 +1,6 @@
 """A transfer that was posted and may not be done."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +15,10 @@ class Pending(Protocol):
 
     def wait(self) -> torch.Tensor:
         """Blocks until this rank's part has arrived. Returns what the rank keeps."""
+        ...
+
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """Returns this rank's memory that the transfer reads or writes, until it is waited for."""
         ...
 
     def is_done(self) -> bool:

@@ -67,7 +67,8 @@ class PendingTensor:
     """A tensor on its way. It keeps the buffer alive until it has arrived or left.
 
     Note:
-        On CUDA, post and wait on the same stream.
+        On CUDA the buffer belongs to the stream on which it was posted. Whoever waits on another
+        one records it with ``buffers`` before the wait lets go of them.
     """
 
     message: torch.Tensor | None
@@ -80,6 +81,10 @@ class PendingTensor:
         assert message is not None, "this tensor was handed over already"
         self.finish()
         return message.to(self.device)
+
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """Returns what leaves or arrives."""
+        return () if self.message is None else (self.message,)
 
     def is_done(self) -> bool:
         """Tells, without waiting, whether nothing is under way any more."""

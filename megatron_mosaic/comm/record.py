@@ -61,14 +61,21 @@ KINDS: tuple[Literal["send", "recv"], ...] = ("send", "recv")
 WAITS = ("wait", "synchronize", "block_current_stream")  # of a Work
 
 
+def _no_lane() -> str:
+    return ""
+
+
 @contextmanager
-def record() -> Iterator[list[Entry]]:
+def record(lane: Callable[[], str] = _no_lane) -> Iterator[list[Entry]]:
     """Records what this rank issues while the context is open, into the list that it gives.
+
+    Args:
+        lane: Tells in which lane the rank launches; empty is that of the training loop.
 
     Note:
         It replaces methods of torch's classes for the time being: for tests and benchmarks.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(lane)
     with ExitStack() as stack:
         for name, collective in COLLECTIVES.items():
             if hasattr(ProcessGroup, name):  # names differ between versions of torch
@@ -105,8 +112,9 @@ def _replaced(owner: Any, name: str, wrap: Callable[..., Any]) -> Iterator[None]
 class _Recorder:
     """The record of one rank, and the batch that is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, lane: Callable[[], str]) -> None:
         self.entries: list[Entry] = []
+        self._lane = lane
         self._num_issues = 0
         self._issues_of: WeakKeyDictionary[Work, tuple[int, ...]] = WeakKeyDictionary()
         self._depth = 0  # of nested batches
@@ -207,7 +215,7 @@ class _Recorder:
         index = self._num_issues
         self._num_issues += 1
         name = f"{group.group_desc or 'group'}#{group.group_name}{list(members)}"
-        issue = Issue(index, name, members, operation, num_elements, num_bytes, parts)
+        issue = Issue(index, name, members, operation, num_elements, num_bytes, parts, self._lane())
         self.entries.append(issue)
         self._batched.append(index)
         return index

@@ -3,10 +3,16 @@
 Gloo matches operations by tag and buffers sends, so an order that would hang on GPUs passes on
 CPU. Here every communicator of a rank is one queue without buffers: its head completes when every
 rank that takes part has the same operation at its head. A rank that waits issues nothing.
+
+Where modules run at the same time a rank waits less: one thread launches without waiting, and only
+the lane waits. What completes here completes there as well, as long as each communicator belongs
+to one lane, so that its queue is in order, and as collectives that may run at the same time are
+launched in one order on all ranks. Both are checked.
 """
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
 P2P = "send/recv"  # the operation of a batch of sends and receives
@@ -39,6 +45,7 @@ class Issue(NamedTuple):
         num_elements: Size on which all members must agree; None where sizes may differ.
         num_bytes: Size of this rank's tensor that ``traffic`` counts from.
         parts: Sends and receives of a batch, in order.
+        lane: Lane in which the rank launched it; empty is that of the training loop.
     """
 
     index: int
@@ -48,6 +55,7 @@ class Issue(NamedTuple):
     num_elements: int | None
     num_bytes: int
     parts: tuple[Part, ...] = ()
+    lane: str = ""
 
     def __str__(self) -> str:
         if self.operation == P2P:
@@ -73,8 +81,10 @@ def replay(records: Mapping[int, Sequence[Entry]]) -> None:
 
     Raises:
         ReplayError: Operations at the heads of two ranks' queues do not match, or no rank can go
-            on; the error names the ranks and what each is stuck in.
+            on; the error names the ranks and what each is stuck in. Or a communicator is used from
+            two lanes, or two ranks launch collectives of two lanes in unlike order.
     """
+    _check_lanes(records)
     ranks = [_Rank(rank, entries) for rank, entries in sorted(records.items())]
     queues = {
         name: _Communicator(name, members, ranks) for name, members in _communicators(records)
@@ -87,6 +97,54 @@ def replay(records: Mapping[int, Sequence[Entry]]) -> None:
     stuck = [rank for rank in ranks if not rank.is_done()]
     if stuck:
         raise ReplayError("\n".join(["ranks would hang:", *(rank.state() for rank in stuck)]))
+
+
+def _check_lanes(records: Mapping[int, Sequence[Entry]]) -> None:
+    lanes: dict[int, dict[str, str]] = {}
+    launches: dict[int, list[Issue]] = {}
+    for rank, entries in records.items():
+        inside = [entry for entry in entries if isinstance(entry, Issue) and entry.lane]
+        for issue in inside:
+            lane = lanes.setdefault(rank, {}).setdefault(issue.communicator, issue.lane)
+            if lane != issue.lane:
+                raise ReplayError(
+                    f"rank {rank} uses {issue.communicator} from lanes {lane} and {issue.lane}"
+                )
+        awaited_at_once = {
+            entry.index
+            for entry, following in pairwise(entries)
+            if isinstance(entry, Issue) and following == Wait(entry.index)
+        }
+        launches[rank] = [
+            issue for issue in inside if issue.operation != P2P and issue.index in awaited_at_once
+        ]
+    for one, other in combinations(sorted(launches), 2):
+        _check_one_order(one, launches[one], other, launches[other])
+
+
+def _check_one_order(
+    one: int, launched: Sequence[Issue], other: int, also_launched: Sequence[Issue]
+) -> None:
+    """Compares collectives that both ranks take part in, those of several lanes together.
+
+    NCCL promises to finish collectives of several communicators only if all ranks launch them in
+    one order, or the device has room for all that are launched. For those that run inside tasks
+    a lane may have no room, so they have one order. Sends, receives and reductions of gradients
+    are not in a lane: they run beside the tasks, with lanes or without, in the few thread blocks
+    of each communicator.
+
+    Source: NCCL user guide, "Using multiple NCCL communicators concurrently".
+    """
+    common = [issue for issue in launched if other in issue.members]
+    theirs = [issue for issue in also_launched if one in issue.members]
+    if len({issue.lane for issue in (*common, *theirs)}) < 2:
+        return
+    for ours, their in zip(common, theirs, strict=False):
+        if ours.communicator != their.communicator:
+            raise ReplayError(
+                f"ranks launch in unlike order: rank {one} {ours} from lane {ours.lane}, while "
+                f"rank {other} has {their} from lane {their.lane}"
+            )
 
 
 def _communicators(

@@ -1,6 +1,6 @@
 """Walks the steps of a rank: computes, posts transfers, waits for them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -103,6 +103,7 @@ class Walker:
         self._ahead: dict[Transfer, torch.Tensor | None] = {}
         self._awaited: dict[Transfer, Pending] = {}
         self._under_way: list[Pending] = []
+        self._to_be_awaited: set[Transfer] = set()
         self._arrived: dict[Transfer, torch.Tensor] = {}
 
     def walk(self, steps: Sequence[Step], *, first: int = 0) -> Rows:
@@ -115,32 +116,48 @@ class Walker:
         Returns:
             What modules that run ahead made for the next step.
         """
-        awaited = {step.transfer for step in steps if isinstance(step, Wait)}
+        self._expect(steps)
         for position, step in enumerate(steps, first):
-            self._progress.begin(position, step)
-            match step:
-                case Post(transfer):
-                    self._post(transfer, awaited=transfer in awaited)
-                case Wait(transfer):
-                    pending = self._awaited.pop(transfer)
-                    self._arrived[transfer] = pending.wait()
-                    self._under_way.append(pending)
-                case Compute(task):
-                    self._compute(task)
-            # What has left frees its buffers now, not at the end of the step.
-            self._under_way = [each for each in self._under_way if not each.is_done()]
-            self._progress.end(step)
-        for pending in self._under_way:
-            pending.finish()
+            self._step(position, step)
+        self._finish()
         return self._ahead
 
-    def _post(self, transfer: Transfer, *, awaited: bool) -> None:
-        channel = self._channels[transfer.kind, transfer.edge]
-        pending = channel.post(transfer.microbatch, self._leaving.pop(transfer, None))
-        if awaited:
+    def _expect(self, steps: Iterable[Step]) -> None:
+        """Notes which transfers the steps wait for; the others are followed until they are done."""
+        self._to_be_awaited = {step.transfer for step in steps if isinstance(step, Wait)}
+
+    def _step(self, position: int, step: Step) -> None:
+        """Runs the step at a position."""
+        self._progress.begin(position, step)
+        match step:
+            case Post(transfer):
+                self._post(transfer)
+            case Wait(transfer):
+                pending = self._awaited.pop(transfer)
+                self._arrived[transfer] = pending.wait()
+                self._under_way.append(pending)
+            case Compute(task):
+                self._compute(task)
+        # What has left frees its buffers now, not at the end of the step.
+        self._under_way = [each for each in self._under_way if not each.is_done()]
+        self._progress.end(step)
+
+    def _finish(self) -> None:
+        """Waits until everything sent has left."""
+        for pending in self._under_way:
+            pending.finish()
+        self._under_way = []
+
+    def _post(self, transfer: Transfer) -> None:
+        pending = self._open(transfer, self._leaving.pop(transfer, None))
+        if transfer in self._to_be_awaited:
             self._awaited[transfer] = pending
         else:
             self._under_way.append(pending)
+
+    def _open(self, transfer: Transfer, leaving: torch.Tensor | None) -> Pending:
+        """Issues this rank's part of a transfer."""
+        return self._channels[transfer.kind, transfer.edge].post(transfer.microbatch, leaving)
 
     def _compute(self, task: Task) -> None:
         if task.kind == "F":

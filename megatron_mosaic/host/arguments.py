@@ -18,8 +18,10 @@ from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import stop
 from megatron_mosaic.host.meeting import meet
 from megatron_mosaic.host.recompute import check_recompute
+from megatron_mosaic.host.sharing import check_sharing
 from megatron_mosaic.layout.model_facts import ModuleFacts, check_module
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.sharing.choose import MODES
 
 # A run in which every second task takes this long is as good as lost; and the ranks end within a
 # minute: this, two heartbeats, and the time to say so.
@@ -101,6 +103,15 @@ def _with_mosaic_arguments(provider: Callable[..., Any] | None) -> Callable[...,
             "--mosaic-trace", default=None, help="write when each task ran into this folder"
         )
         group.add_argument(
+            "--mosaic-sharing",
+            default="auto",
+            metavar="{" + ",".join(MODES) + "}",
+            help="how modules that run at the same time share a GPU: green, contexts with the "
+            "plan's quotas of SMs; priority or streams, without quotas; serial, not at all; "
+            "strict, green or the run stops; auto (the default), the first of green, priority "
+            "and serial that there is, with a line in the log",
+        )
+        group.add_argument(
             "--mosaic-task-timeout-s",
             type=float,
             default=None,
@@ -138,6 +149,7 @@ def _apply_plan(args: argparse.Namespace, plan: Plan) -> None:
             f"plan, which hands every module its own samples; shuffle in the data set"
         )
     _check_timeouts(args)
+    check_sharing(args, plan)
     _check_saving(args, plan)
     # Only this format can be read under another layout than it was written.
     args.ckpt_format = "torch_dist"

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.boundary import Samples
+from megatron_mosaic.engine.lanes import LaneWalk, LaneWalker, in_lanes
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.walk import Rows, Walker
 from megatron_mosaic.errors import HostError
@@ -38,6 +39,13 @@ from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 
 Works = Mapping[Stage, StepWork]
+
+
+class _Walk(NamedTuple):
+    """What this rank walks at a time; where its modules run at the same time, in lanes too."""
+
+    steps: tuple[Step, ...]
+    in_lanes: LaneWalk | None = None
 
 
 class PlanForwardBackward:
@@ -141,12 +149,12 @@ class PlanForwardBackward:
 
         Modules that run ahead do so on the next step's samples; before the first step also on its.
         """
-        prologue, steps = self._steps(schedule.num_microbatches, schedule.forward_only, part)
+        prologue, rest = self._steps(schedule.num_microbatches, schedule.forward_only, part)
         # What is kept waits for training to go on while evaluation runs on its own data.
         kept = self._kept.take(part) if schedule.ahead else {}
-        if prologue:
+        if prologue.steps:
             hand_out(dict.fromkeys(schedule.ahead, batches))
-            kept = self._walker(schedule, {}).walk(prologue)
+            kept = self._launch(prologue, schedule, {})
         before = self._runtime.randomness.states_of(schedule.ahead)
         following = None if Part.ENDS in part else batches.ahead
         data = {name: batches for name in self._runtime.hosted if name not in schedule.ahead}
@@ -156,10 +164,10 @@ class PlanForwardBackward:
             )
             data |= dict.fromkeys(schedule.ahead, following)
         works = hand_out(data)
-        made = self._walker(schedule, kept).walk(steps, first=len(prologue))
+        made = self._launch(rest, schedule, kept, first=len(prologue.steps))
         if schedule.ahead and following is not None:
             self._kept.put(made, of=following, before=before)
-        self._progress.close_step(len(prologue) + len(steps))
+        self._progress.close_step(len(prologue.steps) + len(rest.steps))
         return works
 
     def _hand_out(
@@ -208,14 +216,28 @@ class PlanForwardBackward:
         yield
         self._progress.end_step()
 
-    def _walker(self, schedule: Schedule, kept: Rows) -> Walker:
-        return Walker(
-            runners=self._runtime.runners,
-            channels=self._runtime.channels.open,
+    def _launch(self, walk: _Walk, schedule: Schedule, kept: Rows, *, first: int = 0) -> Rows:
+        """Walks some steps. Returns what was made for the next step of training."""
+        runtime = self._runtime
+        channels = runtime.channels.open
+        if runtime.lanes is None or walk.in_lanes is None:
+            walker = Walker(
+                runners=runtime.runners,
+                channels=channels,
+                progress=self._progress,
+                schedule=schedule,
+                kept=kept,
+            )
+            return walker.walk(walk.steps, first=first)
+        lane_walker = LaneWalker(
+            lanes=runtime.lanes,
+            runners=runtime.runners,
+            channels=channels,
             progress=self._progress,
             schedule=schedule,
             kept=kept,
         )
+        return lane_walker.walk_in_lanes(walk.in_lanes, first=first)
 
     def _check_dispatch(self, rows: Mapping[str, Samples]) -> None:
         args, plan = get_args(), self._runtime.plan
@@ -234,10 +256,19 @@ class PlanForwardBackward:
 
     def _part_of_steps(
         self, num_microbatches: int, forward_only: bool, part: Part
-    ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    ) -> tuple[_Walk, _Walk]:
         schedule = self._schedule(num_microbatches, forward_only)
         steps = steps_of(self._runtime.plan, schedule, self._runtime.rank)
-        return prologue_of(steps, schedule, part), steps_after_prologue(steps, schedule, part)
+        return (
+            self._as_walk(prologue_of(steps, schedule, part), schedule),
+            self._as_walk(steps_after_prologue(steps, schedule, part), schedule),
+        )
+
+    def _as_walk(self, steps: tuple[Step, ...], schedule: Schedule) -> _Walk:
+        lanes, plan, rank = self._runtime.lanes, self._runtime.plan, self._runtime.rank
+        if lanes is None:
+            return _Walk(steps)
+        return _Walk(steps, in_lanes(plan, schedule, steps, rank, races=lanes.races is not None))
 
     def _work(
         self,

@@ -83,6 +83,23 @@ def unlink_reductions(model: Any) -> None:
         group.previous_grad_reduce_bucket_group = None
 
 
+def accumulate_on_current_stream(model: Any) -> None:
+    """Makes the nodes anew that accumulate a module's gradients.
+
+    A node keeps the stream on which it was made, and Megatron makes all of them on one of its own.
+    From another stream, every backward pass of a task would go over to that one and wait for it.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    wrapper: Any = model
+    weights = [node.variable for node in wrapper.grad_accs]
+    wrapper.grad_accs.clear()  # nothing else refers to them: a weight does not keep its node alive
+    for weight in weights:
+        node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+        node.register_hook(wrapper._make_backward_post_hook(weight))
+        wrapper.grad_accs.append(node)
+
+
 def gather_parameters(model: torch.nn.Module) -> None:
     """Starts the parameter gathers of ``--overlap-param-gather`` before the first task.
 

@@ -11,6 +11,7 @@ from megatron_mosaic.comm.groups import GroupFactory
 from megatron_mosaic.layout.grid import Coordinates, ExpertCoordinates
 from megatron_mosaic.layout.placement import Axis, ExpertAxis, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.schedule.lanes import has_lanes
 
 # Megatron's name of a group: the axes along which its members differ. The gtp_remat ones are
 # groups of one, or those without it, because that axis is not in a plan.
@@ -134,6 +135,9 @@ def module_groups(plan: Plan, factory: GroupFactory, *, rank: int) -> dict[str, 
     alone = factory.alone(plan.world_size)
     hosted = {}
     for name, placement in plan.modules.items():
+        if has_lanes(plan):
+            # On a group of one there is nobody to wait for, but lanes would wait for each other.
+            alone = factory.alone(plan.world_size, scope=f"{name}.alone")
         fields = _create_fields(placement, factory, rank=rank, alone=alone)
         if rank in placement.ranks:
             hosted[name] = ModuleGroups(

@@ -16,7 +16,7 @@ from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import GlobalMemoryBuffer, unwrap_model
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.global_vars import get_args
 from megatron.training.models.base import ModelBuilder, ModelConfig
@@ -25,12 +25,13 @@ from megatron.training.models.dist_utils import (
 )
 from megatron.training.training import get_megatron_optimizer_config
 
+from megatron_mosaic.engine.lanes import inside
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.host.channels import ActivationSizes
 from megatron_mosaic.host.checkpoint import LayerKeys
 from megatron_mosaic.host.families.family import ModuleBoundary, building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
-from megatron_mosaic.host.gradients import unlink_reductions
+from megatron_mosaic.host.gradients import accumulate_on_current_stream, unlink_reductions
 from megatron_mosaic.host.groups import ModuleGroups, lone_collection, trained_collection
 from megatron_mosaic.host.optimizer import GridMap, ModuleGrid
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
@@ -222,8 +223,12 @@ def _runners_of(
     ]
     config = _ddp_config_of(boundaries[0], ddp_config)
     module: Any = as_one_module([built.module for built in stages], collection=collection)
-    (wrapped,) = wrap([module], module.config, collection, ddp_config=config)
+    with inside(runtime.lanes, name):
+        (wrapped,) = wrap([module], module.config, collection, ddp_config=config)
+        if runtime.lanes is not None:
+            accumulate_on_current_stream(wrapped)
     unlink_reductions(wrapped)
+    memory_buffer = GlobalMemoryBuffer() if runtime.lanes is not None else None
     for model, built, boundary in zip(stages_in(wrapped), stages, boundaries, strict=True):
         yield ModuleRunner(
             model,
@@ -231,6 +236,7 @@ def _runners_of(
             groups=built.groups,
             boundary=boundary,
             randomness=runtime.randomness,
+            memory_buffer=memory_buffer,
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_mosaic.host.groups import StageGroup
 
@@ -57,9 +58,17 @@ RANK_GLOBALS: dict[str, str] = {
 
 
 class ParallelStateScope:
-    """Globals of one module, ready to be set around its tasks."""
+    """Globals of one module, ready to be set around its tasks.
 
-    def __init__(self, collection: ProcessGroupCollection) -> None:
+    Args:
+        collection: The module's groups.
+        memory_buffer: Scratch memory of its own. Megatron has one for the process, which only
+            modules that run one after the other can share; None leaves it at that.
+    """
+
+    def __init__(
+        self, collection: ProcessGroupCollection, *, memory_buffer: GlobalMemoryBuffer | None = None
+    ) -> None:
         self._values: dict[str, object] = {
             name: getattr(collection, field) for name, field in GROUP_GLOBALS.items()
         }
@@ -71,6 +80,8 @@ class ParallelStateScope:
             # No process group knows this rank as a stage of its own: Megatron asks here first.
             self._values["_MPU_PIPELINE_MODEL_PARALLEL_RANK"] = stage.rank()
             self._values["_MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = stage.size()
+        if memory_buffer is not None:
+            self._values["_GLOBAL_MEMORY_BUFFER"] = memory_buffer
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.schedules import (
     deallocate_output_tensor,
     forward_step,
 )
-from megatron.core.utils import get_model_config, make_viewless_tensor
+from megatron.core.utils import GlobalMemoryBuffer, get_model_config, make_viewless_tensor
 
 from megatron_mosaic.host.agreement import RankError
 from megatron_mosaic.host.data.facts import SampleFacts
@@ -86,6 +86,7 @@ class ModuleRunner:
         groups: Groups of the stage.
         boundary: Translates between its tensors and rows.
         randomness: Random states of the modules on this rank.
+        memory_buffer: The module's own scratch memory, if it needs one.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class ModuleRunner:
         groups: ModuleGroups,
         boundary: ModuleBoundary,
         randomness: ModuleRandomness,
+        memory_buffer: GlobalMemoryBuffer | None = None,
     ) -> None:
         self.model = model
         self.wrapped = wrapped
@@ -104,7 +106,7 @@ class ModuleRunner:
         self.stage = Stage(self.name, groups.stage)
         self.config = get_model_config(model)
         self.boundary = boundary
-        self._scope = ParallelStateScope(groups.collection)
+        self._scope = ParallelStateScope(groups.collection, memory_buffer=memory_buffer)
         self._randomness = randomness
         self._live: dict[tuple[int, ...], _Live | None] = {}
         self._work: StepWork | None = None

@@ -14,6 +14,7 @@ from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.randomness import ModuleRandomness
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.sharing.lane import Lanes
 
 if TYPE_CHECKING:
     from megatron_mosaic.host.runner import ModuleRunner
@@ -33,6 +34,7 @@ class Runtime:
         channels: Edges that begin or end on this rank.
         agreement: Makes an error on one rank an error on all.
         factory: Creates further groups, on all ranks alike.
+        lanes: Lanes of the modules on this rank, where several run at the same time.
         runners: Stages of modules on this rank, once they are built.
         row_facts: Rows of every module of the plan, once all are built.
         trained: Part of the weights that trains, by module and part, once they are built.
@@ -47,6 +49,7 @@ class Runtime:
     channels: ChannelSet
     agreement: Agreement
     factory: GroupFactory
+    lanes: Lanes | None = None
     randomness: ModuleRandomness = field(default_factory=ModuleRandomness)
     runners: "dict[Stage, ModuleRunner]" = field(default_factory=dict)
     row_facts: dict[str, RowFacts] = field(default_factory=dict)

@@ -199,6 +199,19 @@ SEAMS: tuple[Seam, ...] = (
         "there may be no router; made global before",
     ),
     Seam(
+        symbol="megatron.core.parallel_state:_GLOBAL_MEMORY_BUFFER",
+        how="set",
+        why="tensor-parallel layers write into it, all of a process into the same; set around the "
+        "tasks of modules that run at the same time",
+    ),
+    Seam(
+        symbol="megatron.core.distributed:DistributedDataParallel._make_backward_post_hook",
+        how="argument",
+        parameters=("param",),
+        why="the nodes that accumulate gradients keep the stream on which DDP is built, one of "
+        "Megatron's own; made anew in the lane of a module",
+    ),
+    Seam(
         symbol="megatron.core.transformer.moe.experts:SequentialMLP",
         how="argument",
         parameters=("num_local_experts", "pg_collection"),

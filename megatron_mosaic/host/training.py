@@ -37,7 +37,9 @@ from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
+from megatron_mosaic.host.sharing import log_lanes, open_lanes
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.sharing.lane import Lanes
 
 
 def pretrain(
@@ -103,6 +105,7 @@ def _pretrain_plan(
     args = get_args()
     runtime = start_runtime(meeting, args)
     log_choices(args, meeting.plan)
+    log_lanes(runtime)
     prepare_loading(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
@@ -182,9 +185,10 @@ def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
     Note:
         Collective over the world.
     """
+    if not dist.is_initialized() and torch.cuda.is_available() and torch.cuda.device_count() > 0:
+        torch.cuda.set_device(args.local_rank)
+    lanes = open_lanes(meeting, args)
     if not dist.is_initialized():
-        if torch.cuda.is_available() and torch.cuda.device_count() > 0:
-            torch.cuda.set_device(args.local_rank)
         dist.init_process_group(
             backend=args.distributed_backend,
             store=meeting.store,
@@ -194,13 +198,15 @@ def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
     parallel_state._set_global_memory_buffer()
     factory = GroupFactory(args.rank)
     try:
-        return _create_runtime(meeting, factory, rank=args.rank)
+        return _create_runtime(meeting, factory, rank=args.rank, lanes=lanes)
     except Exception:
         factory.destroy()
         raise
 
 
-def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Runtime:
+def _create_runtime(
+    meeting: Meeting, factory: GroupFactory, *, rank: int, lanes: Lanes | None
+) -> Runtime:
     plan = meeting.plan
     hosted = module_groups(plan, factory, rank=rank)
     host_group = factory.group(range(plan.world_size), scope="host", backend="gloo")
@@ -217,4 +223,5 @@ def _create_runtime(meeting: Meeting, factory: GroupFactory, *, rank: int) -> Ru
         channels=ChannelSet(plan, factory, rank=rank, nodes=nodes_of_ranks(host_group)),
         agreement=meeting.agreement,
         factory=factory,
+        lanes=lanes,
     )

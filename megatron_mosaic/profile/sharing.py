@@ -3,9 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
@@ -27,13 +25,6 @@ _LONGER = 3  # times as long as what is timed that the other lane is kept at wor
 _REPEATS = 7
 
 
-class _Ready(NamedTuple):
-    """An operation whose tensors are there."""
-
-    operation: Operation
-    run: Run
-
-
 def time_parts(
     stopwatch: Stopwatch, sizes: Sizes, counts: Sequence[int], *, num_sms: int, open_lanes: Open
 ) -> Iterator[TimedPart]:
@@ -46,21 +37,27 @@ def time_parts(
         num_sms: Multiprocessors of the device.
         open_lanes: Opens lanes there.
     """
-    lanes = {sms: open_lanes([Quota(lane=_FIRST, sms=sms)]).named[_FIRST] for sms in counts}
-    for ready in _ready(stopwatch.device, sizes):
-        curve, size, _, smallest = ready.operation
-        for sms in (*counts, num_sms):
-            with lanes[sms].active() if sms in lanes else nullcontext():
-                seconds = stopwatch.median_s(ready.run)
+    for sms in (*counts, num_sms):
+        lane = open_lanes([Quota(lane=_FIRST, sms=None if sms == num_sms else sms)]).named[_FIRST]
+        for operation in _chosen(stopwatch.device, sizes):
+            curve, size, _, smallest = operation
+            seconds = _alone_s(stopwatch, _prepared(operation, lane), lane)
             yield TimedPart(TimedOperation(curve, size, seconds, smallest), sms)
+        torch.cuda.empty_cache()  # the allocator keeps what it has for every lane apart
 
 
-def _ready(device: torch.device, sizes: Sizes) -> Iterator[_Ready]:
-    """Prepares operations one after the other; narrow multiplications are left to memory."""
+def _chosen(device: torch.device, sizes: Sizes) -> Iterator[Operation]:
+    """Operations of the measured kinds; narrow multiplications are left to memory."""
     for operation in operations(device, sizes):
         square = not operation.smallest or round(operation.smallest**3 * 2) == operation.size
         if operation.curve in CURVES and square:
-            yield _Ready(operation, operation.prepare())
+            yield operation
+
+
+def _prepared(operation: Operation, lane: Lane) -> Run:
+    # A backward pass runs where its forward pass did: in the lane, both.
+    with lane.active():
+        return operation.prepare()
 
 
 def _moved_bytes(operation: Operation, sizes: Sizes) -> float:
@@ -88,25 +85,18 @@ def time_pairs(
         splits: Quotas of both.
         open_lanes: Opens lanes on the device.
     """
-    largest = {it.operation.curve: it for it in _ready(stopwatch.device, sizes)}
+    largest = {it.curve: it for it in _chosen(stopwatch.device, sizes)}
     for split in splits:
         quotas = [
             Quota(lane=name, sms=sms) for name, sms in zip((_FIRST, _SECOND), split, strict=True)
         ]
         named = open_lanes(quotas).named
         lanes = named[_FIRST], named[_SECOND]
-        for first, second in product(largest.values(), repeat=2):
-            alone_s, beside_s = _time_pair(stopwatch, (first.run, second.run), lanes)
-            yield TimedPair(
-                names=(first.operation.curve, second.operation.curve),
-                sms=split,
-                moved_bytes=(
-                    _moved_bytes(first.operation, sizes),
-                    _moved_bytes(second.operation, sizes),
-                ),
-                alone_s=alone_s,
-                beside_s=beside_s,
-            )
+        runs = [{curve: _prepared(it, lane) for curve, it in largest.items()} for lane in lanes]
+        for first, second in product(largest, repeat=2):
+            alone_s, beside_s = _time_pair(stopwatch, (runs[0][first], runs[1][second]), lanes)
+            moved = [_moved_bytes(largest[curve], sizes) for curve in (first, second)]
+            yield TimedPair((first, second), split, (moved[0], moved[1]), alone_s, beside_s)
 
 
 def _time_pair(

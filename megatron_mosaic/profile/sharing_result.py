@@ -1,6 +1,7 @@
 """Measures how operations share this machine's GPU, and puts it into a cluster's description."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from megatron_mosaic.profile.sharing import time_pairs, time_parts
 from megatron_mosaic.profile.sharing_fit import FittedSharing, fit_sharing
 from megatron_mosaic.profile.timing import Stopwatch
 from megatron_mosaic.sharing.green import green_lanes
+from megatron_mosaic.sharing.guards import CONNECTIONS, Environment, objections
 from megatron_mosaic.sharing.lane import Lanes, Quota
 
 _QUICK = 4  # of how many quotas a quick measurement takes one
@@ -28,7 +30,7 @@ def measure_sharing(gpu: Gpu, *, quick: bool, date: str) -> FittedSharing:
         date: Day of the measurement.
 
     Raises:
-        HostError: There is no GPU, or it cannot give quotas.
+        HostError: There is no GPU, it cannot give quotas, or kernels cannot run at once.
         LayoutError: It is another one than the base's.
     """
     if not torch.cuda.is_available():
@@ -40,6 +42,7 @@ def measure_sharing(gpu: Gpu, *, quick: bool, date: str) -> FittedSharing:
     facts = describe_device(device, ranks_per_node=1)
     check_device(gpu, num_sms=facts.num_sms)
     capability = torch.cuda.get_device_capability(device)
+    check_environment(capability, os.environ)
     counts = grid(facts.num_sms, capability, quick=quick)
     torch.cuda.set_device(device)
     stopwatch = Stopwatch(device=device, budget_s=0.02 if quick else 0.1)
@@ -53,6 +56,23 @@ def measure_sharing(gpu: Gpu, *, quick: bool, date: str) -> FittedSharing:
     pairs = list(time_pairs(stopwatch, sizes, splits, open_lanes=open_lanes))
     source = f"megatron-mosaic profile --sharing, {date}: {facts.describe()}"
     return fit_sharing(parts, pairs, num_sms=facts.num_sms, source=source)
+
+
+def check_environment(compute_capability: tuple[int, int], variables: Mapping[str, str]) -> None:
+    """Checks that kernels of two lanes can run at the same time.
+
+    Raises:
+        HostError: A setting keeps them apart.
+    """
+    against = objections(
+        Environment(
+            compute_capability=compute_capability,
+            device_max_connections=variables.get(CONNECTIONS),
+            launch_blocking=variables.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"),
+        )
+    )
+    if against:
+        raise HostError(against[0])
 
 
 def check_device(gpu: Gpu, *, num_sms: int) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.schedule.graph import Stage
-from megatron_mosaic.schedule.simulate import PassTimes, Span
+from megatron_mosaic.schedule.simulate import PassTimes, Span, covered_s
 from megatron_mosaic.schedule.task import Task
 
 
@@ -33,8 +35,9 @@ class MeasuredStep:
         return max(span.end_s for own in self.spans.values() for span in own)
 
     def busy_s(self, rank: int) -> float:
-        """Time in which a rank runs tasks."""
-        return sum(span.end_s - span.start_s for span in self.spans[rank])
+        """Time in which a rank runs tasks; once where several run at the same time."""
+        _, start_s, end_s = zip(*self.spans[rank], strict=True)
+        return covered_s(np.array(start_s), np.array(end_s))
 
 
 def read_trace(folder: Path) -> tuple[MeasuredStep, ...]:

@@ -73,11 +73,7 @@ class Timeline:
     def busy_s(self, kind: RankKind) -> float:
         """Time in which ranks of a kind run tasks; once where several run at the same time."""
         own = self.program.tasks_of(kind)
-        own = own[np.argsort(self.start_s[own], kind="stable")]
-        start_s, end_s = self.start_s[own], self.end_s[own]
-        # Of every task what comes after the ends of those that started before it.
-        start_s[1:] = np.maximum(start_s[1:], np.maximum.accumulate(end_s)[:-1])
-        return float(np.maximum(end_s - start_s, 0.0).sum())
+        return covered_s(self.start_s[own], self.end_s[own])
 
     def bubble_s(self, kind: RankKind) -> float:
         """Time in which ranks of a kind wait."""
@@ -89,6 +85,15 @@ class Timeline:
             yield Span(
                 self.program.task(index), float(self.start_s[index]), float(self.end_s[index])
             )
+
+
+def covered_s(start_s: Seconds, end_s: Seconds) -> float:
+    """Time in which at least one of several spans lasts."""
+    order = np.argsort(start_s, kind="stable")
+    start_s, end_s = start_s[order], end_s[order]
+    # Of every span what comes after the ends of those that started before it.
+    start_s[1:] = np.maximum(start_s[1:], np.maximum.accumulate(end_s)[:-1])
+    return float(np.maximum(end_s - start_s, 0.0).sum())
 
 
 def simulate(

@@ -38,7 +38,7 @@ def green_lanes(quotas: Sequence[Quota], *, device: torch.device) -> Lanes:
 
 def _streams(quotas: Sequence[Quota], device: int) -> list[GreenStream | None]:
     driver = load_driver()
-    torch.cuda.init()  # green contexts are parts of the primary context, which torch makes
+    torch.cuda.synchronize(device)  # makes the primary context, whose parts green contexts are
     sizes = granularity(torch.cuda.get_device_capability(device))
     contexts: Any = getattr(torch.cuda, "GreenContext", None)
     if not torch_splits(contexts, driver):

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -118,6 +118,7 @@ def record_plan(
     script: str = "vlm_script",
     *,
     on_cpu: bool = True,
+    lane: Callable[[], str] = lambda: "",
 ) -> Record:
     """Trains under a plan. Called on every rank."""
     from megatron_mosaic.host.cpu import run_on_cpu
@@ -151,7 +152,7 @@ def record_plan(
     for fault in faults:
         plant(fault, rank)
     sys.argv = ["script", *ARGUMENTS, *options, "--mosaic-plan", plan_path]
-    with recording() as log:
+    with recording(lane) as log:
         _script(script).main(parse_and_validate_args, training.pretrain)
     record.weights.append(dict(_hosted(runtimes[0], _weight)))
     record.communication = log

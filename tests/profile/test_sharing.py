@@ -1,5 +1,7 @@
 """What is timed on parts of a device; a host's lanes take turns, and have no quotas."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,19 +11,22 @@ from megatron_mosaic.cli import main
 from megatron_mosaic.cluster.cluster_file import parse_cluster, write_cluster
 from megatron_mosaic.cluster.shipped import load_cluster
 from megatron_mosaic.cluster.spec import SharingCurves
-from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.profile.operations import Sizes
+from megatron_mosaic.errors import HostError, LayoutError
+from megatron_mosaic.profile import sharing
+from megatron_mosaic.profile.operations import Operation, Sizes
 from megatron_mosaic.profile.sharing import CURVES, time_pairs, time_parts
 from megatron_mosaic.profile.sharing_fit import FittedSharing, fit_sharing
 from megatron_mosaic.profile.sharing_result import (
     check_device,
+    check_environment,
     grid,
     report,
     splits_of,
     with_sharing,
 )
 from megatron_mosaic.profile.timing import Stopwatch
-from megatron_mosaic.sharing.virtual import virtual_lanes
+from megatron_mosaic.schedule.races import VectorClocks
+from megatron_mosaic.sharing.virtual import VirtualLane, virtual_lanes
 
 TINY = Sizes(
     square=(16, 32), rows=(4,), wide=(16,), experts=2, sequence=(8, 16), heads=2,
@@ -56,6 +61,48 @@ def test_largest_of_each_kind_is_timed_beside_every_kind():
     assert first.moved_bytes == (6144, 6144)
     # Query, key, value and output of 16 tokens, 2 heads of 128 values of 2 bytes.
     assert pairs[1].moved_bytes == (6144, 4 * 16 * 2 * 128 * 2)
+
+
+class NotedLane(VirtualLane):
+    """Notes in which lane, and with which quota, work is launched."""
+
+    current: tuple[str, int | None] = ("", None)
+
+    @contextmanager
+    def active(self, *, whole=False):
+        before, NotedLane.current = NotedLane.current, (self.name, self.sms)
+        with super().active(whole=whole):
+            yield
+        NotedLane.current = before
+
+
+def test_operations_are_prepared_in_the_lane_in_which_they_are_timed(monkeypatch):
+    ran = []
+
+    def prepare():
+        prepared = NotedLane.current
+        return lambda: ran.append((prepared, NotedLane.current))
+
+    def open_lanes(quotas):
+        lanes = virtual_lanes(quotas)
+        clocks = VectorClocks()
+        named = {quota.lane: NotedLane(quota, clocks=clocks) for quota in quotas}
+        return replace(lanes, named=named)
+
+    operation = Operation("elementwise", 2**10, prepare)
+    monkeypatch.setattr(sharing, "operations", lambda device, sizes: [operation])
+
+    list(time_parts(STOPWATCH, TINY, (8, 16), num_sms=32, open_lanes=open_lanes))
+    list(time_pairs(STOPWATCH, TINY, [(8, 24)], open_lanes=open_lanes))
+
+    # Autograd runs a backward pass where its forward pass ran.
+    assert all(prepared == launched for prepared, launched in ran)
+    assert {launched for _, launched in ran} == {
+        ("first", 8),
+        ("first", 16),
+        ("second", 24),
+        ("first", None),
+    }
 
 
 def test_what_is_timed_can_be_fitted():
@@ -104,6 +151,14 @@ def test_report_says_how_far_off_it_is():
 def test_another_gpu_than_the_base_is_refused():
     with pytest.raises(LayoutError, match=r"gpu H200: num_sms=132 must be 108 as of the measured"):
         check_device(load_cluster("h200").gpu, num_sms=108)
+
+
+def test_one_hardware_queue_is_refused():
+    variables = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+    with pytest.raises(HostError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1 must be > 1"):
+        check_environment((9, 0), variables)
+    check_environment((9, 0), {})
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def fake_gpu(monkeypatch):
         state.current = before
 
     replaced = {
-        "init": lambda: None,
+        "synchronize": lambda device=None: None,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),

@@ -91,3 +91,44 @@ def test_virtual_lanes_have_their_quotas_and_change_no_work():
         tensor = torch.ones(2)
     vision.hold(tensor)
     assert torch.equal(tensor, torch.ones(2))
+
+
+class Clock:
+    """A host's clock that only work moves."""
+
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+    def work(self, lane, duration_s):
+        with lane.active():
+            self.now_s += duration_s
+
+
+def test_virtual_lanes_take_turns_and_time_what_would_run_at_once():
+    clock = Clock()
+    lanes = virtual_lanes([Quota(lane="vision"), Quota(lane="language")], now=clock)
+    vision, language = lanes.named.values()
+
+    # vision   | v0 2 s | v1 2 s | v2 2 s |
+    # language          | l0 3 s    | l1 3 s    | l2 3 s    |
+    for _ in range(3):
+        clock.work(vision, 2.0)
+        language.wait(vision.record())
+        clock.work(language, 3.0)
+    for lane in (vision, language):
+        lanes.main.wait(lane.record())
+
+    assert clock.now_s == 15.0
+    assert (vision.time_s, language.time_s, lanes.main.time_s) == (6.0, 11.0, 11.0)
+
+
+def test_virtual_lane_counts_time_inside_itself_once():
+    clock = Clock()
+    (lane,) = virtual_lanes([Quota(lane="vision")], now=clock).named.values()
+
+    with lane.active():
+        clock.work(lane, 2.0)
+
+    assert lane.time_s == 2.0
