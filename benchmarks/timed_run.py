@@ -15,6 +15,7 @@ import torch.distributed as dist
 from benchmarks.timed_plans import TimedPlan
 from megatron_mosaic.comm.boundary import ItemShape, Samples, TaskOwners
 from megatron_mosaic.comm.groups import GroupFactory
+from megatron_mosaic.engine.lanes import LaneWalk, LaneWalker, in_lanes
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import HostClock, TaskTrace
 from megatron_mosaic.engine.walk import Rows, Walker
@@ -28,6 +29,7 @@ from megatron_mosaic.schedule.graph import Stage, hosted_stages
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.steps import Step, steps_of
 from megatron_mosaic.schedule.task import Task
+from megatron_mosaic.sharing.lane import Lanes
 
 HIDDEN_SIZE = 16
 SEQUENCE_LENGTH = 8
@@ -179,6 +181,7 @@ class TimedEngine:
         trace: Writes down the tasks, if any.
         schedule: Runs in place of the one that is built for the plan.
         images: Of every step, where they are unlike.
+        lanes: Lanes of the rank, if its modules run at the same time.
 
     Note:
         Collective over the world.
@@ -192,8 +195,11 @@ class TimedEngine:
         trace: TaskTrace | None = None,
         schedule: Schedule | None = None,
         images: StepImages | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
-        plan = timed.plan
+        self._plan = plan = timed.plan
+        self._rank = rank
+        self._lanes = lanes
         self._schedule = schedule or build_schedule(plan)
         self._steps = steps_of(plan, self._schedule, rank)
         self._factory = GroupFactory(rank)
@@ -241,14 +247,28 @@ class TimedEngine:
         progress.end_step()
 
     def _walk(self, steps: Sequence[Step], kept: Rows, *, first: int = 0) -> Rows:
-        walker = Walker(
+        if self._lanes is None:
+            walker = Walker(
+                runners=self._runners,
+                channels=self._channels.open,
+                progress=self._progress,
+                schedule=self._schedule,
+                kept=kept,
+            )
+            return walker.walk(steps, first=first)
+        lane_walker = LaneWalker(
+            lanes=self._lanes,
             runners=self._runners,
             channels=self._channels.open,
             progress=self._progress,
             schedule=self._schedule,
             kept=kept,
         )
-        return walker.walk(steps, first=first)
+        return lane_walker.walk_in_lanes(self.in_lanes(steps), first=first)
+
+    def in_lanes(self, steps: Sequence[Step]) -> LaneWalk:
+        """Puts steps of this rank into its lanes."""
+        return in_lanes(self._plan, self._schedule, steps, self._rank, races=True)
 
     def destroy(self) -> None:
         """Destroys the groups that were made."""

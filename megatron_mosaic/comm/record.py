@@ -215,9 +215,7 @@ class _Recorder:
         index = self._num_issues
         self._num_issues += 1
         name = f"{group.group_desc or 'group'}#{group.group_name}{list(members)}"
-        issue = Issue(
-            index, name, members, operation, num_elements, num_bytes, parts, self._lane()
-        )
+        issue = Issue(index, name, members, operation, num_elements, num_bytes, parts, self._lane())
         self.entries.append(issue)
         self._batched.append(index)
         return index

@@ -52,11 +52,11 @@ def in_lanes(
         races: Whether races are looked for while they run.
     """
     alone = alone_tasks(plan, schedule, rank)
-    lane_of_steps = lane_steps(plan, steps, rank, alone=alone)
+    lane_of_steps = lane_steps(plan, steps, rank, alone=alone, ahead=schedule.ahead)
     return LaneWalk(
         steps=lane_of_steps,
         joined=joins(lane_of_steps),
-        uses=tuple(accesses(plan, steps)) if races else (),
+        uses=tuple(accesses(plan, steps, ahead=schedule.ahead)) if races else (),
     )
 
 

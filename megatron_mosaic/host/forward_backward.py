@@ -268,9 +268,7 @@ class PlanForwardBackward:
         lanes, plan, rank = self._runtime.lanes, self._runtime.plan, self._runtime.rank
         if lanes is None:
             return _Walk(steps)
-        return _Walk(
-            steps, in_lanes(plan, schedule, steps, rank, races=lanes.races is not None)
-        )
+        return _Walk(steps, in_lanes(plan, schedule, steps, rank, races=lanes.races is not None))
 
     def _work(
         self,
