@@ -7,11 +7,16 @@ import pytest
 from benchmarks.layout_pairs import PAIRS, Pair, Side
 from benchmarks.machine import RESULTS
 from benchmarks.oracle import least_rows, rows_kept, rows_made, rows_of
+from benchmarks.sharing_planner_summary import numbers as sharing_numbers
 from benchmarks.summary import README, numbers
 
 
 def test_readme_has_the_committed_numbers():
     assert numbers() in README.read_text()
+
+
+def test_readme_has_the_committed_numbers_of_sharing():
+    assert sharing_numbers() in README.read_text()
 
 
 def test_bytes_are_the_least_but_for_padding():

@@ -76,12 +76,17 @@ def is_legal(choice: Quotas, plan: Plan, problem: Problem) -> bool:
             split_for(
                 [sms.get(name) for name in names],
                 num_sms=gpu.num_sms,
-                sizes=granularity(gpu.compute_capability),
+                sizes=granularity(_capability(gpu)),
                 where=gpu.name,
             )
         except LayoutError:
             return False
     return True
+
+
+def _capability(gpu: Gpu) -> tuple[int, int]:
+    assert gpu.compute_capability is not None, "only GPUs that can be shared have quotas"
+    return gpu.compute_capability
 
 
 def _with_pins(choice: Quotas, problem: Problem) -> Quotas:
@@ -105,7 +110,7 @@ def _in_proportion(work_s: dict[str, float], gpu: Gpu) -> Quotas:
 
     What is left after whole groups goes to the last module, as the remainder of a split does.
     """
-    least = granularity(gpu.compute_capability).least
+    least = granularity(_capability(gpu)).least
     num_groups, total_s = gpu.num_sms // least, sum(work_s.values())
     groups = dict.fromkeys(work_s, 1)
     for _ in range(num_groups - len(groups)):
@@ -122,10 +127,10 @@ def _in_proportion(work_s: dict[str, float], gpu: Gpu) -> Quotas:
 def _of_two(names: Sequence[str], gpu: Gpu) -> Iterator[Quotas]:
     """Yields all quotas of two modules: none, of one alone, and all ways to split the GPU."""
     yield ()
-    legal = quotas(gpu.num_sms, compute_capability=gpu.compute_capability)
+    legal = quotas(gpu.num_sms, compute_capability=_capability(gpu))
     for name in names:
         yield from (((name, sms),) for sms in legal)
-    splits = partitions(gpu.num_sms, compute_capability=gpu.compute_capability, num_lanes=2)
+    splits = partitions(gpu.num_sms, compute_capability=_capability(gpu), num_lanes=2)
     both = (((names[0], a), (names[1], b)) for a, b in splits)
     yield from chain.from_iterable((pair, _swapped(pair)) for pair in both)
 
@@ -137,14 +142,14 @@ def _swapped(pair: Quotas) -> Quotas:
 
 def _steps(entry: Simulated, names: Sequence[str], gpu: Gpu) -> Iterator[Quotas]:
     """Yields quotas one step away from an entry's."""
-    sms, least = dict(entry.candidate.quotas), granularity(gpu.compute_capability).least
+    sms, least = dict(entry.candidate.quotas), granularity(_capability(gpu)).least
     for name in names:
         others = tuple(item for item in sms.items() if item[0] != name)
         if name in sms:
             yield others
             continue
         room = gpu.num_sms - sum(sms.values())
-        legal = quotas(gpu.num_sms, compute_capability=gpu.compute_capability)
+        legal = quotas(gpu.num_sms, compute_capability=_capability(gpu))
         yield from ((*others, (name, quota)) for quota in legal if quota <= room)
     for giver, taker in permutations(sms, 2):
         for groups in _MOVED_GROUPS:

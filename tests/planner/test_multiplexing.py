@@ -14,10 +14,11 @@ from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner import multiplexing
 from megatron_mosaic.planner.explanation import as_document, explain
-from megatron_mosaic.planner.multiplexing import LEAST_GAIN, multiplexed
+from megatron_mosaic.planner.filling import ordered
+from megatron_mosaic.planner.multiplexing import LEAST_GAIN, least_s, multiplexed
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import Problem, Space, read_pins
-from megatron_mosaic.planner.quotas import more_quotas, sharing_modules
+from megatron_mosaic.planner.quotas import first_quotas, more_quotas, sharing_modules
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
@@ -177,6 +178,31 @@ def test_two_modules_have_every_split_of_a_gpu():
     assert (("language", 32),) in choices
 
 
+def test_first_quotas_are_in_proportion_to_the_work():
+    entry = multiplexed([], TWO, cost_model(TWO)).best
+
+    none, dealt, capped = first_quotas(entry, TWO)
+
+    assert none == ()
+    # 16 groups of 8 multiprocessors, and 4 that are left over for the module that has most.
+    assert sum(sms for _, sms in dealt) == 132
+    assert sorted(sms % 8 for _, sms in dealt) == [0, 4]
+    assert capped == tuple(item for item in dealt if item[0] == "vision")
+
+
+def test_no_quotas_are_faster_than_language_with_the_whole_gpu():
+    costs = cost_model(TWO)
+    entry = multiplexed([], TWO, costs).best
+
+    steps_s = []
+    for quotas in more_quotas(entry, TWO):
+        candidate = replace(entry.candidate, quotas=quotas)
+        steps_s.append(ordered(entry, candidate, entry.layers_per_stage, TWO, costs).step_s)
+
+    assert len(steps_s) > 40
+    assert least_s(entry.estimate) <= min(steps_s)
+
+
 def test_three_modules_share_a_gpu():
     asked = problem(model(VISION, AUDIO, language=TEXT), pins={"schedule.kind": "concurrent"})
 
@@ -272,6 +298,15 @@ def test_explanation_says_why_modules_run_one_at_a_time():
         and "CUDA_DEVICE_MAX_CONNECTIONS" in sentence
         for sentence in explain(answer).sentences
     )
+
+
+def test_explanation_says_what_a_gain_that_is_too_small_would_be():
+    answer = make_plan(PINNED)
+    found = replace(answer.multiplexing, pays=False, serial_s=1.012 * answer.choice.step_s)
+
+    sentences = explain(replace(answer, multiplexing=found)).sentences
+
+    assert any("they would gain 1.2%, and less than 3% is not worth it" in it for it in sentences)
 
 
 def test_command_prints_the_quotas(capsys):
