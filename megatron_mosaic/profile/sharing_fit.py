@@ -210,8 +210,10 @@ def demands_of(
 
 
 def _demand(bandwidth: float, reached: float) -> Demand:
-    # An operation waits for memory for as long as its bytes take, at the rate that it can have.
-    return Demand(bandwidth=min(1.0, bandwidth), stall=min(1.0, bandwidth / reached))
+    # As the cost model sees one: it computes while it moves bytes, and takes the longer of both. So
+    # with half the bandwidth it takes twice the time of its bytes, if that is more than its own.
+    stall = 2 * bandwidth / reached - 1
+    return Demand(bandwidth=min(1.0, bandwidth), stall=min(1.0, max(0.0, stall)))
 
 
 def fit_interference(known: Sequence[Known]) -> float:
