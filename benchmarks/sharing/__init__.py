@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks.sharing_gpu``: what modules gain and lose when they share a GPU."""
