@@ -19,8 +19,9 @@ MODEL = Path(__file__).parent / "planned" / "model.yaml"
         ["placement=colocated", "language.tensor_model_parallel_size=2"],
         ["placement=partial overlap"],
         ["placement=homogeneous", "language.pipeline_model_parallel_size=2"],
+        ["placement=colocated", "schedule.kind=concurrent", "vision.share.sms=32"],
     ],
-    ids=["disjoint", "colocated", "partial overlap", "homogeneous"],
+    ids=["disjoint", "colocated", "partial overlap", "homogeneous", "at the same time"],
 )
 def test_plan_trains_like_one_process(pins, tmp_path):
     path = tmp_path / "plan.yaml"
