@@ -144,8 +144,9 @@ class LaneWalker(Walker):
 
     def _open(self, transfer: Transfer, leaving: torch.Tensor | None) -> Pending:
         pending = super()._open(transfer, leaving)
-        if leaving is not None:
-            self._lane.hold(leaving)  # what encoders made ahead is posted in the lane that uses it
+        maker = transfer.edge.ends[transfer.kind == "gradient"].module
+        if leaving is not None and maker != self._lane.name:
+            self._lane.hold(leaving)  # what encoders make ahead is posted in the lane that uses it
         return _PendingInLane(
             pending,
             posted=self._lane,
