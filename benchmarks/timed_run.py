@@ -268,7 +268,8 @@ class TimedEngine:
 
     def in_lanes(self, steps: Sequence[Step]) -> LaneWalk:
         """Puts steps of this rank into its lanes."""
-        return in_lanes(self._plan, self._schedule, steps, self._rank, races=True)
+        races = self._lanes is not None and self._lanes.races is not None
+        return in_lanes(self._plan, self._schedule, steps, self._rank, races=races)
 
     def destroy(self) -> None:
         """Destroys the groups that were made."""

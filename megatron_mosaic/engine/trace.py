@@ -20,7 +20,7 @@ _LOOK_S = 50e-6
 
 
 class Clock(Protocol):
-    """Tells when a rank's compute stream passes a point."""
+    """Tells when the stream that computes, which is the current one, passes a point."""
 
     def begin_step(self) -> None:
         """Comes before the marks of every step."""
@@ -84,7 +84,7 @@ class _DeviceMark:
 
 
 class DeviceClock:
-    """The clock of a GPU: events on the compute stream, read once they are passed.
+    """The clock of a GPU: events on the stream that computes, read once they are passed.
 
     Nothing waits for the device but the first step's beginning, once. There a reference event
     meets the host's clock; so it does in every later step that finds the device idle, which keeps

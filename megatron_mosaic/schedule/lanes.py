@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import Stage, ahead_modules, hosted_stages
-from megatron_mosaic.schedule.steps import Compute, Post, Step, Transfer, Wait, crosses_steps
+from megatron_mosaic.schedule.steps import (
+    Compute,
+    Edge,
+    Post,
+    Step,
+    Transfer,
+    Wait,
+    crosses_steps,
+    edges_of,
+)
 from megatron_mosaic.schedule.task import Task
 
 ONE_LANE = ""
@@ -84,7 +93,8 @@ def lane_steps(
             whoever uses it does not wait for their lanes.
     """
     hosted = hosted_stages(plan, rank)
-    lanes = [lane_of(plan, _lane_module(plan, step, hosted)) for step in steps]
+    kept = frozenset(e for e in edges_of(plan) if crosses_steps(ahead_modules(plan), e))
+    lanes = [lane_of(plan, _lane_module(step, hosted, kept)) for step in steps]
     made: dict[tuple[Stage, int], int] = {}
     posted: dict[Transfer, int] = {}
     after: list[tuple[int, ...]] = []
@@ -171,7 +181,7 @@ def _whole(
     return whole
 
 
-def _lane_module(plan: Plan, step: Step, hosted: Collection[Stage]) -> str:
+def _lane_module(step: Step, hosted: Collection[Stage], kept: frozenset[Edge]) -> str:
     """Module in whose lane a step runs: that of the stage that made what is posted, if it is here.
 
     What a step of training finds at hand is posted by the stage that uses it, if that is here;
@@ -182,8 +192,8 @@ def _lane_module(plan: Plan, step: Step, hosted: Collection[Stage]) -> str:
     source, destination = _ends(step.transfer)
     if isinstance(step, Wait) or source not in hosted:
         return destination.module
-    is_kept = crosses_steps(ahead_modules(plan), step.transfer.edge)
-    return destination.module if is_kept and destination in hosted else source.module
+    at_hand = step.transfer.edge in kept and destination in hosted
+    return destination.module if at_hand else source.module
 
 
 def _ends(transfer: Transfer) -> tuple[Stage, Stage]:

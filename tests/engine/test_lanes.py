@@ -1,5 +1,6 @@
 """Lanes of the engine on real ranks: what each event is for, and what no order can change."""
 
+from collections import Counter
 from dataclasses import replace
 
 from benchmarks.timed_plans import TimedPlan
@@ -10,7 +11,7 @@ from megatron_mosaic.schedule.graph import stage_order
 from megatron_mosaic.schedule.lanes import Joins, lanes_of
 from megatron_mosaic.schedule.simulate import PassTimes
 from megatron_mosaic.sharing.lane import Quota
-from megatron_mosaic.sharing.virtual import virtual_lanes
+from megatron_mosaic.sharing.virtual import VirtualLane, virtual_lanes
 from tests.ranks import run_ranks
 
 THREE_ON_A_RANK = """
@@ -87,3 +88,33 @@ def test_engine_notices_each_event_that_is_missing():
     # loop has prepared, and the loop goes on with what the same two do last.
     assert len(said) == 4 * 2 * 2 + 2 + 2
     assert all("without waiting for lane" in words for words in said.values()), said
+
+
+def _hold(rank, text):
+    """Runs a step. Returns how often each lane held memory of another one."""
+    engine = _engine(rank, text)
+    held = Counter()
+
+    def hold(lane, tensor):
+        held[lane.name] += 1
+
+    VirtualLane.hold = hold
+    engine.step(waits=False)
+    return dict(held)
+
+
+def test_lane_that_waits_holds_the_memory_of_the_lane_that_posted():
+    (held,) = run_ranks(_hold, 1, THREE_ON_A_RANK)
+
+    # Rows that stay on their rank, and what is made of them, for each microbatch and encoder.
+    assert held == {"language": 2 * 4 * 2, "vision": 2 * 4, "audio": 2 * 4}
+
+
+def test_stages_of_one_module_hold_nothing():
+    # All of a module's own transfers are posted and waited for in its lane.
+    stages = THREE_ON_A_RANK.replace(
+        "  language: {ranks: 0}", "  language: {ranks: 0, virtual_pipeline_model_parallel_size: 2}"
+    )
+    (held,) = run_ranks(_hold, 1, stages)
+
+    assert held == {"language": 2 * 4 * 2, "vision": 2 * 4, "audio": 2 * 4}

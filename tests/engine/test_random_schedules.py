@@ -21,16 +21,19 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.unsupported import refuse_unsupported
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.graph import stage_order
+from megatron_mosaic.schedule.lanes import has_lanes, lanes_of
 from megatron_mosaic.schedule.measured import read_trace
 from megatron_mosaic.schedule.schedule import Schedule
 from megatron_mosaic.schedule.simulate import PassTimes
+from megatron_mosaic.sharing.lane import Quota
+from megatron_mosaic.sharing.virtual import virtual_lanes
 from tests.ranks import run_ranks
-from tests.schedule.test_random_schedules import accepts, some_plan, some_schedule
+from tests.schedule.test_random_schedules import KINDS, accepts, some_plan, some_schedule
 
 WORLD_SIZES = (2, 3, 4, 5)
 FEATURES = {
-    *("no_pipelining", "1f1b", "interleaved", "colocated", "bubble_fill"),
-    *("three-phase", "encoder chunks", "several microbatches in a task", "ahead"),
+    *("no_pipelining", "1f1b", "interleaved", "colocated", "bubble_fill", "concurrent"),
+    *("three-phase", "lanes", "encoder chunks", "several microbatches in a task", "ahead"),
     *("several encoders", "output module", "frozen module", "evaluation", "other order"),
 }
 WANTED = 10  # plans with each of these
@@ -50,6 +53,7 @@ class Drawn(NamedTuple):
         features = {
             "three-phase": choice.kind == "colocated" and choice.encoder_group is None,
             "encoder chunks": choice.kind == "bubble_fill" and max(chunks, default=1) > 1,
+            "lanes": max(len(lanes_of(plan, rank)) for rank in range(plan.world_size)) > 1,
             "several microbatches in a task": (choice.encoder_group or 1) > 1,
             "ahead": bool(self.schedule.ahead),
             "several encoders": len(plan.encoders) > 1,
@@ -84,7 +88,7 @@ def sample() -> tuple[Drawn, ...]:
     drawn: list[Drawn] = []
     counts: Counter[str] = Counter()
     while any(counts[feature] < WANTED for feature in FEATURES):
-        plan = some_plan(rng)
+        plan = some_plan(rng, (*KINDS, "concurrent"))
         if plan.world_size not in WORLD_SIZES or not _runs(plan):
             continue
         one = Drawn(plan, some_schedule(rng, plan))
@@ -100,7 +104,14 @@ def _run(rank: int, drawn: list[Drawn], folder: str) -> None:
             name="", plan=plan, tasks_s=dict.fromkeys(stage_order(plan), PassTimes(0.0, 0.0))
         )
         with TaskTrace(Path(folder) / str(number), rank=rank, clock=HostClock()) as trace:
-            engine = TimedEngine(timed, rank=rank, trace=trace, schedule=schedule)
+            lanes = virtual_lanes([Quota(lane=name) for name in lanes_of(plan, rank)])
+            engine = TimedEngine(
+                timed,
+                rank=rank,
+                trace=trace,
+                schedule=schedule,
+                lanes=lanes if has_lanes(plan) else None,
+            )
             for _ in range(STEPS):
                 engine.step(waits=False)
         dist.barrier()

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.parity.record import ARGUMENTS, OPTIMIZERS
@@ -121,3 +122,47 @@ def test_plan_without_lanes_has_no_trace_of_them(tmp_path):
     (_, _, logged, _), _ = _ends(tmp_path, SERIAL)
 
     assert logged == []
+
+
+def test_scope_of_a_module_brings_its_own_scratch_memory():
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import GlobalMemoryBuffer
+
+    from megatron_mosaic.host.groups import AXES_OF_FIELD, EXPERT_AXES_OF_FIELD
+    from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
+
+    fields = dict.fromkeys((*AXES_OF_FIELD, *EXPERT_AXES_OF_FIELD, "embd", "pos_embd"))
+    collection = ProcessGroupCollection(**fields)
+    buffers = GlobalMemoryBuffer(), GlobalMemoryBuffer()
+    scopes = [ParallelStateScope(collection, memory_buffer=buffer) for buffer in buffers]
+    before = parallel_state._GLOBAL_MEMORY_BUFFER
+
+    with scopes[0].active():
+        with scopes[1].active():
+            assert parallel_state.get_global_memory_buffer() is buffers[1]
+        assert parallel_state.get_global_memory_buffer() is buffers[0]
+    assert parallel_state._GLOBAL_MEMORY_BUFFER is before
+
+
+def test_gradients_are_accumulated_by_nodes_of_the_current_stream():
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_mosaic.host.gradients import accumulate_on_current_stream
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    torch.nn.Module.__init__(model)
+    arrived = []
+    model._make_backward_post_hook = lambda parameter: lambda *_: arrived.append(parameter)
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node.register_hook(model._make_backward_post_hook(weight))
+    model.grad_accs = [node]
+    del node
+
+    accumulate_on_current_stream(model)
+
+    (node,) = model.grad_accs
+    assert node.variable is weight
+    (2 * weight).sum().backward()
+    assert len(arrived) == 1  # the hook of the former node is gone with it

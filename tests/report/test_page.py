@@ -324,9 +324,9 @@ def test_lanes_of_a_rank_have_rows_and_its_memory_is_that_of_all(window, tmp_pat
 
     found = []
     for row in range(4):
-        window.move(*place(window, row=row, at_s=5.0))
+        window.move(*place(window, row=row, at_s=6.0))
         found.append((tip(window)[""], tip(window)["on"]))
-    # At 5 s vision is in its third task on both ranks; rank 0 runs F1, rank 1 the first backward.
+    # At 6 s vision is in its third task on both ranks; rank 0 runs F1, rank 1 the first backward.
     assert found == [
         ("F2 vision.0", "rank 0"),
         ("F1 language.0", "rank 0"),
@@ -336,7 +336,7 @@ def test_lanes_of_a_rank_have_rows_and_its_memory_is_that_of_all(window, tmp_pat
     assert "vision forward (32 SMs)" in window.text("#legend")
 
     window.click("#rows")
-    x, _ = place(window, row=0, at_s=5.0)
+    x, _ = place(window, row=0, at_s=6.0)
     top, height = window.script(
         "document.getElementById('memory').scrollIntoView({block: 'center'});"
         "const box = document.getElementById('memory').getBoundingClientRect();"

@@ -193,11 +193,11 @@ def test_timeline_has_a_row_for_every_lane_and_names_its_quota():
 def test_timeline_of_lanes_has_the_times_under_quotas_and_the_slowdown():
     timeline = predicted_timeline(lanes_plan(), read_prediction(lanes_plan()))
 
-    # Rank 0 runs vF1 from 1 s on in 2 s, beside F0 from 2 to 3 s: 1 + 1 / 1.5 s are done by then.
+    # Rank 0 runs vF1 from 2 s on in 2 s, beside F0 from 3 to 4 s: 1 + 1 / 1.5 s are done by then.
     first = {str(span.task): (span.start_s, span.end_s) for span in timeline.spans(KIND_0)}
-    assert first["F0 vision.0"] == (0.0, 1.0)
-    assert first["F1 vision.0"] == pytest.approx((1.0, 3 + 1 / 3))
-    assert first["F0 language.0"] == (2.0, 3.0)
+    assert first["F0 vision.0"] == (0.0, 2.0)
+    assert first["F1 vision.0"] == pytest.approx((2.0, 4 + 1 / 3))
+    assert first["F0 language.0"] == (3.0, 4.0)
 
 
 def test_lanes_are_told_in_a_line_for_ranks_that_share_the_same():

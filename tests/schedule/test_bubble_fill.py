@@ -250,3 +250,32 @@ def test_bubble_fill_shortens_the_warm_up_where_few_groups_may_be_live():
     )
     assert least_live(plan) == 2
     assert timeline.program.peak_live(Stage("vision", 0)) == 2
+
+
+CIRCLES = {
+    "bubble_fill": (
+        place("audio", 0, 2, tp=2, trainable=()),
+        place("vision", 0, 1, 2, dp=3, vpp=2),
+        place("language", 2, 1, cp=2, vpp=2),
+    ),
+    "concurrent": (
+        place("audio", 1, vpp=2, trainable=()),
+        place("vision", 0, 1, dp=2),
+        place("language", 1, 0, cp=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["bubble_fill", "concurrent"])
+def test_ranks_that_receive_together_do_not_wait_for_each_other_in_a_circle(kind):
+    # Rank 0 once came to its second vision task before a task that it runs together with others,
+    # one of those after it; a transfer from audio reaches none of them before all have posted it.
+    plan = plan_of(
+        kind,
+        *CIRCLES[kind],
+        num_microbatches=2,
+        edges=(("audio", "vision"), ("vision", "language")),
+        ahead=True,
+    )
+
+    verify(plan, build_schedule(plan))
