@@ -20,7 +20,7 @@ from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.lanes import Joins, LaneStep, joins, lane_steps
 from megatron_mosaic.schedule.races import Access, accesses
 from megatron_mosaic.schedule.schedule import Schedule
-from megatron_mosaic.schedule.steps import Step, Transfer, Wait
+from megatron_mosaic.schedule.steps import Step, Transfer, Wait, crosses_steps
 from megatron_mosaic.sharing.lane import Lane, Lanes
 
 
@@ -144,8 +144,8 @@ class LaneWalker(Walker):
 
     def _open(self, transfer: Transfer, leaving: torch.Tensor | None) -> Pending:
         pending = super()._open(transfer, leaving)
-        if leaving is not None:
-            self._lane.hold(leaving)  # what encoders made ahead is posted in the lane that uses it
+        if leaving is not None and crosses_steps(self._schedule.ahead, transfer.edge):
+            self._lane.hold(leaving)  # made a step ago, in the lane of its encoder
         return _PendingInLane(
             pending,
             posted=self._lane,

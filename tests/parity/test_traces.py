@@ -23,7 +23,9 @@ def _train(rank, plan, options, script):
     record_plan(rank, plan, options, (), script)
 
 
-@pytest.mark.parametrize("name", ["fill_virtual", "ahead_frozen_vision", "virtual_output"])
+@pytest.mark.parametrize(
+    "name", ["fill_virtual", "ahead_frozen_vision", "virtual_output", "concurrent_shares"]
+)
 def test_trace_holds_every_task_of_every_training_step(name, tmp_path):
     path = PLANS / f"{name}.yaml"
     plan = Plan.load(path)
