@@ -45,7 +45,7 @@ def _steps(rows: Sequence[Row]) -> str:
             "none fits" if homogeneous is None else f"{homogeneous:.4g} s",
             f"{row['temporal_s']:.4g} s",
             "none" if row["gain"] is None else f"{row['temporal_s'] / (1 + row['gain']):.4g} s",
-            "" if row["gain"] is None else f"{row['gain']:+.1%}",
+            "" if row["gain"] is None else f"{round(row['gain'], 3) + 0.0:+.1%}",
             _choice(row),
             f"{row['global_batch_size'] / row['step_s']:.0f}",
             f"{row['search_s']:.1f} ({row['temporal_search_s']:.1f})",
