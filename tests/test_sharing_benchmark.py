@@ -315,6 +315,35 @@ def test_dry_run_invents_no_number_of_a_gpu(dry_run):
     assert set(told.values()) == {None}
 
 
+def test_calls_are_merged_into_one_file(dry_run, tmp_path):
+    whole, again = tmp_path / "whole.json", tmp_path / "again.json"
+    main(["run", "--part", "p0", "--dry-run", "--output", str(again)])
+
+    main(["merge", str(whole), str(dry_run), str(again)])
+
+    parts = json.loads(whole.read_text())["parts"]
+    assert len(parts["p0"]["rows"]) == 7
+    assert len(parts) == 6
+
+
+def test_only_the_cases_that_are_named_run(tmp_path, capsys):
+    path = tmp_path / "one.json"
+
+    main(["run", "--part", "p4", "--dry-run", "--cases", "pair", "--output", str(path)])
+
+    assert [row["case"] for row in rows_of(json.loads(path.read_text()), "p4")] == ["tiny pair"]
+    assert "tiny pair" in capsys.readouterr().out
+
+
+def test_a_part_without_time_says_what_it_left_out(tmp_path):
+    path = tmp_path / "none.json"
+
+    main(["run", "--part", "p1", "--dry-run", "--budget-s", "0", "--output", str(path)])
+
+    rows = rows_of(json.loads(path.read_text()), "p1")
+    assert {row["skipped"] for row in rows} == {"too little was left of 0 s"}
+
+
 def test_summary_prints_tables_and_draws(dry_run, capsys):
     main(["summary", str(dry_run)])
 
