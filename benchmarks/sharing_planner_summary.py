@@ -19,7 +19,7 @@ def numbers() -> str:
     """Returns the results in Markdown."""
     results = read_results("sharing_planner")
     rows = results["rows"]
-    parts = [f"Planned on {describe(results['machine'])}, one thread.", _steps(rows)]
+    parts = [f"Planned on {describe(results['machine'])}, seconds of one core.", _steps(rows)]
     return "\n" + "\n\n".join([*parts, _wrong(rows), _optimum(rows)]) + "\n"
 
 

@@ -1,10 +1,9 @@
 """Opens the lanes in which the modules of a rank run at the same time."""
 
 import argparse
+import importlib
 import os
 from collections.abc import Mapping
-from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from megatron.training.utils import print_rank_0
 from megatron_mosaic.errors import HostError, LayoutError
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.runtime import Runtime
-from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.schedule.lanes import has_lanes, lanes_of
@@ -79,12 +78,15 @@ def log_lanes(runtime: Runtime) -> None:
     notes: list[str | None] = [None] * runtime.plan.world_size
     own = None if runtime.lanes is None else runtime.lanes.note
     dist.all_gather_object(notes, own, group=runtime.host_group)
-    shown = [
-        f"{note} on ranks {show_ranks([rank for rank, other in enumerate(notes) if other == note])}"
-        for note in dict.fromkeys(notes)
-        if note is not None
-    ]
-    print_rank_0(f"mosaic: {'; '.join(shown)}")
+    ranks_of: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        if note is not None:
+            ranks_of.setdefault(note, []).append(rank)
+    if len(ranks_of) > 1:
+        shown = [f"ranks {show_ranks(ranks)} {note}" for note, ranks in ranks_of.items()]
+        print_rank_0(f"mosaic: {'; '.join(shown)}")
+    else:
+        print_rank_0(f"mosaic: {next(iter(ranks_of))}")
 
 
 def quotas_of(plan: Plan, rank: int) -> list[Quota]:
@@ -143,16 +145,15 @@ def environment_of(
     )
 
 
-@cache
 def _shares_workspace() -> bool:
     try:
-        from transformer_engine.pytorch.cpp_extensions import gemm
+        gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
     except ImportError:
         return False
     return shares_workspace(gemm)
 
 
-def _has_collectives(placement: Any) -> bool:
+def _has_collectives(placement: ModulePlacement) -> bool:
     """Whether the module's tasks run collectives of its own."""
     shape = placement.shape
     return max(shape.tp, shape.cp, placement.expert_shape.ep, placement.expert_shape.expt_tp) > 1

@@ -52,6 +52,13 @@ NUM_SPLIT = 2
 """Of these, those for which all splits of a GPU are examined, or those that a descent comes to."""
 
 
+NEAR = 0.05
+"""Share by which such a layout may be slower than the best without lanes under its first quotas.
+
+Ours: other splits bring less than that over the best of no quotas and those in proportion to work.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Multiplexing:
     """What came of letting modules run at the same time.
@@ -103,7 +110,7 @@ def multiplexed(
         layouts = _shared_layouts(problem, cost_model, serial_s, time_limit_s=time_limit_s)
     if is_asked:  # who fixes the schedule is told what the same layouts take without it
         serial_s = min((first.step_s for first in layouts), default=inf)
-    best = _best(layouts, examined)
+    best = _best(layouts, examined, near_s=inf if is_asked else (1 + NEAR) * serial_s)
     gains = best is not None and serial_s / best.step_s - 1 >= LEAST_GAIN
     return Multiplexing(
         best=best,
@@ -215,15 +222,22 @@ def least_s(estimate: Estimate) -> float:
     return longest_s
 
 
-def _best(layouts: Sequence[Simulated], examined: _Examined) -> Simulated | None:
-    """The fastest plan of all layouts under the groups and quotas that are examined."""
+def _best(layouts: Sequence[Simulated], examined: _Examined, *, near_s: float) -> Simulated | None:
+    """The fastest plan of all layouts under the groups and quotas that are examined.
+
+    Args:
+        layouts: The fastest first.
+        examined: What has been simulated.
+        near_s: Step that a layout must reach under first quotas to be examined under others.
+    """
     entries: list[Simulated] = []
     for first in layouts:
         ways = _ways(first, examined.problem)
         found = (examined.entry(first, candidate) for candidate in ways)
         entries += sorted(filter(None, found), key=lambda entry: entry.step_s)[:1]
     entries.sort(key=lambda entry: entry.step_s)
-    split = [_split(entry, examined) for entry in entries[:NUM_SPLIT]]
+    near = [entry for entry in entries[:NUM_SPLIT] if entry.step_s <= near_s]
+    split = [_split(entry, examined) for entry in near]
     return min(chain(split, entries), key=lambda entry: entry.step_s, default=None)
 
 

@@ -97,3 +97,21 @@ def _record_everything(rank):
     num_entries = len(entries)
     dist.all_reduce(tensor)
     return entries, len(entries) - num_entries
+
+
+def test_record_says_in_which_lane_a_rank_launches():
+    (lanes, _) = run_ranks(_record_in_lanes, 2)
+
+    assert lanes == ["", "vision", "vision", ""]
+
+
+def _record_in_lanes(rank):
+    lane = ""
+    with record(lambda: lane) as entries:
+        dist.all_reduce(torch.ones(2))
+        lane = "vision"
+        dist.all_reduce(torch.ones(2))
+        (dist.recv if rank else dist.send)(torch.ones(2), 1 - rank)
+        lane = ""
+        dist.barrier()
+    return [entry.lane for entry in entries if isinstance(entry, Issue)]

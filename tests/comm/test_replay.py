@@ -132,3 +132,44 @@ def test_total_received_bytes_counts_what_is_received_and_not_what_is_sent():
 
     assert total_received_bytes(record) == 20  # 5 elements of 4 bytes
     assert total_received_bytes(record, operation="all_reduce") == 0
+
+
+def _in_lane(lane, index, *members):
+    return _all_reduce(index, *members)._replace(communicator=f"{lane}{members}", lane=lane)
+
+
+def test_replay_rejects_a_communicator_that_two_lanes_use():
+    record = [
+        _all_reduce(0, 0, 1)._replace(lane="vision"),
+        _all_reduce(1, 0, 1)._replace(lane="language"),
+    ]
+
+    with pytest.raises(ReplayError, match=r"rank 0 uses tp\[0, 1\] from lanes vision and language"):
+        replay({0: record, 1: record})
+
+
+def test_replay_accepts_a_communicator_of_one_lane_between_steps():
+    record = [_all_reduce(0, 0, 1)._replace(lane="vision"), Wait(0), _all_reduce(1, 0, 1), Wait(1)]
+
+    replay({0: record, 1: record})
+
+
+def test_replay_rejects_collectives_of_two_lanes_in_unlike_order():
+    # In their own lanes on a GPU neither waits for the other; but each may fill what it has.
+    vision, language = _in_lane("vision", 0, 0, 1), _in_lane("language", 1, 0, 1)
+    first = [vision, Wait(0), language, Wait(1)]
+    second = [language, Wait(1), vision, Wait(0)]
+
+    with pytest.raises(ReplayError, match=r"unlike order: rank 0 .* vision, while rank 1 .* langu"):
+        replay({0: first, 1: second})
+
+
+def test_replay_accepts_reductions_that_go_on_beside_the_tasks_of_another_lane():
+    gradients, language = _in_lane("vision", 0, 0, 1), _in_lane("language", 1, 0, 1)
+
+    replay(
+        {
+            0: [gradients, language, Wait(1), Wait(0)],
+            1: [language, Wait(1), gradients, Wait(0)],
+        }
+    )

@@ -13,7 +13,9 @@ import torch
 from tests.parity.record import Record, record_plan
 
 
-def record_on_gpu(rank: int, plan_path: str, options: list[str], on_side_stream: bool) -> Record:
+def record_on_gpu(
+    rank: int, plan_path: str, options: list[str], on_side_stream: bool, connections: str = "1"
+) -> Record:
     """Trains under a plan. Called on every rank.
 
     Args:
@@ -21,8 +23,10 @@ def record_on_gpu(rank: int, plan_path: str, options: list[str], on_side_stream:
         plan_path: The plan.
         options: Of Megatron.
         on_side_stream: Whether everything is issued on a stream that is not the default one.
+        connections: Hardware queues. Megatron insists on one for tensor parallelism before
+            Blackwell; modules run at the same time with several.
     """
-    _choose_the_first_gpu()
+    _choose_the_first_gpu(connections)
     _do_without_other_packages()
     _draw_weights_on_host()
     if "gloo" in options:
@@ -32,10 +36,9 @@ def record_on_gpu(rank: int, plan_path: str, options: list[str], on_side_stream:
         return record_plan(rank, plan_path, options, on_cpu=False)
 
 
-def _choose_the_first_gpu() -> None:
+def _choose_the_first_gpu(connections: str) -> None:
     os.environ["LOCAL_RANK"] = "0"
-    # Megatron insists on it for tensor parallelism before Blackwell.
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = connections
     # The patch embedding is a convolution, which torch would round to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
 

@@ -52,6 +52,16 @@ modules:
 edges: [[vision, language]]
 schedule: {kind: 1f1b}
 """
+LANES_PLAN = """format: 1
+world_size: 1
+global_batch_size: 16
+micro_batch_size: 2
+modules:
+  vision: {ranks: 0, share: {sms: 32}}
+  language: {ranks: 0}
+edges: [[vision, language]]
+schedule: {kind: concurrent, encoder_group: 2}
+"""
 
 
 @cache
@@ -61,12 +71,14 @@ def _on_cpu(plan: Path, options: tuple[str, ...]) -> Whole:
     return whole(run_ranks(record_plan, world_size, *arguments, init=False, timeout_s=TIMEOUT_S))
 
 
-def _on_gpu(plan: Path, options: tuple[str, ...], *, on_side_stream: bool = False) -> Whole:
+def _on_gpu(
+    plan: Path, options: tuple[str, ...], *, on_side_stream: bool = False, connections: str = "1"
+) -> Whole:
     return whole(
         run_ranks(
             record_on_gpu,
             Plan.load(plan).world_size,
-            *(str(plan), list(options), on_side_stream),
+            *(str(plan), list(options), on_side_stream, connections),
             init=False,
             fresh=True,
             timeout_s=TIMEOUT_S,
@@ -151,6 +163,23 @@ def test_two_ranks_on_one_gpu_train_as_on_cpu(tmp_path, plan):
     options = (*OPTIMIZERS["sgd"], *options_of(path))
 
     run = _on_gpu(path, (*options, *GLOO))
+
+    assert _difference(run, _on_cpu(path, options)) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("on_side_stream", [False, True], ids=["default_stream", "side_stream"])
+@pytest.mark.parametrize("sharing", ["strict", "priority", "serial"])
+def test_modules_that_run_at_the_same_time_train_as_on_cpu(tmp_path, sharing, on_side_stream):
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"# options: {' '.join(RAGGED)}\n{LANES_PLAN}")
+    options = (*OPTIMIZERS["sgd"], *options_of(path))
+
+    run = _on_gpu(
+        path,
+        (*options, "--mosaic-sharing", sharing),
+        on_side_stream=on_side_stream,
+        connections="8",
+    )
 
     assert _difference(run, _on_cpu(path, options)) <= FP32_BOUND
 
