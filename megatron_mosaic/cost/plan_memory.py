@@ -91,7 +91,8 @@ def _pools(plan: Plan, task_bytes: Mapping[Stage, float]) -> list[dict[Stage, fl
     """What tasks hold in each pool of memory: what one lane frees another one does not get.
 
     Each has an entry for all stages, 0 for those of other lanes. Memory is taken and given back
-    when tasks are launched, so that the order of the list is that of all pools.
+    when tasks are launched, so that the order of the list is that of all pools. Tasks that are
+    alone run in a stream, and so have a pool, of their own: they are few, and count as the others.
 
     Source:
         PyTorch, notes on CUDA semantics: the caching allocator keeps blocks by stream.

@@ -115,14 +115,12 @@ def rate_share(sharing: SharingCurves, curve: str, *, sms: int, num_sms: int) ->
 
 def _kinds(curve: str) -> Iterator[str]:
     """Kinds of which a curve may be, the closest first."""
-    names = [curve, curve.removeprefix("weight_gradient.")]
-    for name in dict.fromkeys(names):
+    forward = curve.removeprefix("weight_gradient.")
+    kind, dot, rest = forward.partition(".")
+    for name in dict.fromkeys([curve, forward, _ALIKE.get(kind, kind) + dot + rest]):
         while name and name != "weight_gradient":
             yield name
             name = name.rpartition(".")[0]
-    kind = names[1].partition(".")[0]
-    if kind in _ALIKE:
-        yield _ALIKE[kind]
 
 
 def _between(rates: Mapping[int, float], *, sms: int, num_sms: int) -> float:

@@ -100,6 +100,14 @@ def test_exact_kind_counts_before_what_is_like_it():
     assert [rate_share(known, curve, sms=50, num_sms=100) for curve in curves] == [0.6, 0.7, 0.4]
 
 
+def test_passes_of_attention_have_rates_of_their_own():
+    rates = {"attention.forward": {50: 0.6}, "attention.backward": {50: 0.7}}
+    known = replace(SHARING, rates=rates)
+
+    curves = ("attention.forward", "attention.backward", "latent_attention.backward")
+    assert [rate_share(known, curve, sms=50, num_sms=100) for curve in curves] == [0.6, 0.7, 0.7]
+
+
 def test_grid_of_a_fixed_number_of_blocks_runs_in_whole_waves():
     # 132 blocks: one wave on 132 multiprocessors, two down to 66, three down to 44.
     assert [static_grid_rate(sms, num_sms=132) for sms in (132, 131, 66, 65, 44)] == [
