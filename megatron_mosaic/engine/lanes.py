@@ -143,8 +143,11 @@ class LaneWalker(Walker):
                 assert race is None, f"schedule: {race}"
 
     def _open(self, transfer: Transfer, leaving: torch.Tensor | None) -> Pending:
+        pending = super()._open(transfer, leaving)
+        if leaving is not None:
+            self._lane.hold(leaving)  # what encoders made ahead is posted in the lane that uses it
         return _PendingInLane(
-            super()._open(transfer, leaving),
+            pending,
             posted=self._lane,
             waits=self._lane_of_wait.get(transfer, self._lane),
         )

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
-from megatron_mosaic.schedule.graph import Stage, hosted_stages
+from megatron_mosaic.schedule.graph import Stage, ahead_modules, hosted_stages
 from megatron_mosaic.schedule.steps import Compute, Post, Step, Transfer, Wait, crosses_steps
 from megatron_mosaic.schedule.task import Task
 
@@ -72,8 +72,8 @@ def lane_steps(
 ) -> tuple[LaneStep, ...]:
     """Puts a rank's steps into lanes, with the fewest events that keep them right.
 
-    Only a transfer whose two ends are on the rank joins lanes: what its source posts its
-    destination waits for. An event that others imply is left out, so that each counts.
+    Only a transfer whose two ends are on the rank joins lanes: one posts what another one made, or
+    waits for what it posted. An event that others imply is left out, so that each counts.
 
     Args:
         plan: The plan.
@@ -84,16 +84,24 @@ def lane_steps(
             whoever uses it does not wait for their lanes.
     """
     hosted = hosted_stages(plan, rank)
-    lanes = [lane_of(plan, _lane_module(step, hosted, ahead)) for step in steps]
+    lanes = [lane_of(plan, _lane_module(plan, step, hosted)) for step in steps]
+    made: dict[tuple[Stage, int], int] = {}
     posted: dict[Transfer, int] = {}
     after: list[tuple[int, ...]] = []
     order = _Order()
     for position, (step, lane) in enumerate(zip(steps, lanes, strict=True)):
-        before = posted.get(step.transfer) if isinstance(step, Wait) else None
+        before = None
+        match step:
+            case Compute(task):
+                made |= dict.fromkeys(((Stage(*task[1:3]), m) for m in task.microbatches), position)
+            case Post(transfer):
+                posted[transfer] = position
+                if not crosses_steps(ahead, transfer.edge):
+                    before = made.get((_ends(transfer)[0], transfer.microbatch))
+            case Wait(transfer):
+                before = posted.get(transfer)
         after.append(() if before is None or order.implies(before, lane) else (before,))
         order.add(lane, after[-1])
-        if isinstance(step, Post):
-            posted[step.transfer] = position
     return tuple(map(LaneStep, steps, lanes, after, _whole(steps, lanes, hosted, alone)))
 
 
@@ -153,22 +161,28 @@ def _whole(
             step, lane = steps[position], lanes[position]
             if isinstance(step, Compute):
                 at_task[lane] = whole[position]
-            elif leaving == (isinstance(step, Post) and _ends(step.transfer)[0] in hosted):
+                continue
+            source = _ends(step.transfer)[0]
+            leaves = (
+                isinstance(step, Post) and source in hosted and lane in (source.module, ONE_LANE)
+            )
+            if leaving == leaves:
                 whole[position] = at_task.get(lane, False)
     return whole
 
 
-def _lane_module(step: Step, hosted: Collection[Stage], ahead: frozenset[str]) -> str:
+def _lane_module(plan: Plan, step: Step, hosted: Collection[Stage]) -> str:
     """Module in whose lane a step runs: that of the stage that made what is posted, if it is here.
 
-    What was made a step before is posted by the stage that uses it, if that is here.
+    What a step of training finds at hand is posted by the stage that uses it, if that is here;
+    and so in evaluation, as an edge keeps to one lane of a rank.
     """
     if isinstance(step, Compute):
         return step.task.module
     source, destination = _ends(step.transfer)
     if isinstance(step, Wait) or source not in hosted:
         return destination.module
-    is_kept = crosses_steps(ahead, step.transfer.edge)
+    is_kept = crosses_steps(ahead_modules(plan), step.transfer.edge)
     return destination.module if is_kept and destination in hosted else source.module
 
 

@@ -437,3 +437,21 @@ def test_evaluation_runs_in_lanes_in_the_order_of_colocated():
         "language: Compute F whole",
         "language: Post activation 1 whole",
     ]
+
+
+def test_evaluation_posts_in_the_lane_of_training_what_training_finds_at_hand():
+    plan = shared(2, ahead=True)
+
+    # A communicator keeps to one lane of a rank, so language posts here too: after vision.
+    assert shown(in_lanes(plan, 0, build_schedule(plan, forward_only=True))) == [
+        "vision: Compute F whole",
+        "language: Post activation 0 after 0",
+        "language: Wait activation 0",
+        "language: Compute F",
+        "language: Post activation 0",
+        "vision: Compute F",
+        "language: Post activation 1 after 5 whole",
+        "language: Wait activation 1 whole",
+        "language: Compute F whole",
+        "language: Post activation 1 whole",
+    ]
