@@ -72,6 +72,8 @@ def cluster(num_gpus, *, memory_gib=80.0):
 
 
 def problem(spec, num_gpus, batch, *, memory_gib=80.0, pins=None, **space):
+    # Modules that run at the same time have tests of their own; a second for each plan without.
+    space = {"multiplexing": False, **space}
     return Problem(
         model=spec,
         cluster=cluster(num_gpus, memory_gib=memory_gib),

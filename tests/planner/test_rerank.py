@@ -56,7 +56,7 @@ def test_layers_that_do_not_divide_are_not_interleaved():
 
 def test_waits_of_a_pipeline_are_filled_with_encoder_tasks():
     pins = {**DEEP, "placement": "colocated", "schedule.encoder_group": "4"}
-    asked = problem(model(BIG_ENCODER), 4, 8, pins=pins, multiplexing=False)
+    asked = problem(model(BIG_ENCODER), 4, 8, pins=pins)
     paused = make_plan(replace(asked, pins=replace(asked.pins, kind="colocated")))
 
     answer = make_plan(asked)
