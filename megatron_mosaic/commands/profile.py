@@ -92,10 +92,10 @@ def _measure_sharing(args: argparse.Namespace) -> None:
     _check_output(args.output)
     cluster = load_cluster(args.base)
     date = datetime.now(UTC).date().isoformat()
-    fitted = measure_sharing(cluster.gpu, quick=args.quick, date=date)
-    text = write_cluster(with_sharing(cluster, fitted))
+    measured = measure_sharing(cluster.gpu, quick=args.quick, date=date)
+    text = write_cluster(with_sharing(cluster, measured))
     args.output.write_text(text, encoding="utf-8")
-    for line in report(fitted):
+    for line in report(measured.fitted):
         print(line)
     print(f"wrote {args.output}")
 

@@ -1,9 +1,10 @@
 """Times of modules that run at the same time on the ranks they share."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 from megatron_mosaic.cluster.spec import Gpu
+from megatron_mosaic.cost.costs import StageCosts
 from megatron_mosaic.cost.efficiency import find_curve
 from megatron_mosaic.cost.plan_times import StageInPlan
 from megatron_mosaic.cost.spatial import Demand, sharing_of, slowdowns, sms_beside
@@ -40,18 +41,8 @@ def lane_times(
 
     @cache
     def demand(work: Pass) -> Demand:
-        sms, costs = wanted[work.stage.module], stages[work.stage].costs
-        alone_s = pass_s(work, sms, 1.0)
-        if not alone_s:
-            return Demand(0.0, 0.0)
-        moved_bytes, host_s = costs.forward_bytes, costs.forward_host_s
-        if work.backward:
-            moved_bytes, host_s = costs.backward_bytes, costs.backward_host_s
-        return Demand(
-            bandwidth=min(1.0, moved_bytes / (alone_s * most)),
-            stall=min(1.0, pass_s(work, sms, 0.5) / alone_s - 1),
-            host=min(1.0, host_s / alone_s),
-        )
+        own_s = partial(pass_s, work, wanted[work.stage.module])
+        return _demand(work, stages[work.stage].costs, own_s, most_bytes_per_s=most)
 
     def stretch(work: Pass, sms: int) -> float:
         full = wanted[work.stage.module]
@@ -63,13 +54,29 @@ def lane_times(
         stretches = [stretch(it, sms) for it, sms in zip(passes, given, strict=True)]
         return slowdowns([demand(it) for it in passes], stretches, interference=interference)
 
-    shared_s = {
-        stage: PassTimes(
-            *(pass_s(Pass(stage, back), wanted[stage.module], 1.0) for back in (False, True))
-        )
-        for stage in stages
-    }
+    shared_s = {}
+    for stage in stages:
+        sms = wanted[stage.module]
+        passes_s = (pass_s(Pass(stage, back), sms, 1.0) for back in (False, True))
+        shared_s[stage] = PassTimes(*passes_s)
     return LaneTimes(shared_s, slowdown)
+
+
+def _demand(
+    work: Pass, costs: StageCosts, own_s: Callable[[float], float], *, most_bytes_per_s: float
+) -> Demand:
+    """What a pass asks for, by its times with all and with half of its bandwidth."""
+    alone_s = own_s(1.0)
+    if not alone_s:
+        return Demand(0.0, 0.0)
+    moved_bytes, host_s = costs.forward_bytes, costs.forward_host_s
+    if work.backward:
+        moved_bytes, host_s = costs.backward_bytes, costs.backward_host_s
+    return Demand(
+        bandwidth=min(1.0, moved_bytes / (alone_s * most_bytes_per_s)),
+        stall=min(1.0, own_s(0.5) / alone_s - 1),
+        host=min(1.0, host_s / alone_s),
+    )
 
 
 def read_quotas(plan: Plan, gpu: Gpu) -> dict[str, int | None]:

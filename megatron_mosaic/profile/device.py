@@ -32,6 +32,7 @@ def describe_device(device: torch.device, *, ranks_per_node: int) -> Device:
             memory_bytes=float(properties.total_memory),
             num_sms=properties.multi_processor_count,
             software=software | versions,
+            compute_capability=(properties.major, properties.minor),
         )
     cores = len(os.sched_getaffinity(0))
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -60,6 +60,7 @@ class Device:
         memory_bytes: All its memory, with what the CUDA context takes; a rank's part on CPU.
         num_sms: Streaming multiprocessors, or cores.
         software: What it was measured with: versions of torch, the driver and the like.
+        compute_capability: Major and minor number of a GPU.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -67,6 +68,7 @@ class Device:
     memory_bytes: float
     num_sms: int
     software: Mapping[str, str]
+    compute_capability: tuple[int, int] | None = None
 
     def describe(self) -> str:
         """One line for the source of a number."""

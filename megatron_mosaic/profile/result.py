@@ -102,6 +102,7 @@ def _new_cluster(fitted: Fitted) -> Cluster:
         matmul_flops_per_s=_peaks(fitted),
         memory_bytes_per_s=max(map(partial(_peak, fitted), MEMORY_CURVES)),
         num_sms=measured.device.num_sms,
+        compute_capability=measured.device.compute_capability,
         curves={},
         sources={"all": f"{fitted.source}; peaks are those of the fastest operation"},
     )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,19 @@ from megatron_mosaic.sharing.lane import Lanes, Quota
 _QUICK = 4  # of how many quotas a quick measurement takes one
 
 
-def measure_sharing(gpu: Gpu, *, quick: bool, date: str) -> FittedSharing:
+class MeasuredSharing(NamedTuple):
+    """What was measured, and on what.
+
+    Args:
+        fitted: What follows from the measurements.
+        compute_capability: Of the GPU.
+    """
+
+    fitted: FittedSharing
+    compute_capability: tuple[int, int]
+
+
+def measure_sharing(gpu: Gpu, *, quick: bool, date: str) -> MeasuredSharing:
     """Measures the first GPU of this machine.
 
     Args:
@@ -55,7 +68,8 @@ def measure_sharing(gpu: Gpu, *, quick: bool, date: str) -> FittedSharing:
     splits = splits_of(counts, num_sms=facts.num_sms)
     pairs = list(time_pairs(stopwatch, sizes, splits, open_lanes=open_lanes))
     source = f"megatron-mosaic profile --sharing, {date}: {facts.describe()}"
-    return fit_sharing(parts, pairs, num_sms=facts.num_sms, source=source)
+    fitted = fit_sharing(parts, pairs, num_sms=facts.num_sms, source=source)
+    return MeasuredSharing(fitted, capability)
 
 
 def check_environment(compute_capability: tuple[int, int], variables: Mapping[str, str]) -> None:
@@ -101,9 +115,11 @@ def splits_of(counts: Sequence[int], *, num_sms: int) -> list[tuple[int, int]]:
     return [(sms, num_sms - sms) for sms in dict.fromkeys(nearest)]
 
 
-def with_sharing(cluster: Cluster, fitted: FittedSharing) -> Cluster:
+def with_sharing(cluster: Cluster, measured: MeasuredSharing) -> Cluster:
     """A cluster whose GPU has the measured curves."""
-    return replace(cluster, gpu=replace(cluster.gpu, sharing=fitted.curves))
+    fitted, compute_capability = measured
+    gpu = replace(cluster.gpu, sharing=fitted.curves, compute_capability=compute_capability)
+    return replace(cluster, gpu=gpu)
 
 
 def report(fitted: FittedSharing) -> Iterator[str]:

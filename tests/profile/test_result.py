@@ -110,6 +110,14 @@ def test_rate_beyond_the_data_sheet_of_the_base_is_refused():
         measured_cluster(_fitted(), load_cluster("a100-80g"))
 
 
+def test_cluster_without_a_base_has_the_capability_of_its_gpu():
+    # By which the planner knows which quotas it can have.
+    device = replace(DEVICE, compute_capability=(9, 0))
+
+    assert measured_cluster(_fitted(device=device), None).gpu.compute_capability == (9, 0)
+    assert measured_cluster(_fitted(), None).gpu.compute_capability is None  # a CPU
+
+
 def test_cluster_without_a_base_has_the_measured_limits_as_peaks():
     cluster = measured_cluster(_fitted(), None)
 

@@ -17,6 +17,7 @@ from megatron_mosaic.profile.operations import Operation, Sizes
 from megatron_mosaic.profile.sharing import CURVES, time_pairs, time_parts
 from megatron_mosaic.profile.sharing_fit import FittedSharing, fit_sharing
 from megatron_mosaic.profile.sharing_result import (
+    MeasuredSharing,
     check_device,
     check_environment,
     grid,
@@ -128,7 +129,7 @@ def test_splits_are_a_quarter_a_half_and_three_quarters():
 
 
 def test_measured_curves_are_written_and_read_again():
-    cluster = with_sharing(load_cluster("h200"), FITTED)
+    cluster = with_sharing(load_cluster("h200"), MeasuredSharing(FITTED, (9, 0)))
 
     again = parse_cluster(write_cluster(cluster), where="again")
 
