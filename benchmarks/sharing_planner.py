@@ -1,19 +1,20 @@
 """What the planner expects of modules that share GPUs, for the model families of Mosaic's paper.
 
-python -m benchmarks.sharing_planner [--quick]
+python -m benchmarks.sharing_planner [--quick] [--jobs N]
 
-Every row is planned in a process of its own, on one core: with everything that the planner knows;
-without modules that run at the same time (``temporal``); with one layout for all modules
-(``homogeneous``). Families of two modules on few GPUs are compared with the best of all layouts,
-groups and quotas with the largest microbatch (``optimum``), and rows of ``WRONG_GPUS`` with what
-plans are worth that wrong curves have chosen. Nothing is computed again: models of this size have
-the memory. All numbers are predictions.
+Every row is planned in a process of its own, whose processor time is given: with everything that
+the planner knows; without modules that run at the same time (``temporal``); with one layout for all
+modules (``homogeneous``). Families of two modules on few GPUs are compared with the best of all
+layouts, groups and quotas with the largest microbatch (``optimum``), and rows of ``WRONG_GPUS``
+with what plans are worth that wrong curves have chosen. Nothing is computed again: models of this
+size have the memory. All numbers are predictions.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import process_time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,7 +57,7 @@ BLACKWELL_GPUS = 8
 OPTIMUM_GPUS = 1
 """GPUs up to which all layouts of two-module families are compared."""
 
-WRONG_GPUS = (2,)
+WRONG_GPUS = (1,)
 """GPUs of rows that are planned with wrong curves, too."""
 
 # Curves that are wrong: none of what the planner takes for the shares of a GPU, or too much of it.
@@ -197,6 +198,7 @@ def main() -> None:
     """Plans, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one row, nothing written")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at the same time")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "CLUSTER", "GPUS"))
     args = parser.parse_args()
     if args.one:
@@ -205,9 +207,10 @@ def main() -> None:
     asked = [(family.model, "h200", count) for family in FAMILIES for count in GPUS]
     asked += [(family.model, "b200", BLACKWELL_GPUS) for family in FAMILIES]
     rows = []
-    for search in asked[:1] if args.quick else asked:
-        rows.append(apart(*search))
-        print(_line(rows[-1]), flush=True)
+    with ThreadPoolExecutor(max_workers=args.jobs) as jobs:
+        for row in jobs.map(lambda search: apart(*search), asked[:1] if args.quick else asked):
+            rows.append(row)
+            print(_line(row), flush=True)
     if not args.quick:
         print(write_results("sharing_planner", {"rows": rows}))
 

@@ -106,7 +106,7 @@ def multiplexed(
     is_asked = problem.pins.kind == "concurrent"
     serial_s = serial[0].step_s if serial else inf
     layouts = []
-    if can_share(problem.cluster.gpu) and may_share(problem):
+    if can_share(problem) and may_share(problem):
         layouts = _shared_layouts(problem, cost_model, serial_s, time_limit_s=time_limit_s)
     if is_asked:  # who fixes the schedule is told what the same layouts take without it
         serial_s = min((first.step_s for first in layouts), default=inf)
@@ -117,7 +117,7 @@ def multiplexed(
         serial_s=serial_s,
         pays=is_asked or gains,
         num_examined=examined.count,
-        obstacle=_obstacle(problem.cluster.gpu),
+        obstacle=_obstacle(problem),
     )
 
 
@@ -127,9 +127,14 @@ def may_share(problem: Problem) -> bool:
     return bool(problem.encoders) and (free or problem.pins.kind == "concurrent")
 
 
-def can_share(gpu: Gpu) -> bool:
-    """Whether it is known what modules that run at the same time on a GPU make of each other."""
-    return gpu.sharing is not None and gpu.compute_capability is not None
+def can_share(problem: Problem) -> bool:
+    """Whether modules can run at the same time, and it is known what they make of each other.
+
+    In fp8 and fp4 Transformer Engine keeps scales of all modules in buffers of the process.
+    """
+    gpu, precision = problem.cluster.gpu, problem.model.precision
+    known = gpu.sharing is not None and gpu.compute_capability is not None
+    return known and precision in ("bf16", "fp16", "fp32")
 
 
 def _needs_whole_layers(gpu: Gpu) -> bool:
@@ -144,10 +149,13 @@ def _needs_whole_layers(gpu: Gpu) -> bool:
     return gpu.compute_capability is not None and gpu.compute_capability < (10, 0)
 
 
-def _obstacle(gpu: Gpu) -> str:
+def _obstacle(problem: Problem) -> str:
     """What keeps layouts from being examined."""
-    if not can_share(gpu):
+    gpu, precision = problem.cluster.gpu, problem.model.precision
+    if gpu.sharing is None or gpu.compute_capability is None:
         return f"how modules share {gpu.name} is not known: megatron-mosaic profile --sharing"
+    if not can_share(problem):
+        return f"modules in {precision} share the buffers of their scales"
     if not _needs_whole_layers(gpu):
         return ""
     return (

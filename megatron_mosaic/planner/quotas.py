@@ -6,7 +6,7 @@ from itertools import chain, permutations
 from megatron_mosaic.cluster.sm_partition import granularity, partitions, quotas, split_for
 from megatron_mosaic.cluster.spec import Gpu
 from megatron_mosaic.errors import LayoutError
-from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner.problem import Problem
 from megatron_mosaic.planner.simulated import Simulated
@@ -14,6 +14,12 @@ from megatron_mosaic.schedule.graph import rank_kinds
 
 Quotas = tuple[tuple[str, int], ...]
 """Multiprocessors of modules by name; one that is not there may use all of them."""
+
+COLLECTIVE_SMS = 32
+"""Fewest multiprocessors of a module whose tasks have collectives: they must run at once.
+
+Source: NCCL user guide, ``ncclConfig_t``, ``maxCTAs``, unless it is set lower.
+"""
 
 _MOVED_GROUPS = (1, 4)
 """Smallest groups of multiprocessors that a step of the descent moves between two modules."""
@@ -69,8 +75,10 @@ def _rank_modules(plan: Plan) -> list[list[str]]:
 
 
 def is_legal(choice: Quotas, plan: Plan, problem: Problem) -> bool:
-    """Whether one split of every GPU can give its modules their quotas."""
+    """Whether one split of every GPU can give its modules their quotas, and they can work so."""
     gpu, sms = problem.cluster.gpu, dict(choice)
+    if any(sms < COLLECTIVE_SMS and _has_collectives(plan.modules[name]) for name, sms in choice):
+        return False
     for names in _rank_modules(plan):
         try:
             split_for(
@@ -82,6 +90,12 @@ def is_legal(choice: Quotas, plan: Plan, problem: Problem) -> bool:
         except LayoutError:
             return False
     return True
+
+
+def _has_collectives(placement: ModulePlacement) -> bool:
+    """Whether ranks of a module communicate inside a task."""
+    shape = placement.shape
+    return shape.tp * shape.cp * (placement.expert_model_parallel_size or 1) > 1
 
 
 def _capability(gpu: Gpu) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from megatron_mosaic.planner.filling import ordered
 from megatron_mosaic.planner.multiplexing import LEAST_GAIN, least_s, multiplexed
 from megatron_mosaic.planner.planner import make_plan
 from megatron_mosaic.planner.problem import Problem, Space, read_pins
-from megatron_mosaic.planner.quotas import first_quotas, more_quotas, sharing_modules
+from megatron_mosaic.planner.quotas import first_quotas, is_legal, more_quotas, sharing_modules
 from megatron_mosaic.report.prediction import predicted_timeline, read_prediction
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
@@ -264,6 +264,23 @@ def test_gpu_of_which_nothing_is_known_is_not_shared():
 
     assert answer.choice.candidate.kind != "concurrent"
     assert "profile --sharing" in answer.multiplexing.obstacle
+
+
+def test_modules_in_fp8_are_not_shared():
+    answer = make_plan(replace(TWO, model=replace(TWO.model, precision="fp8")))
+
+    assert answer.multiplexing.num_examined == 0
+    assert "modules in fp8" in answer.multiplexing.obstacle
+
+
+def test_modules_with_collectives_have_32_multiprocessors_at_least():
+    pins = {"schedule.kind": "concurrent", "language.tensor_model_parallel_size": "2"}
+    asked = problem(TWO.model, 2, cluster="b200", pins=pins)
+    plan = make_plan(asked).choice.plan
+
+    # 148 multiprocessors; NCCL may have 32 thread blocks.
+    assert not is_legal((("language", 24),), plan, asked)
+    assert is_legal((("language", 32),), plan, asked)
 
 
 def test_explanation_says_what_sharing_gains():
