@@ -360,8 +360,8 @@ def test_spin_kernel_reads_the_sm_and_the_clock():
 
     from benchmarks.sharing import kernels
 
-    pointers = {"ids": "*i32", "began": "*i64", "ended": "*i64", "duration_ns": "i32"}
-    source = ASTSource(fn=kernels._spin_kernel, signature=pointers, constexprs={})
+    types = {"ids": "*i32", "duration_ns": "i32"}
+    source = ASTSource(fn=kernels._spin_kernel, signature=types, constexprs={})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 
     assert "%smid" in made.asm["ptx"]
