@@ -1,7 +1,6 @@
 """The benchmark of modules that share a GPU: its statistics, its verdicts, and a dry run."""
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -12,7 +11,7 @@ from benchmarks.sharing.curves import blocks_of
 from benchmarks.sharing.lanes import LaneBank
 from benchmarks.sharing.multiplexing import best_of, nearest_splits, nearest_swapped, thinned
 from benchmarks.sharing.results import merge, put_row, rows_of
-from benchmarks.sharing.runner import StepRun, plan_of, steps_for
+from benchmarks.sharing.runner import StepRun, plan_of
 from benchmarks.sharing.setting import setting_on
 from benchmarks.sharing.stats import (
     Interval,
@@ -35,7 +34,6 @@ from benchmarks.sharing.verdicts import (
 )
 from benchmarks.sharing_gpu import main
 from megatron_mosaic.model.model_file import model_from_document
-from megatron_mosaic.schedule.steps import Compute
 
 
 def test_arms_take_turns_forwards_and_backwards():
@@ -247,17 +245,6 @@ def test_nothing_is_shown_or_refuted_before_it_is_measured():
     assert {verdict.holds for verdict in verdicts({"parts": {}})} == {None}
 
 
-def test_forward_pass_has_the_gpu_only_if_its_backward_pass_has_it():
-    case = cases_for(setting_on("cpu", budget_s=1))[0]
-
-    steps = steps_for(plan_of(case, sms={}))
-
-    whole = Counter(
-        step.step.task[1:] for step in steps if isinstance(step.step, Compute) and step.whole
-    )
-    assert set(whole.values()) <= {2}
-
-
 def test_step_without_one_of_its_events_is_a_race():
     setting = setting_on("cpu", budget_s=1)
     case = cases_for(setting)[0]
@@ -328,6 +315,35 @@ def test_dry_run_invents_no_number_of_a_gpu(dry_run):
     assert set(told.values()) == {None}
 
 
+def test_calls_are_merged_into_one_file(dry_run, tmp_path):
+    whole, again = tmp_path / "whole.json", tmp_path / "again.json"
+    main(["run", "--part", "p0", "--dry-run", "--output", str(again)])
+
+    main(["merge", str(whole), str(dry_run), str(again)])
+
+    parts = json.loads(whole.read_text())["parts"]
+    assert len(parts["p0"]["rows"]) == 7
+    assert len(parts) == 6
+
+
+def test_only_the_cases_that_are_named_run(tmp_path, capsys):
+    path = tmp_path / "one.json"
+
+    main(["run", "--part", "p4", "--dry-run", "--cases", "pair", "--output", str(path)])
+
+    assert [row["case"] for row in rows_of(json.loads(path.read_text()), "p4")] == ["tiny pair"]
+    assert "tiny pair" in capsys.readouterr().out
+
+
+def test_a_part_without_time_says_what_it_left_out(tmp_path):
+    path = tmp_path / "none.json"
+
+    main(["run", "--part", "p1", "--dry-run", "--budget-s", "0", "--output", str(path)])
+
+    rows = rows_of(json.loads(path.read_text()), "p1")
+    assert {row["skipped"] for row in rows} == {"too little was left of 0 s"}
+
+
 def test_summary_prints_tables_and_draws(dry_run, capsys):
     main(["summary", str(dry_run)])
 
@@ -344,8 +360,8 @@ def test_spin_kernel_reads_the_sm_and_the_clock():
 
     from benchmarks.sharing import kernels
 
-    pointers = {"ids": "*i32", "began": "*i64", "ended": "*i64", "duration_ns": "i32"}
-    source = ASTSource(fn=kernels._spin_kernel, signature=pointers, constexprs={})
+    types = {"ids": "*i32", "duration_ns": "i32"}
+    source = ASTSource(fn=kernels._spin_kernel, signature=types, constexprs={})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 
     assert "%smid" in made.asm["ptx"]

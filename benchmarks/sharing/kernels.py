@@ -1,4 +1,4 @@
-"""Kernels that say where and when they ran: SM ids, and spinning for a known time.
+"""Kernels that say where they ran, and spin for a known time.
 
 Triton comes with torch on a GPU and not on a host: only what has a device imports this module.
 """
@@ -12,7 +12,7 @@ from triton.language.extra.cuda import globaltimer, smid
 
 
 @triton.jit
-def _spin_kernel(ids, began, ended, duration_ns):  # noqa: ANN001, ANN202 - Triton's own types
+def _spin_kernel(ids, duration_ns):  # noqa: ANN001, ANN202 - Triton's own types
     """Writes the block's SM, and stays there until ``duration_ns`` have gone by."""
     block = tl.program_id(0)
     start = globaltimer()
@@ -20,8 +20,6 @@ def _spin_kernel(ids, began, ended, duration_ns):  # noqa: ANN001, ANN202 - Trit
     while now - start < duration_ns:
         now = globaltimer()
     tl.store(ids + block, smid())
-    tl.store(began + block, start)
-    tl.store(ended + block, now)
 
 
 class Spin:
@@ -35,19 +33,12 @@ class Spin:
     def __init__(self, blocks: int, device: torch.device) -> None:
         self._blocks = blocks
         self._ids = torch.full((blocks,), -1, dtype=torch.int32, device=device)
-        self._began = torch.zeros(blocks, dtype=torch.int64, device=device)
-        self._ended = torch.zeros(blocks, dtype=torch.int64, device=device)
 
     def launch(self, duration_s: float) -> None:
         """Launches all blocks in the current stream."""
-        buffers = self._ids, self._began, self._ended
         launch: Any = _spin_kernel
-        launch[(self._blocks,)](*buffers, int(duration_s * 1e9), num_warps=1)
+        launch[(self._blocks,)](self._ids, int(duration_s * 1e9), num_warps=1)
 
     def sms(self) -> list[int]:
         """SMs that blocks were on, ascending; the launch must have ended."""
         return sorted(set(self._ids.tolist()))
-
-    def span_ns(self) -> tuple[int, int]:
-        """When the first block began and the last one ended, on the GPU's own clock."""
-        return int(self._began.min()), int(self._ended.max())

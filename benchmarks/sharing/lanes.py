@@ -45,6 +45,7 @@ class LaneBank:
                 environment=Environment(
                     compute_capability=None if tiny else self._setting.compute_capability,
                     device_max_connections=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
+                    launch_blocking=os.environ.get("CUDA_LAUNCH_BLOCKING") == "1",
                 ),
             )
         return self._opened[key]

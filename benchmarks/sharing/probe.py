@@ -16,6 +16,7 @@ from benchmarks.sharing.lanes import LaneBank
 from benchmarks.sharing.multiplexing import failure
 from benchmarks.sharing.sensors import Sensors
 from benchmarks.sharing.setting import Setting, synchronize
+from megatron_mosaic.errors import HostError
 from megatron_mosaic.sharing.lane import Lanes
 
 CONNECTIONS = (1, 8, 32)
@@ -175,7 +176,12 @@ def _plain_contexts(setting: Setting) -> dict[str, Any]:
     """Two contexts of half the GPU, made one by one: torch gives both the same SMs."""
     spin = importlib.import_module("benchmarks.sharing.kernels").Spin
     half = setting.num_sms // 16 * 8
-    create: Callable[..., Any] = torch.cuda.green_contexts.GreenContext.create
+    module: Any = getattr(torch.cuda, "green_contexts", None)
+    create: Callable[..., Any] | None = getattr(
+        getattr(module, "GreenContext", None), "create", None
+    )
+    if create is None:
+        raise HostError(f"torch={torch.__version__} must have GreenContext.create; nothing to show")
     contexts = [create(num_sms=half, device_id=setting.device.index or 0) for _ in range(2)]
     sms = []
     for context in contexts:
@@ -195,9 +201,13 @@ def _connections(setting: Setting) -> dict[str, Any]:
     for number in CONNECTIONS:
         command = [sys.executable, "-m", "benchmarks.sharing.connections"]
         environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": str(number)}
-        ran = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        try:
+            ran = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=120, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            rows.append({"connections": number, "failed": f"no answer in {error.timeout:.0f} s"})
+            continue
         lines = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines()
         last = lines[-1] if lines else "nothing was printed"
         row = json.loads(last) if ran.returncode == 0 else {"failed": last}

@@ -56,7 +56,7 @@ def steps_for(plan: Plan) -> tuple[LaneStep, ...]:
     """What the one rank of a plan does, in the order in which it is launched."""
     schedule = build_schedule(plan)
     alone_there = alone_tasks(plan, schedule, 0)
-    return whole_pairs(lane_steps(plan, steps_of(plan, schedule, 0), 0, alone=alone_there))
+    return lane_steps(plan, steps_of(plan, schedule, 0), 0, alone=alone_there)
 
 
 def draw_batch(case: Case, setting: Setting) -> Batch:
@@ -167,23 +167,6 @@ class StepRun:
         for grad in grads:
             lane.hold(grad)
         self._kept.pop((task.module, task.microbatches[0])).backward(torch.cat(grads))
-
-
-def whole_pairs(steps: Sequence[LaneStep]) -> tuple[LaneStep, ...]:
-    """Lets a pass have the whole GPU only if the other pass of its microbatches has it, too.
-
-    Autograd runs a backward pass in the streams of its forward pass, whatever is active around it:
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#stream-semantics-of-backward-passes
-    """
-    limited = {
-        step.step.task[1:] for step in steps if isinstance(step.step, Compute) and not step.whole
-    }
-    return tuple(
-        step._replace(whole=False)
-        if isinstance(step.step, Compute) and step.step.task[1:] in limited
-        else step
-        for step in steps
-    )
 
 
 def gradients(modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:

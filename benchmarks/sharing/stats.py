@@ -103,12 +103,6 @@ def bound_s(
     return max(flops / flops_per_s, num_bytes / bytes_per_s, *alone_s)
 
 
-def mape(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Mean of the absolute errors over what was measured."""
-    pairs = zip(predicted, measured, strict=True)
-    return float(np.mean([abs(p - m) / m for p, m in pairs]))
-
-
 def arm_row(times_s: Sequence[float], *, base_s: Sequence[float] | None) -> dict[str, Any]:
     """What results say of an arm that ran."""
     gain = None if base_s is None else gain_interval(base_s, times_s).written()

@@ -78,7 +78,17 @@ def _steps(row: Mapping[str, Any]) -> Table:
     )
     for name, arm in row["arms"].items():
         table.add_row(name, _sms(arm["sms"]), *_arm_cells(arm))
+    table.caption = "; ".join(_expected(name, own) for name, own in row["planned"].items())
     return table
+
+
+def _expected(name: str, planned: Mapping[str, Any]) -> str:
+    """What the planner expects of its choice, an optimizer's step included."""
+    shared_s = planned["shared_s"]
+    told = f"{name}: {planned['kind']}, gain {planned['serial_s'] / planned['step_s']:.3f} expected"
+    if planned["kind"] == "concurrent" or shared_s is None:
+        return told
+    return f"{told}, {planned['serial_s'] / shared_s:.3f} of the best with lanes"
 
 
 def _sms(sms: Mapping[str, int | None]) -> str:
