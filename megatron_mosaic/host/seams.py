@@ -116,7 +116,7 @@ SEAMS: tuple[Seam, ...] = (
         symbol="megatron.core.models.multimodal.llava_model:"
         "LLaVAModel._process_embedding_token_parallel",
         how="wrapped",
-        parameters=("combined_embeddings", "new_labels", "new_loss_mask", "packed_seq_params"),
+        parameters=("combined_embeddings", "packed_seq_params"),
         why="it slices whole sequences; wrapped in the same halves",
     ),
     Seam(
