@@ -65,8 +65,8 @@ class Seam:
         """Whether this Megatron asks for the hook itself, as a patched fork does."""
         if not self.hook:
             return False
-        code = inspect.unwrap(self.resolve()).__code__
-        return self.hook in (*code.co_names, *code.co_consts)
+        code = getattr(inspect.unwrap(self.resolve()), "__code__", None)
+        return code is not None and self.hook in (*code.co_names, *code.co_consts)
 
 
 SEAMS: tuple[Seam, ...] = (

@@ -118,14 +118,6 @@ def _pretrain_plan(
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
     forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
-    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
-    language = LANGUAGE if LANGUAGE in collections else None
-    pg_collection = PlanGroups(
-        forward_backward_func=forward_backward,
-        # An idle rank has no module, and the type wants one.
-        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
-        language_model_module_name=language,
-    )
     # A patched fork asks these for what it would otherwise find replaced.
     args.num_floating_point_operations_func = flops
     replacements = {
@@ -141,10 +133,20 @@ def _pretrain_plan(
             forward_step_func,
             None,
             store=meeting.store,
-            pg_collection=pg_collection,
+            pg_collection=_plan_groups(runtime, forward_backward),
             skip_model_parallel_init=True,
             **options,
         )
+
+
+def _plan_groups(runtime: Runtime, forward_backward: PlanForwardBackward) -> PlanGroups:
+    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
+    return PlanGroups(
+        # An idle rank has no module, and the type wants one.
+        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
+        language_model_module_name=LANGUAGE if LANGUAGE in collections else None,
+        forward_backward_func=forward_backward,
+    )
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A checkout of Megatron-LM: what it is, and its files."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,19 +47,17 @@ class Checkout:
             HostError: One cannot be written; the others are what they were.
         """
         former = self.read(contents)
-        for file in contents:
-            path = self.folder / file
-            if not os.access(path, os.W_OK):
-                raise _refused(path, "writable", PermissionError(13, "Permission denied"))
-        written = []
+        begun = []
         try:
+            for file in contents:
+                (self.folder / file).open("r+b").close()
             for file, content in contents.items():
-                written.append(file)
+                begun.append(file)
                 (self.folder / file).write_bytes(content)
         except OSError as error:
-            for file in written:
+            for file in begun:
                 (self.folder / file).write_bytes(former[file])
-            raise _refused(self.folder / written[-1], "writable", error) from None
+            raise _refused(Path(error.filename or self.folder), "writable", error) from None
 
 
 def open_checkout(folder: Path) -> Checkout:
