@@ -2,8 +2,8 @@
 
     python -m tests.upstream.runs TREE FOLDER
 
-reads runs from ``FOLDER/runs.json`` and writes what they recorded to ``FOLDER/records.json``. It is
-a process of its own, whose ranks import Megatron from TREE, patched or not.
+reads runs from its input, one a line as JSON, and answers each with what its ranks recorded. It is
+a process of its own, whose ranks import Megatron from TREE, patched or not, once for all runs.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,35 +70,56 @@ class Record:
     replaced: list[str]
 
 
-def run_all(tree: Path, runs: Sequence[Run], folder: Path) -> dict[str, list[Record]]:
-    """Runs the script of a tree once for each run.
+class Runner:
+    """Runs the script of one tree, as often as it is asked to.
 
-    Returns:
-        The records of the ranks, by the name of the run.
+    Args:
+        tree: The tree.
+        folder: Where plans and the output of ranks go.
     """
-    (folder / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.upstream.runs", str(tree), str(folder)],
-        env=os.environ | {IMPORTED_FIRST: str(tree), "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-    found = json.loads((folder / "records.json").read_text())
-    return {name: [Record(**record) for record in records] for name, records in found.items()}
+
+    def __init__(self, tree: Path, folder: Path) -> None:
+        self._output = folder / "output.txt"
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.upstream.runs", str(tree), str(folder)],
+                env=os.environ | {IMPORTED_FIRST: str(tree), "PYTHONPATH": str(ROOT)},
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+        self._done: dict[Run, list[Record]] = {}
+
+    def __call__(self, run: Run) -> list[Record]:
+        """Returns what the ranks of a run recorded; the same run is done once."""
+        if run not in self._done:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps(asdict(run)) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+            assert answer, self._output.read_text()[-6000:]
+            self._done[run] = [Record(**fields) for fields in json.loads(answer)]
+        return self._done[run]
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
 
 
 def main(tree: str, folder: str) -> None:
-    """Runs what a file asks for, one after the other."""
-    place = Path(folder)
-    records = {}
-    for fields in json.loads((place / "runs.json").read_text()):
-        run = Run(**fields)
-        values = run_ranks(train, run.num_ranks, tree, folder, run, init=False, timeout_s=TIMEOUT_S)
-        records[run.name] = [asdict(value) for value in values]
-    (place / "records.json").write_text(json.dumps(records))
+    """Runs what it is asked for, one after the other."""
+    for line in sys.stdin:
+        run = Run(**json.loads(line))
+        with redirect_stdout(sys.stderr):
+            records = run_ranks(
+                train, run.num_ranks, tree, folder, run, init=False, timeout_s=TIMEOUT_S
+            )
+        print(json.dumps([asdict(record) for record in records]), flush=True)
 
 
 def train(rank: int, tree: str, folder: str, run: Run) -> Record:

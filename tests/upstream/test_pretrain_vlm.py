@@ -4,11 +4,13 @@ The reference is the stock script in one process, from the same initial weights.
 ``MEGATRON_LM_DIR`` of core_v0.19.0, ``MEGATRON_LM_MAIN_DIR`` of main of August 2026.
 """
 
+import shutil
+
 import pytest
 
 from megatron_mosaic.cli import main
 from tests.upstream.checkouts import VARIABLES, copy_of, differences, upstream
-from tests.upstream.runs import Run, run_all
+from tests.upstream.runs import Run, Runner
 
 BOUND = 1e-5
 HEAD = "format: 1\nglobal_batch_size: 16\nmicro_batch_size: 2\nedges: [[vision, language]]\n"
@@ -64,37 +66,45 @@ REPLACED = [
 ]
 
 
-def _planned(*, launched):
-    return [
-        Run(name=name, num_ranks=SIZES[name], plan=HEAD + text, launched=launched)
-        for name, text in PLANS.items()
-    ]
+STOCK = Run(name="stock", by_name=True)
+BARE = Run(name="bare")
+BARE_LAUNCHED = Run(name="bare_launched", launched=True)
+
+
+def _planned(name, *, launched):
+    return Run(name=name, num_ranks=SIZES[name], plan=HEAD + PLANS[name], launched=launched)
 
 
 @pytest.fixture(scope="module", params=VARIABLES)
 def tree(request, tmp_path_factory):
-    """A copy of the checkout; the second half of the module has it patched."""
+    """A copy of the checkout."""
     return copy_of(upstream(request.param), tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.fixture(scope="module")
 def as_it_is(tree, tmp_path_factory):
-    """What the unmodified tree trained."""
-    stock = Run(name="stock", by_name=True)
-    bare = [Run(name="bare"), Run(name="bare_launched", launched=True)]
-    runs = [stock, *bare, *_planned(launched=True)]
-    return run_all(tree, runs, tmp_path_factory.mktemp("runs"))
+    """Runs the unmodified tree."""
+    run = Runner(tree, tmp_path_factory.mktemp("runs"))
+    yield run
+    run.close()
 
 
 @pytest.fixture(scope="module")
-def patched(as_it_is, tree, tmp_path_factory):
-    """What the same tree trained once it was patched, started by Python alone."""
-    assert main(["patch", str(tree)]) == 0
-    try:
-        runs = [Run(name="bare"), *_planned(launched=False)]
-        return run_all(tree, runs, tmp_path_factory.mktemp("runs"))
-    finally:
-        assert main(["patch", str(tree), "--revert"]) == 0
+def patched_tree(as_it_is, tree, tmp_path_factory):
+    """A patched copy of the tree, with what Python compiled for the first run of it."""
+    as_it_is(STOCK)
+    copy = tmp_path_factory.mktemp("patched") / tree.name
+    shutil.copytree(tree, copy)
+    assert main(["patch", str(copy)]) == 0
+    return copy
+
+
+@pytest.fixture(scope="module")
+def patched(patched_tree, tmp_path_factory):
+    """Runs the patched tree, started by Python alone."""
+    run = Runner(patched_tree, tmp_path_factory.mktemp("runs"))
+    yield run
+    run.close()
 
 
 def _largest_difference(losses, reference):
@@ -104,28 +114,37 @@ def _largest_difference(losses, reference):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_script_as_it_is_trains_under_a_plan_as_stock_does(as_it_is, plan):
-    (stock,) = as_it_is["stock"]
+    (stock,) = as_it_is(STOCK)
 
-    for record in as_it_is[plan]:
+    for record in as_it_is(_planned(plan, launched=True)):
         assert _largest_difference(record.losses, stock.losses) <= BOUND
         assert record.replaced == REPLACED
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_patched_script_trains_under_a_plan_to_the_same_bits(as_it_is, patched, plan):
-    for record, launched in zip(patched[plan], as_it_is[plan], strict=True):
-        assert record.losses == launched.losses
-        assert record.weights == launched.weights
+    launched = as_it_is(_planned(plan, launched=True))
+
+    for record, other in zip(patched(_planned(plan, launched=False)), launched, strict=True):
+        assert record.losses == other.losses
+        assert record.weights == other.weights
         assert record.replaced == []
 
 
 def test_script_without_the_flag_trains_to_the_same_bits(as_it_is, patched):
-    (bare,) = as_it_is["bare"]
+    (bare,) = as_it_is(BARE)
 
     assert bare.losses[0] > bare.losses[2]
-    assert as_it_is["bare_launched"] == [bare]
-    assert patched["bare"] == [bare]
+    assert as_it_is(BARE_LAUNCHED) == [bare]
+    assert patched(BARE) == [bare]
 
 
-def test_reverted_tree_is_the_checkout(patched, tree):
-    assert differences(tree, upstream(tree.name).folder) == []
+def test_reverted_tree_is_the_checkout(patched_tree, tmp_path):
+    checkout = upstream(patched_tree.name).folder
+    copy = tmp_path / "copy"
+    shutil.copytree(patched_tree, copy)
+    assert len(differences(copy, checkout)) == 4
+
+    assert main(["patch", str(copy), "--revert"]) == 0
+
+    assert differences(copy, checkout) == []
