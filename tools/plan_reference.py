@@ -1,7 +1,7 @@
 """Writes docs/plan.md: every key of a plan file, from the classes that read it.
 
-    python -m tools.plan_reference            # writes the file
-    python -m tools.plan_reference --check    # exit status 1 if it is not what would be written
+python -m tools.plan_reference            # writes the file
+python -m tools.plan_reference --check    # exit status 1 if it is not what would be written
 """
 
 import re
@@ -25,9 +25,10 @@ INTRODUCTION = f"""# The plan file
 
 Written by `make docs` from the docstrings of `megatron_mosaic/layout/`; change it there.
 
-A plan says completely what runs where, in which order, and with which share of a GPU. It is YAML, with sizes under Megatron's names.
-`megatron-mosaic plan` writes one, hands may as well; `megatron-mosaic check plan.yaml` says whether it can work. An unknown key, a
-missing one and a contradiction are one line each, which names the place, the value, the rule and the remedy.
+A plan says completely what runs where, in which order, and with which share of a GPU. It is YAML,
+with sizes under Megatron's names. `megatron-mosaic plan` writes one, hands may as well, and
+`megatron-mosaic check plan.yaml` says whether it can work. An unknown key, a missing one and a
+contradiction are one line each, which names the place, the value, the rule and the remedy.
 
 The first key is `format: {FORMAT}`.
 
