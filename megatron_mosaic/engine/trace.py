@@ -202,7 +202,7 @@ class TaskRecorder:
 
     Args:
         clock: Of what computes.
-        take: Gets each recorded step.
+        take: Gets each recorded step; the last one is kept in any case.
         wants: Tells of Megatron's number of a step whether it is recorded.
     """
 
@@ -210,12 +210,13 @@ class TaskRecorder:
         self,
         *,
         clock: Clock,
-        take: Callable[[RecordedStep], None],
+        take: Callable[[RecordedStep], None] | None = None,
         wants: Callable[[int], bool] = _every_step,
     ) -> None:
         self._clock = clock
         self._take = take
         self._wants = wants
+        self.last: RecordedStep | None = None
         self._steps: deque[_Step] = deque()
         self._num_steps = 0
         self._records = False
@@ -278,7 +279,9 @@ class TaskRecorder:
 
     def _hand_on(self) -> None:
         while self._steps and (step := self._read(self._steps[0])) is not None:
-            self._take(step)
+            self.last = step
+            if self._take is not None:
+                self._take(step)
             self._steps.popleft()
 
     def _read(self, step: _Step) -> RecordedStep | None:
@@ -313,24 +316,15 @@ class TaskTrace(TaskRecorder):
         folder: Where ``rank<r>.jsonl`` goes; it is made if need be.
         rank: Global rank.
         clock: Of what computes.
-        also: Gets each step after it is written.
 
     Raises:
         OSError: The file cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        rank: int,
-        clock: Clock,
-        also: Callable[[RecordedStep], None] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, rank: int, clock: Clock) -> None:
         super().__init__(clock=clock, take=self._write)
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
-        self._also = also
 
     def __exit__(
         self,
@@ -349,5 +343,3 @@ class TaskTrace(TaskRecorder):
         )
         self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
         self._file.flush()
-        if self._also is not None:
-            self._also(step)

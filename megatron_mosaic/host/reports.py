@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.training import num_floating_point_operations as stock_operations
 
 from megatron_mosaic.layout.item_costs import ItemCost
+from megatron_mosaic.layout.placement import LANGUAGE
 
 
 class StepFlops:
@@ -19,8 +20,8 @@ class StepFlops:
     """
 
     def __init__(self) -> None:
-        # Operations behind the boundary rows of the last step.
-        self.of_rows = 0.0
+        # Operations behind the boundary rows of the last step, by the module that made them.
+        self.of_rows: Mapping[str, float] = {}
         # Part of the language model's weights that trains, by part; all until it is known.
         self.trained: Mapping[str, float] = {}
 
@@ -32,7 +33,12 @@ class StepFlops:
             batch_size: Samples.
             unused: Statistics of packed sequences, which these scripts do not have.
         """
-        return language_flops(args, batch_size, trained=self.trained) + self.of_rows
+        return sum(self.by_module(args, batch_size).values())
+
+    def by_module(self, args: argparse.Namespace, batch_size: int) -> dict[str, float]:
+        """Counts the same of every module."""
+        own = language_flops(args, batch_size, trained=self.trained)
+        return {**self.of_rows, LANGUAGE: own + self.of_rows.get(LANGUAGE, 0.0)}
 
 
 def language_flops(

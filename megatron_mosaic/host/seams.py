@@ -87,6 +87,13 @@ SEAMS: tuple[Seam, ...] = (
         why="it counts the language model at the encoder's sequence length and no encoder",
     ),
     Seam(
+        symbol="megatron.training.training:training_log",
+        how="replaced",
+        parameters=("iteration", "is_first_iteration"),
+        why="the loop offers no hook where it logs; ours calls it, then reports the modules to the "
+        "same writers",
+    ),
+    Seam(
         symbol="megatron.training.checkpointing:maybe_save_dataloader_state",
         how="replaced",
         parameters=("train_iterator", "iteration", "dataloader_save_path"),

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from megatron.training.global_vars import get_args
 from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import (
+    Clock,
     DeviceClock,
     HostClock,
+    TaskRecorder,
     TaskTrace,
     remove_former_ranks,
 )
@@ -38,6 +40,7 @@ from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.host.sharing import log_lanes, open_lanes
+from megatron_mosaic.host.telemetry import Telemetry
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.sharing.lane import Lanes
 
@@ -109,6 +112,7 @@ def _pretrain_plan(
     prepare_loading(args)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
+    assert progress.trace is not None, "a run under a plan is recorded"
     forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
     collections = {name: groups.collection for name, groups in runtime.hosted.items()}
     language = LANGUAGE if LANGUAGE in collections else None
@@ -121,6 +125,9 @@ def _pretrain_plan(
         {
             "megatron.training.training:get_forward_backward_func": forward_backward.select,
             "megatron.training.training:num_floating_point_operations": flops,
+            "megatron.training.training:training_log": Telemetry(
+                runtime, flops=flops, recorder=progress.trace
+            ),
             "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
         }
     ):
@@ -140,7 +147,7 @@ def _pretrain_plan(
 @contextmanager
 def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
     """Follows this rank; the loss of any other ends it."""
-    with _open_trace(meeting, args) as trace:
+    with _open_recorder(meeting, args) as trace:
         if meeting.plan.world_size == 1:
             yield Progress(trace=trace)
             return
@@ -158,14 +165,17 @@ def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
             yield progress
 
 
-def _open_trace(
-    meeting: Meeting, args: argparse.Namespace
-) -> AbstractContextManager[TaskTrace | None]:
-    """Opens this rank's file, or stops all ranks if one cannot."""
-    if args.mosaic_trace is None:
-        return nullcontext()
-    folder, trace, error = Path(args.mosaic_trace), None, None
+def _open_recorder(meeting: Meeting, args: argparse.Namespace) -> TaskRecorder:
+    """Records the steps that are logged; all of them, in a file, where a trace is asked for."""
     clock = DeviceClock() if torch.cuda.is_available() else HostClock()
+    if args.mosaic_trace is not None:
+        return _open_trace(meeting, args, clock)
+    return TaskRecorder(clock=clock, wants=lambda iteration: iteration % args.log_interval == 0)
+
+
+def _open_trace(meeting: Meeting, args: argparse.Namespace, clock: Clock) -> TaskRecorder:
+    """Opens this rank's file, or stops all ranks if one cannot."""
+    folder, trace, error = Path(args.mosaic_trace), None, None
     try:
         trace = TaskTrace(folder, rank=args.rank, clock=clock)
         if args.rank == 0:
@@ -176,7 +186,8 @@ def _open_trace(
             f"write, not give '{failure.strerror}'; name another one"
         )
     meeting.agreement.settle("trace", error)
-    return trace or nullcontext()
+    assert trace is not None, "an error of any rank has been raised on all"
+    return trace
 
 
 def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:
