@@ -16,7 +16,12 @@ from megatron.training.training import training_log as stock_training_log
 from megatron_mosaic.engine.trace import RecordedStep, TaskRecorder
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
-from megatron_mosaic.report.deviation import LARGEST_DEVIATION, deviation_warning, predicted_terms
+from megatron_mosaic.report.deviation import (
+    LARGEST_DEVIATION,
+    StepTerms,
+    deviation_warning,
+    predicted_terms,
+)
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.report.scalars import (
     RankStep,
@@ -27,6 +32,7 @@ from megatron_mosaic.report.scalars import (
     terms_of,
 )
 from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.simulate import PassTimes, covered_s
 
 # The first steps of a run compile and fill caches: they say nothing about the others.
@@ -53,6 +59,8 @@ class Telemetry:
         self._recorder = recorder
         self._prediction = read_prediction(runtime.plan)
         self._predicted = predicted_terms(runtime.plan, self._prediction)
+        # Megatron writes and prints on the last rank.
+        self._program = program_of_plan(runtime.plan) if _is_last(runtime) else None
         self._num_steps = 0
         self._since_report_s: list[float] = []
         self._warm_s: deque[float] = deque(maxlen=_LONGEST_MEMORY)
@@ -105,10 +113,10 @@ class Telemetry:
                 largest_of(plan, own, rank=self._runtime.rank), dist.ReduceOp.MAX
             ),
         )
-        # Megatron writes and prints on the last rank.
-        if self._runtime.rank == plan.world_size - 1:
-            self._write(totals, iteration)
-            self._warn(totals)
+        if self._program is not None:
+            terms = terms_of(plan, self._program, totals)
+            self._write(totals, terms, iteration)
+            self._warn(terms)
 
     def _reduced(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
         """Reduces numbers that all ranks have by the same names."""
@@ -116,13 +124,14 @@ class Telemetry:
         dist.all_reduce(reduced, op=operation, group=self._runtime.host_group)
         return dict(zip(values, reduced.tolist(), strict=True))
 
-    def _write(self, totals: Totals, iteration: int) -> None:
+    def _write(self, totals: Totals, terms: StepTerms, iteration: int) -> None:
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         if writer is None and wandb_writer is None:
             return
         scalars = scalars_of(
             self._runtime.plan,
             totals,
+            terms=terms,
             step_s=float(np.mean(self._since_report_s)),
             flops=self._flops.by_module(get_args(), self._runtime.plan.global_batch_size),
             prediction=self._prediction,
@@ -134,14 +143,14 @@ class Telemetry:
         if wandb_writer is not None:
             wandb_writer.log(scalars, iteration)
 
-    def _warn(self, totals: Totals) -> None:
+    def _warn(self, terms: StepTerms) -> None:
         """Says once that the plan was chosen by a prediction that does not hold here."""
         if self._has_warned or self._predicted is None or not self._warm_s:
             return
         expected_s = self._predicted.step_s
         if abs(median(self._warm_s) - expected_s) <= LARGEST_DEVIATION * expected_s:
             return
-        warning = deviation_warning(self._predicted, terms_of(self._runtime.plan, totals))
+        warning = deviation_warning(self._predicted, terms)
         if warning is not None:
             print(f"warning: mosaic: {warning}", flush=True)
             self._has_warned = True
@@ -179,6 +188,10 @@ def rank_step(
         memory_bytes=memory_bytes,
         received_bytes=received_bytes,
     )
+
+
+def _is_last(runtime: Runtime) -> bool:
+    return runtime.rank == runtime.plan.world_size - 1
 
 
 def _peak_memory_bytes() -> float:

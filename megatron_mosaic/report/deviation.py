@@ -8,7 +8,7 @@ from megatron_mosaic.report.prediction import Prediction, predicted_timeline
 from megatron_mosaic.report.units import seconds
 from megatron_mosaic.schedule.graph import Stage
 from megatron_mosaic.schedule.lanes import has_lanes
-from megatron_mosaic.schedule.plan_program import program_of_plan
+from megatron_mosaic.schedule.program import Program
 from megatron_mosaic.schedule.simulate import PassTimes, Timeline, simulate
 
 TERMS = ("compute", "communication", "bubble", "sync", "optimizer", "other")
@@ -70,7 +70,9 @@ def predicted_terms(plan: Plan, prediction: Prediction) -> StepTerms | None:
     timeline = predicted_timeline(plan, prediction) if prediction.tasks_s else None
     communication_s = 0.0
     if timeline is not None:
-        communication_s = _transfers_s(plan, prediction.tasks_s, walk_s=timeline.makespan_s)
+        communication_s = _transfers_s(
+            plan, timeline.program, prediction.tasks_s, walk_s=timeline.makespan_s
+        )
     return StepTerms(
         step_s=prediction.step_s,
         compute_s=compute_s,
@@ -84,6 +86,7 @@ def predicted_terms(plan: Plan, prediction: Prediction) -> StepTerms | None:
 
 def measured_terms(
     plan: Plan,
+    program: Program,
     *,
     step_s: float,
     walk_s: float,
@@ -96,6 +99,7 @@ def measured_terms(
 
     Args:
         plan: The plan.
+        program: Its schedule's.
         step_s: The whole step.
         walk_s: Until the last task or transfer of any rank was done.
         close_s: Until losses and gradients were reduced.
@@ -103,7 +107,8 @@ def measured_terms(
         stages_s: A stage's longest task, of its slowest replica.
         modules_s: Time in tasks of each module, on its busiest rank.
     """
-    communication_s = min(_transfers_s(plan, stages_s, walk_s=walk_s), max(walk_s - busy_s, 0.0))
+    transfers_s = _transfers_s(plan, program, stages_s, walk_s=walk_s)
+    communication_s = min(transfers_s, max(walk_s - busy_s, 0.0))
     return StepTerms(
         step_s=step_s,
         compute_s=busy_s,
@@ -150,12 +155,14 @@ def _worst_module(predicted: StepTerms, measured: StepTerms, term: str) -> str:
     return f", of {name} above all"
 
 
-def _transfers_s(plan: Plan, tasks_s: Mapping[Stage, PassTimes], *, walk_s: float) -> float:
+def _transfers_s(
+    plan: Plan, program: Program, tasks_s: Mapping[Stage, PassTimes], *, walk_s: float
+) -> float:
     """What a step of tasks takes longer than it would if transfers took no time."""
     if has_lanes(plan):
         # Tasks that run beside others last longer: nothing tells that from a slow transfer.
         return 0.0
-    return max(walk_s - simulate(program_of_plan(plan), tasks_s=tasks_s).makespan_s, 0.0)
+    return max(walk_s - simulate(program, tasks_s=tasks_s).makespan_s, 0.0)
 
 
 def _modules_s(timeline: Timeline) -> Mapping[str, float]:

@@ -7,7 +7,7 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.report.deviation import TERMS, StepTerms, measured_terms
 from megatron_mosaic.report.prediction import Prediction
 from megatron_mosaic.schedule.graph import Stage, stage_order
-from megatron_mosaic.schedule.plan_program import program_of_plan
+from megatron_mosaic.schedule.program import Program
 from megatron_mosaic.schedule.simulate import PassTimes
 
 
@@ -76,16 +76,17 @@ def largest_of(plan: Plan, own: RankStep, *, rank: int) -> dict[str, float]:
     return values
 
 
-def terms_of(plan: Plan, totals: Totals) -> StepTerms:
+def terms_of(plan: Plan, program: Program, totals: Totals) -> StepTerms:
     """Terms of the step that all ranks measured."""
     largest = totals.largest
     return measured_terms(
         plan,
+        program,
         step_s=largest["step"],
         walk_s=largest["walk"],
         close_s=max(largest["close"], largest["walk"]),
         busy_s=largest["busy"],
-        stages_s=_longest_tasks_s(plan, largest),
+        stages_s=_longest_tasks_s(plan, program, largest),
         modules_s={name: largest[f"{name}/time"] for name in plan.modules},
     )
 
@@ -94,6 +95,7 @@ def scalars_of(
     plan: Plan,
     totals: Totals,
     *,
+    terms: StepTerms,
     step_s: float,
     flops: Mapping[str, float],
     prediction: Prediction,
@@ -104,13 +106,14 @@ def scalars_of(
     Args:
         plan: The plan.
         totals: What all ranks measured of one step.
+        terms: Where the time of that step went.
         step_s: Time of a step, on average.
         flops: Floating-point operations of a step, by module.
         prediction: What the plan predicts.
         predicted: The terms of it, if there are any.
     """
     scalars = {
-        **_of_step(plan, totals, step_s=step_s, predicted=predicted),
+        **_of_step(plan, totals, terms, step_s=step_s, predicted=predicted),
         **_of_modules(plan, totals, flops=flops, prediction=prediction, predicted=predicted),
     }
     total_flops_per_s = sum(flops.values()) / step_s / plan.world_size
@@ -124,9 +127,8 @@ def scalars_of(
 
 
 def _of_step(
-    plan: Plan, totals: Totals, *, step_s: float, predicted: StepTerms | None
+    plan: Plan, totals: Totals, terms: StepTerms, *, step_s: float, predicted: StepTerms | None
 ) -> dict[str, float]:
-    terms = terms_of(plan, totals)
     num_working = len({rank for module in plan.modules.values() for rank in module.ranks})
     scalars = {"step-time": step_s, "bubble": totals.sums["bubble"] / num_working}
     scalars |= {f"{term}-time": terms.of(term) for term in TERMS}
@@ -160,10 +162,11 @@ def _of_modules(
     return scalars
 
 
-def _longest_tasks_s(plan: Plan, largest: Mapping[str, float]) -> dict[Stage, PassTimes]:
+def _longest_tasks_s(
+    plan: Plan, program: Program, largest: Mapping[str, float]
+) -> dict[Stage, PassTimes]:
     """Times of each stage's longest task, from those of all its tasks together."""
     longest: dict[Stage, int] = {}
-    program = program_of_plan(plan)
     for part, count in zip(program.tasks.stage, program.tasks.count, strict=True):
         stage = program.parts[part].stage
         longest[stage] = max(longest.get(stage, 0), int(count))

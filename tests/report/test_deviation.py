@@ -12,6 +12,7 @@ from megatron_mosaic.report.deviation import (
 )
 from megatron_mosaic.report.prediction import read_prediction
 from megatron_mosaic.schedule.graph import Stage
+from megatron_mosaic.schedule.plan_program import program_of_plan
 from megatron_mosaic.schedule.simulate import PassTimes
 
 PREDICTED = StepTerms(
@@ -74,6 +75,7 @@ def test_plan_without_prediction_has_no_terms():
 def test_terms_of_a_measured_step_add_up_to_it():
     terms = measured_terms(
         _plan(),
+        program_of_plan(_plan()),
         step_s=16.0,
         walk_s=11.0,
         close_s=13.0,
