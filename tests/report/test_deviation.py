@@ -63,6 +63,7 @@ def test_terms_of_a_prediction_are_told_apart_by_a_simulation_without_transfers(
         optimizer_s=0.5,
         modules_s={"language": 6.0},
     )
+    assert terms is not None
     assert terms.other_s == pytest.approx(0.0)
 
 
@@ -120,16 +121,19 @@ def test_warning_about_tasks_names_their_module():
         PREDICTED, step_s=1.4, compute_s=1.0, modules_s={"language": 0.52, "vision": 0.48}
     )
 
-    assert "most of that is compute, of vision above all: 1.00 s and not 600 ms; " in (
-        deviation_warning(PREDICTED, measured)
-    )
+    warning = deviation_warning(PREDICTED, measured)
+
+    assert warning is not None
+    assert "most of that is compute, of vision above all: 1.00 s and not 600 ms; " in warning
 
 
 def test_step_that_is_faster_is_named_by_what_it_saves():
     measured = replace(PREDICTED, step_s=0.6, compute_s=0.2, sync_s=0.2)
 
     assert worst_term(PREDICTED, measured) == "compute"
-    assert "-40% against" in deviation_warning(PREDICTED, measured)
+    warning = deviation_warning(PREDICTED, measured)
+    assert warning is not None
+    assert "-40% against" in warning
 
 
 def test_time_in_no_term_is_what_runs_between_steps():
