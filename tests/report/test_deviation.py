@@ -110,6 +110,7 @@ def test_warning_names_the_term_that_differs_most(term, advice):
 
     warning = deviation_warning(PREDICTED, measured)
 
+    assert warning is not None
     assert f"a step takes 1.50 s, +50% against the plan's 1.00 s; most of that is {term}: " in (
         warning
     )
