@@ -10,13 +10,13 @@ that sum has none. On a GPU a mark is an event and not a look at the clock, and 
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.machine import write_results
+from benchmarks.machine import read_results, write_results
 from tests.parity.record import ARGUMENTS, OPTIMIZERS
 from tests.ranks import run_ranks
 
@@ -110,18 +110,35 @@ def measure(steps: int) -> dict[str, Any]:
     }
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """The numbers as ``README.md`` has them, where a test looks for them."""
+    rows = [
+        ("a step without telemetry", f"{1e3 * results['plain_step_s']:.0f} ms"),
+        ("a step that is recorded", f"{1e3 * results['recorded_step_s']:.0f} ms"),
+        ("marks of a step", f"{1e3 * results['marks_s']:.2f} ms"),
+        ("a report", f"{1e3 * results['report_s']:.2f} ms"),
+    ]
+    rows += [
+        (f"cost at `--log-interval {interval}`", f"{share:.3%} of a step")
+        for interval, share in results["share_at_log_interval"].items()
+    ]
+    where = results["machine"]
+    return "\n".join(
+        [
+            f"| {where['processor']}, {where['cores']} cores, load average "
+            f"{where['load_average']:.0f} | {where['date']} |",
+            "| --- | --- |",
+            *(f"| {name} | {value} |" for name, value in rows),
+        ]
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=120, help="training steps")
-    results = measure(parser.parse_args(arguments).steps)
-    print(f"a step:           {1e3 * results['plain_step_s']:8.2f} ms")
-    print(f"recorded:         {1e3 * results['recorded_step_s']:8.2f} ms")
-    print(f"marks of a step:  {1e3 * results['marks_s']:8.3f} ms")
-    print(f"a report:         {1e3 * results['report_s']:8.3f} ms")
-    for interval, share in results["share_at_log_interval"].items():
-        print(f"at --log-interval {interval:>3}: {share:.3%} of a step")
-    print(f"wrote {write_results('telemetry_cost', results)}")
+    path = write_results("telemetry_cost", measure(parser.parse_args(arguments).steps))
+    print(f"{table(read_results('telemetry_cost'))}\nwrote {path}")
     return 0
 
 

@@ -136,6 +136,7 @@ class PlanForwardBackward:
                 for name, samples in rows.items()
             }
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+            self._flops.sequence_length = runtime.row_facts[LANGUAGE].sequence_length
 
     def _sequences(self, batches: StepBatches) -> tuple[SampleSequence, ...]:
         if self._runtime.plan.language.attention is None:

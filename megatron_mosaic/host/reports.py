@@ -24,6 +24,9 @@ class StepFlops:
         self.of_rows: Mapping[str, float] = {}
         # Part of the language model's weights that trains, by part; all until it is known.
         self.trained: Mapping[str, float] = {}
+        # Tokens of a sample in the language model: scripts settle them where they build a module,
+        # so that an idle rank's arguments do not say.
+        self.sequence_length: int | None = None
 
     def __call__(self, args: argparse.Namespace, batch_size: int, **unused: Any) -> float:
         """Counts forward and backward operations of one global batch.
@@ -37,12 +40,18 @@ class StepFlops:
 
     def by_module(self, args: argparse.Namespace, batch_size: int) -> dict[str, float]:
         """Counts the same of every module."""
-        own = language_flops(args, batch_size, trained=self.trained)
+        own = language_flops(
+            args, batch_size, trained=self.trained, sequence_length=self.sequence_length
+        )
         return {**self.of_rows, LANGUAGE: own + self.of_rows.get(LANGUAGE, 0.0)}
 
 
 def language_flops(
-    args: argparse.Namespace, batch_size: int, *, trained: Mapping[str, float]
+    args: argparse.Namespace,
+    batch_size: int,
+    *,
+    trained: Mapping[str, float],
+    sequence_length: int | None = None,
 ) -> float:
     """Counts the language model's operations, at the length of text and image together.
 
@@ -50,7 +59,7 @@ def language_flops(
     the weights; frozen weights have none.
     """
     language = copy.copy(args)
-    language.seq_length = args.decoder_seq_length or args.seq_length
+    language.seq_length = sequence_length or args.decoder_seq_length or args.seq_length
     language.num_layers = args.decoder_num_layers or args.num_layers
     return stock_operations(language, batch_size) * (2 + trained.get("decoder", 1.0)) / 3
 

@@ -9,10 +9,10 @@ import pytest
 from tests.parity.record import ARGUMENTS, OPTIMIZERS
 from tests.ranks import run_ranks
 
-# The last rank, on which Megatron writes, hosts no language model. No CPU is as fast as predicted.
+# The last rank, on which Megatron writes, hosts no module. No CPU is as fast as predicted.
 PLAN = """
 format: 1
-world_size: 3
+world_size: 4
 global_batch_size: 16
 micro_batch_size: 2
 modules:
@@ -65,6 +65,7 @@ def _train(rank, plan_path, options):
 
     from megatron_mosaic.host import training
     from megatron_mosaic.host.arguments import parse_and_validate_args
+    from megatron_mosaic.host.reports import language_flops
     from tests.parity import vlm_script
 
     stand_in, wandb = _Writer(), _Wandb()
@@ -79,7 +80,8 @@ def _train(rank, plan_path, options):
 
     sys.argv = ["script", *ARGUMENTS, *OPTIMIZERS["sgd"], *options, "--mosaic-plan", plan_path]
     vlm_script.main(parse, training.pretrain)
-    return [stand_in.scalars, wandb.scalars]
+    flops = {"flops": language_flops(global_vars.get_args(), 16, trained={})}
+    return [stand_in.scalars, wandb.scalars, flops]
 
 
 def _events(folder):
@@ -102,9 +104,9 @@ def logged(tmp_path_factory):
     options = ["--train-iters", "6", "--log-interval", "2", "--images", "ragged"]
     options += ["--tensorboard-dir", str(folder / "events")]
     with (folder / "output").open("w") as file, redirect_stdout(file):
-        ranks = run_ranks(_train, 3, str(path), options, init=False, timeout_s=120)
+        ranks = run_ranks(_train, 4, str(path), options, init=False, timeout_s=120)
     if find_spec("tensorboard"):
-        ranks[2][0] = _events(folder / "events")
+        ranks[3][0] = _events(folder / "events")
     return ranks, (folder / "output").read_text()
 
 
@@ -118,7 +120,7 @@ def _mosaic(scalars):
 
 def test_telemetry_has_every_number_of_every_module_at_every_log_interval(logged):
     ranks, _ = logged
-    scalars = _mosaic(ranks[2][0])
+    scalars = _mosaic(ranks[3][0])
 
     of_modules = {
         f"{module}/{what}"
@@ -133,15 +135,15 @@ def test_telemetry_has_every_number_of_every_module_at_every_log_interval(logged
 def test_telemetry_goes_to_both_writers_and_on_one_rank_only(logged):
     ranks, _ = logged
 
-    events, wandb = map(_mosaic, ranks[2])
+    events, wandb = map(_mosaic, ranks[3][:2])
     assert events.keys() == wandb.keys()
     assert all(events[name] == pytest.approx(wandb[name], rel=1e-6) for name in wandb)
-    assert not any(_mosaic(scalars) for rank in ranks[:2] for scalars in rank)
+    assert not any(_mosaic(scalars) for rank in ranks[:3] for scalars in rank[:2])
 
 
 def test_terms_of_a_step_are_as_long_as_the_step(logged):
     ranks, _ = logged
-    scalars = _mosaic(ranks[2][0])
+    scalars = _mosaic(ranks[3][0])
 
     terms = ("compute", "communication", "bubble", "sync", "optimizer", "other")
     for iteration in (4, 6):
@@ -155,10 +157,10 @@ def test_terms_of_a_step_are_as_long_as_the_step(logged):
 
 def test_flops_of_modules_add_up_to_the_throughput(logged):
     ranks, _ = logged
-    scalars = _mosaic(ranks[2][0])
+    scalars = _mosaic(ranks[3][0])
 
     total = sum(scalars[f"{name}/flops"][6] for name in ("vision", "language"))
-    assert scalars["tflops-per-gpu"][6] == pytest.approx(total / scalars["step-time"][6] / 3 / 1e12)
+    assert scalars["tflops-per-gpu"][6] == pytest.approx(total / scalars["step-time"][6] / 4 / 1e12)
     # The plan names a peak of 1 TFLOP/s.
     assert scalars["mfu"][6] == pytest.approx(scalars["tflops-per-gpu"][6])
     assert scalars["vision/mfu"][6] == pytest.approx(
@@ -166,9 +168,16 @@ def test_flops_of_modules_add_up_to_the_throughput(logged):
     )
 
 
+def test_idle_rank_counts_the_operations_of_modules_that_it_does_not_know(logged):
+    ranks, _ = logged
+
+    # Rank 0 has built the language model: its arguments have the length of sequences.
+    assert _mosaic(ranks[3][1])["language/flops"][6] == ranks[0][2]["flops"]
+
+
 def test_boundary_bytes_are_those_that_cross_ranks(logged):
     ranks, _ = logged
-    scalars = _mosaic(ranks[2][0])
+    scalars = _mosaic(ranks[3][0])
 
     # Language has a boundary in, and none out. The rows of vision go both ways: width 32, 4 bytes.
     assert scalars["language/boundary-bytes"][6] == 0
@@ -178,7 +187,7 @@ def test_boundary_bytes_are_those_that_cross_ranks(logged):
 
 def test_predictions_are_logged_beside_what_they_predict(logged):
     ranks, _ = logged
-    scalars = _mosaic(ranks[2][0])
+    scalars = _mosaic(ranks[3][0])
 
     assert scalars["step-time-predicted"][6] == pytest.approx(1e-3)
     assert scalars["compute-time-predicted"][6] == pytest.approx(9e-4)
