@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from megatron_mosaic.commands import args as args_command
-from megatron_mosaic.commands import check, plan, profile, show
+from megatron_mosaic.commands import check, patch, plan, profile, show
 from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
@@ -17,6 +17,7 @@ _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "show": (show, "print or draw the schedule and what is predicted"),
     "profile": (profile, "measure devices and links, and write a cluster file"),
     "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
+    "patch": (patch, "give a checkout of Megatron-LM --mosaic-plan, or take it back"),
 }
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 PLAN, DEVICE = "--mosaic-plan", "--mosaic-device"
+# Distributions of their own that put a package beside Megatron-LM's into the namespace.
+NEIGHBOURS = frozenset({"bridge", "energon"})
 USAGE = f"python -m megatron_mosaic.run [{DEVICE} cpu|cuda] SCRIPT [ARGS] [{PLAN} plan.yaml]"
 
 
@@ -132,7 +134,7 @@ def _check_one_megatron(script: Path) -> None:
         package.name: place
         for place in reversed(places)
         for package in place.glob("*")
-        if (package / "__init__.py").is_file()
+        if package.name not in NEIGHBOURS and (package / "__init__.py").is_file()
     }
     if not {"core", "training"} <= set(winners):
         raise HostError(

@@ -49,6 +49,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 5.0  # for a rank to write its stack and die
 SHOWN_CHARACTERS = 6000  # of what a failed rank wrote
+IMPORTED_FIRST = "MOSAIC_RANKS_IMPORT_FIRST"  # variable: a folder with a Megatron of its own
 
 
 class RanksError(Exception):
@@ -181,7 +182,10 @@ def _how_it_ended(rank: _Rank) -> Ended:
 def start_server() -> None:
     """Starts the process that ranks are forked from, without waiting for its imports."""
     forkserver.set_forkserver_preload(["tests.preload"])
-    with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+    places = filter(None, (os.environ.get(IMPORTED_FIRST), str(ROOT)))
+    with _environment(
+        PYTHONPATH=os.pathsep.join(places), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""
+    ):
         forkserver.ensure_running()
 
 

@@ -53,6 +53,7 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("full_validation", False, "Megatron reads global groups for it"),
     ("save_wgrads_interval", None, "Megatron reads global groups for it"),
     ("save_params_interval", None, "Megatron reads global groups for it"),
+    ("freeze_all_layers", False, "the plan says trainable for each module"),
     ("decoupled_lr", None, "Megatron drops per-parameter overrides of several modules"),
     ("use_mup", False, "Megatron drops per-parameter overrides of several modules"),
     ("perform_rl_step", False, "a plan trains on data sets"),

@@ -172,8 +172,11 @@ class MosaicBuilder(ModelBuilder):
         data_parallel_random_init: bool = False,
         mixed_precision_wrapper: Any = Float16Module,
         model_type: Any = None,
+        **later: Any,
     ) -> list[MosaicModel]:
         """Builds, initialises and wraps every module of this rank.
+
+        Args other than Megatron's of 0.19 (``later``) belong to optimizers that arguments refuse.
 
         Raises:
             SystemExit: The script froze something else than the plan says, on some rank.

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,18 @@ from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
-from megatron_mosaic.host.seams import check_seams, replaced
+from megatron_mosaic.host.seams import check_seams, replaced, unpatched
 from megatron_mosaic.host.sharing import log_lanes, open_lanes
 from megatron_mosaic.host.telemetry import Telemetry
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.sharing.lane import Lanes
+
+
+@dataclass(kw_only=True)
+class PlanGroups(MultiModuleProcessGroupCollection):
+    """Groups of this rank's modules, with the schedule that a patched fork looks for there."""
+
+    forward_backward_func: Callable[..., list[dict]] | None = None
 
 
 def pretrain(
@@ -114,23 +122,17 @@ def _pretrain_plan(
     flops = StepFlops()
     assert progress.trace is not None, "a run under a plan is recorded"
     forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
-    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
-    language = LANGUAGE if LANGUAGE in collections else None
-    pg_collection = MultiModuleProcessGroupCollection(
-        # An idle rank has no module, and the type wants one.
-        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
-        language_model_module_name=language,
-    )
-    with replaced(
-        {
-            "megatron.training.training:get_forward_backward_func": forward_backward.select,
-            "megatron.training.training:num_floating_point_operations": flops,
-            "megatron.training.training:training_log": Telemetry(
-                runtime, flops=flops, recorder=progress.trace
-            ),
-            "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
-        }
-    ):
+    # A patched fork asks these for what it would otherwise find replaced.
+    args.num_floating_point_operations_func = flops
+    replacements = {
+        "megatron.training.training:get_forward_backward_func": forward_backward.select,
+        "megatron.training.training:num_floating_point_operations": flops,
+        "megatron.training.training:training_log": Telemetry(
+            runtime, flops=flops, recorder=progress.trace
+        ),
+        "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
+    }
+    with replaced(unpatched(replacements)):
         stock_pretrain(
             cfg_container,
             ReadingByModule(provider=dataset_provider, runtime=runtime),
@@ -138,10 +140,20 @@ def _pretrain_plan(
             forward_step_func,
             None,
             store=meeting.store,
-            pg_collection=pg_collection,
+            pg_collection=_plan_groups(runtime, forward_backward),
             skip_model_parallel_init=True,
             **options,
         )
+
+
+def _plan_groups(runtime: Runtime, forward_backward: PlanForwardBackward) -> PlanGroups:
+    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
+    return PlanGroups(
+        # An idle rank has no module, and the type wants one.
+        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
+        language_model_module_name=LANGUAGE if LANGUAGE in collections else None,
+        forward_backward_func=forward_backward,
+    )
 
 
 @contextmanager

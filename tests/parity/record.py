@@ -200,15 +200,17 @@ def record_stock(
         functions.train_valid_test_datasets_provider
     )
     sys.argv = ["script", *ARGUMENTS, *options, "--dataloader-type", "external"]
-    provider = _initialized_by_name(functions) if by_name else functions.model_provider
+    provider = functions.model_provider
+    if by_name:
+        provider = initialized_by_name(provider)
     functions.main(parse_and_validate_args, pretrain, provider)
     record.weights.append(dict(_shards(models[0], _weight)))
     return record
 
 
-def _initialized_by_name(script: Any) -> Any:
-    """Returns a script's model provider, with initial weights by name."""
-    return partial(_provide_by_name, script.model_provider)
+def initialized_by_name(provider: Any) -> Any:
+    """Returns a model provider whose models have initial weights by name."""
+    return partial(_provide_by_name, provider)
 
 
 def _provide_by_name(provider: Any, *arguments: Any, **options: Any) -> torch.nn.Module:

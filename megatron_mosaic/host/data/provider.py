@@ -13,7 +13,7 @@ from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts, documents_of
 from megatron_mosaic.host.data.items import ItemDeal, StepOwners, deal_step, item_deals
 from megatron_mosaic.host.data.loaders import LoaderSource
-from megatron_mosaic.host.data.position import Position, find_position
+from megatron_mosaic.host.data.position import PlacedReader, Position, find_position
 from megatron_mosaic.host.data.reader import StepReader, StepSource
 from megatron_mosaic.host.data.replica import as_replica
 from megatron_mosaic.host.data.samples import SampleSource, reads_items
@@ -117,7 +117,7 @@ class ReadingByModule:
                 )
             expected = position.expected
             source = self._loader_source(data, shares, position=position, training=training)
-        return StepReader(
+        return PlacedReader(
             source,
             first_sample=first,
             num_samples=shares.num_samples,
