@@ -187,6 +187,12 @@ SEAMS: tuple[Seam, ...] = (
         why="it reads ranks and groups from the model's module_to_grid_map, which is ours",
     ),
     Seam(
+        symbol="megatron.core.models.mimo.optimizer:MimoOptimizer",
+        how="replaced",
+        parameters=("module_infos", "config"),
+        why="it saves states under the modules' names, where a stock run does not look for them",
+    ),
+    Seam(
         symbol="megatron.core.pipeline_parallel.schedules:forward_step",
         how="argument",
         parameters=("cp_group_size", "is_last_stage", "current_microbatch"),

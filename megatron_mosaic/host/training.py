@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron_mosaic.host.forward_backward import PlanForwardBackward
 from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
+from megatron_mosaic.host.optimizer_state import LayoutFreeOptimizer
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
 from megatron_mosaic.host.seams import check_seams, replaced
@@ -122,6 +124,9 @@ def _pretrain_plan(
             "megatron.training.training:get_forward_backward_func": forward_backward.select,
             "megatron.training.training:num_floating_point_operations": flops,
             "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
+            "megatron.core.models.mimo.optimizer:MimoOptimizer": partial(
+                LayoutFreeOptimizer, group=runtime.host_group
+            ),
         }
     ):
         stock_pretrain(
