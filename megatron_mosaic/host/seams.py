@@ -94,6 +94,13 @@ SEAMS: tuple[Seam, ...] = (
         "of one: every rank would write the same file",
     ),
     Seam(
+        symbol="megatron.training.checkpointing:read_metadata",
+        how="replaced",
+        parameters=("tracker_filename",),
+        why="it believes the tracker, also where that or the checkpoint it names is damaged; ours "
+        "tells which one all ranks found whole",
+    ),
+    Seam(
         symbol="megatron.core.models.multimodal.llava_model:LLaVAModel.__init__",
         how="wrapped",
         parameters=("add_encoder", "add_decoder", "pg_collection", "vision_transformer_config"),

@@ -26,7 +26,7 @@ from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import limits_of, log_choices
 from megatron_mosaic.host.channels import ChannelSet
-from megatron_mosaic.host.checkpoint import prepare_loading
+from megatron_mosaic.host.checkpoint import prepare_loading, tracker_reader
 from megatron_mosaic.host.data.position import save_loader_states
 from megatron_mosaic.host.data.provider import DatasetProvider, ReadingByModule
 from megatron_mosaic.host.faults.record_file import RecordFile
@@ -108,7 +108,7 @@ def _pretrain_plan(
     runtime = start_runtime(meeting, args)
     log_choices(args, meeting.plan)
     log_lanes(runtime)
-    prepare_loading(args)
+    prepare_loading(args, group=runtime.host_group)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
     forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
@@ -124,6 +124,7 @@ def _pretrain_plan(
             "megatron.training.training:get_forward_backward_func": forward_backward.select,
             "megatron.training.training:num_floating_point_operations": flops,
             "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
+            "megatron.training.checkpointing:read_metadata": tracker_reader(args),
             "megatron.core.models.mimo.optimizer:MimoOptimizer": partial(
                 LayoutFreeOptimizer, group=runtime.host_group
             ),
