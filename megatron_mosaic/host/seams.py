@@ -94,6 +94,12 @@ SEAMS: tuple[Seam, ...] = (
         "of one: every rank would write the same file",
     ),
     Seam(
+        symbol="megatron.training.training:save_checkpoint",
+        how="wrapped",
+        parameters=("iteration", "model", "non_persistent_ckpt"),
+        why="it writes over a checkpoint that stays marked as whole meanwhile",
+    ),
+    Seam(
         symbol="megatron.training.checkpointing:read_metadata",
         how="replaced",
         parameters=("tracker_filename",),

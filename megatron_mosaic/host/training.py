@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
 from megatron.training import pretrain as stock_pretrain
+from megatron.training.checkpointing import save_checkpoint as stock_save_checkpoint
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
@@ -38,6 +39,7 @@ from megatron_mosaic.host.model import MosaicModelConfig
 from megatron_mosaic.host.optimizer_state import LayoutFreeOptimizer
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.host.saving import explained_failures, unmark_before_saving
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.host.sharing import log_lanes, open_lanes
 from megatron_mosaic.layout.placement import LANGUAGE
@@ -119,16 +121,22 @@ def _pretrain_plan(
         module_pgs=collections or {"idle": lone_collection(runtime.alone)},
         language_model_module_name=language,
     )
-    with replaced(
-        {
-            "megatron.training.training:get_forward_backward_func": forward_backward.select,
-            "megatron.training.training:num_floating_point_operations": flops,
-            "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
-            "megatron.training.checkpointing:read_metadata": tracker_reader(args),
-            "megatron.core.models.mimo.optimizer:MimoOptimizer": partial(
-                LayoutFreeOptimizer, group=runtime.host_group
-            ),
-        }
+    with (
+        explained_failures(group=runtime.host_group),
+        replaced(
+            {
+                "megatron.training.training:save_checkpoint": unmark_before_saving(
+                    stock_save_checkpoint
+                ),
+                "megatron.training.training:get_forward_backward_func": forward_backward.select,
+                "megatron.training.training:num_floating_point_operations": flops,
+                "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
+                "megatron.training.checkpointing:read_metadata": tracker_reader(args),
+                "megatron.core.models.mimo.optimizer:MimoOptimizer": partial(
+                    LayoutFreeOptimizer, group=runtime.host_group
+                ),
+            }
+        ),
     ):
         stock_pretrain(
             cfg_container,
