@@ -58,7 +58,7 @@ def _check_checkpoint(folder: Path, plan: Plan) -> None:
         PlanError: It will not; a line for each reason.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Megatron, on packages that only training misses
+        warnings.simplefilter("ignore")  # on what only training would miss
         from megatron_mosaic.host.checkpoint_check import check_checkpoint
 
     verdict = check_checkpoint(folder, plan)

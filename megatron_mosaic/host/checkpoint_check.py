@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,9 @@ def check_checkpoint(checkpoints: Path, plan: Plan) -> Verdict:
     """
     iteration, index, passed_over = _find_complete(checkpoints)
     folder = folder_of(checkpoints, iteration)
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process is meant
+        common = dist_checkpointing.load_common_state_dict(str(folder))
     saved = common.get("args") or argparse.Namespace()
     place = f"iteration {iteration} of {checkpoints}"
     weights = _weights_of_modules(index, plan)

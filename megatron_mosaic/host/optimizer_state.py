@@ -14,13 +14,16 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 from megatron_mosaic.errors import HostError
 
 _MODULES = "mosaic_modules"
+_GROUPS = "param_groups"
 _MASTER_WEIGHTS = "fp32_from_fp16_params"
+_SETTINGS = ("param_state_sharding_type", "grad_scaler")
 
 
 class LayoutFreeOptimizer(MimoOptimizer):
@@ -106,24 +109,13 @@ def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
 
     Parameters' numbers are left out: they count the parameters of one rank.
     """
-    kept: dict[str, Any] = {}
-    for key in ("param_state_sharding_type", "grad_scaler"):
-        if key in part:
-            kept[key] = part[key]
-    owner, own = (
-        (kept.setdefault("optimizer", {}), part["optimizer"])
-        if "optimizer" in part
-        else (
-            kept,
-            part,
-        )
-    )
-    owner["param_groups"] = deepcopy(
-        [group | ({"params": []} if "params" in group else {}) for group in own["param_groups"]]
-    )
+    kept = {key: part[key] for key in _SETTINGS if key in part}
+    own = part.get("optimizer", part)
+    groups = [group | ({"params": []} if "params" in group else {}) for group in own[_GROUPS]]
+    torch_state: dict[str, Any] = {_GROUPS: deepcopy(groups)}
     if "common_step" in own.get("state", {}):
-        owner["state"] = {"common_step": own["state"]["common_step"]}
-    return kept
+        torch_state["state"] = {"common_step": own["state"]["common_step"]}
+    return kept | ({"optimizer": torch_state} if "optimizer" in part else torch_state)
 
 
 def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -133,11 +125,11 @@ def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         merged = part | merged
     groups: dict[tuple, dict[str, Any]] = {}
     for part in parts:
-        for group in part.get("optimizer", part)["param_groups"]:
+        for group in part.get("optimizer", part)[_GROUPS]:
             known = groups.setdefault(_identifier(group), group)
             # Megatron counts no steps of a group in which a rank has no parameter.
             known.update({key: value for key, value in group.items() if key not in known})
-    merged.get("optimizer", merged)["param_groups"] = list(groups.values())
+    merged.get("optimizer", merged)[_GROUPS] = list(groups.values())
     return merged
 
 
@@ -156,32 +148,27 @@ def _complete(
     Raises:
         HostError: The checkpoint lacks a group of parameters.
     """
-    current = optimizer.optimizer.state_dict()["param_groups"]
+    current = optimizer.optimizer.state_dict()[_GROUPS]
     owners = [each.get("optimizer", each) for each in common]
-    saved = {
-        _identifier(group): group for owner in owners for group in owner.get("param_groups", ())
-    }
-    groups = [_group(group, saved, module=module) for group in current]
-    in_parameter_space = "param_state" not in part
-    nested = hasattr(optimizer, "float16_groups") or not in_parameter_space
-    owner = part.setdefault("optimizer", {}) if nested else part
-    owner["param_groups"] = groups
-    for key in ("param_state_sharding_type", "grad_scaler"):
-        found = [each[key] for each in common if key in each]
-        if found:
-            part[key] = found[0]
-    if not in_parameter_space:
-        return
-    steps = [
-        each["state"]["common_step"] for each in owners if "common_step" in each.get("state", {})
-    ]
-    owner.setdefault("state", {}).update({"common_step": step} for step in steps[:1])
+    saved = {_identifier(group): group for owner in owners for group in owner.get(_GROUPS, ())}
+    for key in _SETTINGS:
+        part.update([(key, each[key]) for each in common if key in each][:1])
+    # Optimizers that are not distributed keep states of whole parameters, with torch's own.
+    whole = not isinstance(optimizer, DistributedOptimizer)
+    owner = part if whole and _MASTER_WEIGHTS not in part else part.setdefault("optimizer", {})
+    owner[_GROUPS] = [_group(group, saved, module=module) for group in current]
+    if whole:
+        steps = [each["state"] for each in owners if "common_step" in each.get("state", {})]
+        owner.setdefault("state", {}).update(*steps[:1])
+        _list_master_weights(part, current)
+
+
+def _list_master_weights(part: dict[str, Any], current: Sequence[Mapping[str, Any]]) -> None:
+    """Turns them, by number of group and of parameter, into lists of all groups."""
     if _MASTER_WEIGHTS in part:
-        masters = part[_MASTER_WEIGHTS]
+        loaded = part[_MASTER_WEIGHTS]
         part[_MASTER_WEIGHTS] = [
-            [masters[index][number] for number in range(len(group["params"]))]
-            if index in masters
-            else []
+            [loaded[index][number] for number in range(len(group["params"]))]
             for index, group in enumerate(current)
         ]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def _states(folder: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(entry, TensorStorageMetadata)
     }
     found[COMMON] = io.BytesIO()
-    load_checkpoint(found, storage_reader=FileSystemReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process is meant
+        load_checkpoint(found, storage_reader=FileSystemReader(folder), no_dist=True)
     (common,) = torch.load(found.pop(COMMON), weights_only=False)
     yield from found.items()
     yield "iteration", common["iteration"]
