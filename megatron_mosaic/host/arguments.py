@@ -130,6 +130,15 @@ def _with_mosaic_arguments(provider: Callable[..., Any] | None) -> Callable[...,
             help="end the run when a rank has given no sign of life for so long; raise it where a "
             "call into C holds the interpreter for longer",
         )
+        group.add_argument(
+            "--mosaic-max-unreadable-samples",
+            type=int,
+            default=0,
+            metavar="N",
+            help="samples of a data set that each rank may pass over because they cannot be read; "
+            "the next one stands in their place, and each is said. By default the first one ends "
+            "the run. Loaders, such as Energon's, have ways of their own",
+        )
         return parser
 
     return add

@@ -1,19 +1,24 @@
 """Runs in which something befalls a rank at a moment that a test chooses, and what they print."""
 
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from tests.parity.record import ARGUMENTS, OPTIMIZERS
 from tests.parity.training import options_of, script_of
 from tests.ranks import Ended, run_to_the_end
 
 NUM_STEPS = 4
+SAMPLES = 16  # of a step
 OPTIONS = ["--use-distributed-optimizer", *OPTIMIZERS["adam"]]
 # Forks on a busy machine are slow to beat; the default is 30 s.
 HEARTBEAT = ["--mosaic-heartbeat-timeout-s", "10"]
@@ -24,27 +29,30 @@ class Strike:
     """What befalls some ranks, when one of them comes to a call of the script's forward step.
 
     Args:
-        kind: ``kill``, with all of ``ranks``; ``terminate``, as ``kill`` but they are asked;
-            ``nan``, the loss is not a number; ``worker``, its loader's processes are killed.
-        ranks: Whom it befalls.
+        kind: ``kill`` and ``terminate``, signals to ``ranks`` and the processes that they started;
+            ``worker``, a process of the first rank's loader is killed; ``nan``, a sample of the
+            step has a pixel that is not a number; ``unreadable``, one does not decode.
+        ranks: Whom it befalls; not for samples.
         step: Step of training, from 1.
-        call: Forward step in it, from 0.
+        call: Forward step in it, from 0, or the sample.
     """
 
     kind: str
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
     step: int
     call: int
 
     @classmethod
-    def at_random(cls, chance: random.Random, kind: str, ranks: Sequence[int]) -> "Strike":
+    def at_random(cls, chance: random.Random, kind: str, ranks: Sequence[int] = ()) -> "Strike":
         """At any moment after the first step; every rank has two calls at least."""
-        return cls(
-            kind=kind,
-            ranks=tuple(ranks),
-            step=chance.randint(2, NUM_STEPS - 1),
-            call=chance.randrange(2),
-        )
+        step = chance.randint(2, NUM_STEPS - 1)
+        call = chance.randrange(2 if ranks else SAMPLES)
+        return cls(kind=kind, ranks=tuple(ranks), step=step, call=call)
+
+    @property
+    def sample(self) -> int:
+        """The sample, by its place in the data set."""
+        return (self.step - 1) * SAMPLES + self.call
 
 
 def train(
@@ -78,8 +86,12 @@ def train(
     script = import_module(f"tests.parity.{script_of(Path(plan))}")
     if folder is not None:
         (Path(folder) / f"pid{rank}").write_text(str(os.getpid()))
-    if strike is not None and rank == strike.ranks[0]:
+    script.loss_func = checked(script.loss_func)
+    if strike is not None and rank in strike.ranks[:1]:
         script.forward_step = struck(script.forward_step, strike, folder)
+    if strike is not None and not strike.ranks:
+        script.ImageTextSamples = type("Damaged", (Damaged, script.ImageTextSamples), {})
+        script.ImageTextSamples.strike = strike
     own = [*ARGUMENTS, *OPTIONS, *options_of(Path(plan))]
     sys.argv = ["script", *own, *options, "--mosaic-plan", plan]
     try:
@@ -90,30 +102,61 @@ def train(
             raise
 
 
+class Damaged:
+    """A data set in which the sample of a strike is damaged."""
+
+    strike: Strike
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)  # type: ignore[misc]
+        if index == self.strike.sample:
+            if self.strike.kind == "unreadable":
+                raise OSError("image file is truncated")
+            sample["image"][0, 0, 0, 0] = float("nan")
+        return sample
+
+
+def checked(loss_func):
+    """A loss function that has Megatron check its loss, as that of ``pretrain_gpt.py``."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    def with_check(loss_mask, output_tensor):
+        loss, *rest = loss_func(loss_mask, output_tensor)
+        get_rerun_state_machine().validate_result(
+            result=loss, rejection_func=torch.isnan, message="found NaN in the loss", fatal=True
+        )
+        return loss, *rest
+
+    return with_check
+
+
 def struck(forward_step, strike: Strike, folder: str | None):
     """A script's forward step in which the strike falls, once."""
     from megatron.training import get_args
 
-    calls: dict[int, int] = {}
+    calls = Counter()
 
     def step(data_iterator, model):
         now = get_args().curr_iteration + 1
-        if not model.training or now < strike.step:
-            return forward_step(data_iterator, model)
-        call = calls.setdefault(now, 0)
-        calls[now] += 1
-        here = (now, call) == (strike.step, strike.call)
-        if here and strike.kind in ("kill", "terminate"):
-            number = signal.SIGKILL if strike.kind == "kill" else signal.SIGTERM
-            assert folder is not None
-            print(f"struck in step {now}", flush=True)
-            # Itself last: the others must still hear of it.
-            for rank in reversed(strike.ranks):
-                os.kill(int((Path(folder) / f"pid{rank}").read_text()), number)
-        output, loss_func = forward_step(data_iterator, model)
-        return output, loss_func
+        if model.training:
+            if (now, calls[now]) == (strike.step, strike.call):
+                print(f"struck in step {now}", flush=True)
+                _fall(strike, folder)
+            calls[now] += 1
+        return forward_step(data_iterator, model)
 
     return step
+
+
+def _fall(strike: Strike, folder: str | None) -> None:
+    if strike.kind == "worker":
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        return
+    assert folder is not None
+    number = signal.SIGKILL if strike.kind == "kill" else signal.SIGTERM
+    # Itself last: the others must still hear of it.
+    for rank in reversed(strike.ranks):
+        os.killpg(int((Path(folder) / f"pid{rank}").read_text()), number)
 
 
 def run(

@@ -20,7 +20,11 @@ def _plan(path: Path, *asked: str) -> Path:
 
 def test_run_that_loses_two_of_four_ranks_goes_on_under_the_plan_for_two(tmp_path, capsys):
     chance = random.Random("lost nodes")
-    pins = ("--set=micro_batch_size=2", "--set=placement=colocated", "--set=language.tensor_model_parallel_size=2")
+    pins = (
+        "--set=micro_batch_size=2",
+        "--set=placement=colocated",
+        "--set=language.tensor_model_parallel_size=2",
+    )
     whole = (str(MODEL), "h100", "--gpus=4", "--global-batch-size=16", *pins)
     four = _plan(tmp_path / "four.yaml", *whole)
     two = _plan(tmp_path / "two.yaml", "--from", str(four), "--gpus", "2")
