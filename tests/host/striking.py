@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -64,23 +65,10 @@ def train(
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
-    from importlib import import_module
-
     from megatron_mosaic.host import training
     from megatron_mosaic.host.arguments import parse_and_validate_args
-    from megatron_mosaic.host.forward_backward import PlanForwardBackward
 
-    class PrintingForwardBackward(PlanForwardBackward):
-        """Megatron's second line of losses is an average of the first two steps of a run."""
-
-        def __call__(self, *, forward_only=False, **arguments):
-            losses = super().__call__(forward_only=forward_only, **arguments)
-            if not forward_only:
-                step = self._progress.place.iteration
-                print(f"losses {step} {losses[0]['lm loss'].tolist()}", flush=True)
-            return losses
-
-    training.PlanForwardBackward = PrintingForwardBackward
+    print_losses()
     # Megatron's own way out of starting a fresh interpreter for each rank's writer.
     filesystem_async.get_write_results_queue(mp_mode="fork")
     script = import_module(f"tests.parity.{script_of(Path(plan))}")
@@ -100,6 +88,22 @@ def train(
         print(f"exit status {end.code}", flush=True)
         if end.code:
             raise
+
+
+def print_losses() -> None:
+    """Has every rank print its losses: Megatron's second line averages the first two steps."""
+    from megatron_mosaic.host import training
+    from megatron_mosaic.host.forward_backward import PlanForwardBackward
+
+    class PrintingForwardBackward(PlanForwardBackward):
+        def __call__(self, *, forward_only=False, **arguments):
+            losses = super().__call__(forward_only=forward_only, **arguments)
+            if not forward_only:
+                step = self._progress.place.iteration
+                print(f"losses {step} {losses[0]['lm loss'].tolist()}", flush=True)
+            return losses
+
+    training.PlanForwardBackward = PrintingForwardBackward
 
 
 class Damaged:
