@@ -30,7 +30,7 @@ class Strike:
     """What befalls some ranks, when one of them comes to a call of the script's forward step.
 
     Args:
-        kind: ``kill`` and ``terminate``, signals to ``ranks`` and the processes that they started;
+        kind: ``kill`` and ``terminate``, signals to ``ranks`` and the loaders of the first;
             ``worker``, a process of the first rank's loader is killed; ``nan``, a sample of the
             step has a pixel that is not a number; ``unreadable``, one does not decode.
         ranks: Whom it befalls; not for samples.
@@ -65,6 +65,8 @@ def train(
     from megatron_mosaic.host.cpu import run_on_cpu
 
     run_on_cpu()
+    # Python's own way on Linux here; ranks of tests have inherited another from their server.
+    multiprocessing.set_start_method("fork", force=True)
     from megatron_mosaic.host import training
     from megatron_mosaic.host.arguments import parse_and_validate_args
 
@@ -153,14 +155,17 @@ def struck(forward_step, strike: Strike, folder: str | None):
 
 
 def _fall(strike: Strike, folder: str | None) -> None:
+    loaders = [each for each in multiprocessing.active_children() if "Manager" not in each.name]
     if strike.kind == "worker":
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        os.kill(loaders[0].pid or 0, signal.SIGKILL)
         return
     assert folder is not None
     number = signal.SIGKILL if strike.kind == "kill" else signal.SIGTERM
+    for loader in loaders:
+        os.kill(loader.pid or 0, number)
     # Itself last: the others must still hear of it.
     for rank in reversed(strike.ranks):
-        os.killpg(int((Path(folder) / f"pid{rank}").read_text()), number)
+        os.kill(int((Path(folder) / f"pid{rank}").read_text()), number)
 
 
 def run(
