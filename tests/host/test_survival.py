@@ -100,9 +100,9 @@ def test_loss_that_is_not_a_number_ends_all_ranks_which_say_where_it_arose(momen
 
     # Megatron runs the step again, saves, and asks to be started on other GPUs: its status 16.
     assert all("exit status 16" in end.output for end in ended), ended
-    where = rf"nan.* on rank \d+ at iteration #{strike.step} .*found NaN in the loss, "
-    task = f"F{strike.call // 2} language.0"
-    assert re.search(where + f"in {task}", ended[0].output + ended[1].output), ended
+    task = f"F{strike.call // 2} language.0 of step {strike.step}"
+    said = rf"Unexpected result nan on rank [01] at .*message='found NaN in the loss, in {task}'"
+    assert re.search(said, ended[0].output + ended[1].output), ended
     assert _saved_step(tmp_path) == strike.step - 1
     assert all("nan" not in str(loss) for loss in losses_of(ended)[strike.step - 1])
 
@@ -116,7 +116,7 @@ def test_loss_that_is_not_a_number_is_an_error_where_steps_do_not_run_again(mome
     options = (*IMAGES, *_saving(tmp_path), "--rerun-mode", "disabled")
     ended = run(PLAN, *options, world_size=2, strike=strike)
 
-    task = f"F{strike.call // 2} language.0"
+    task = f"F{strike.call // 2} language.0 of step {strike.step}"
     assert re.search(f"found NaN in the loss, in {task}", ended[0].output + ended[1].output), ended
     assert all(end.status != 0 for end in ended)
     assert _saved_step(tmp_path) == strike.step - 1

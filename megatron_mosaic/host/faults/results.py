@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training.global_vars import get_args
 
 
 @contextmanager
@@ -26,7 +27,9 @@ def results_of(what: object) -> Iterator[None]:
     def validate_result(
         result: Any, rejection_func: Any, message: str, *rest: Any, **options: Any
     ) -> None:
-        before(result, rejection_func, f"{message}, in {what}", *rest, **options)
+        # Megatron's own count of steps is one ahead in this message.
+        step = getattr(get_args(), "curr_iteration", -1) + 1
+        before(result, rejection_func, f"{message}, in {what} of step {step}", *rest, **options)
 
     machine.validate_result = validate_result
     try:
