@@ -111,6 +111,8 @@ class Allowance:
             HostError: A sample cannot be read, and no more may be passed over.
         """
         for sample in reading.unreadable:
+            if sample.index in self._passed:
+                continue  # another module of this rank reads it too
             self._passed.add(sample.index)
             if len(self._passed) > self._limit:
                 raise self._error(
