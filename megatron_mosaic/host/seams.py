@@ -94,6 +94,19 @@ SEAMS: tuple[Seam, ...] = (
         "of one: every rank would write the same file",
     ),
     Seam(
+        symbol="megatron.training.training:save_checkpoint",
+        how="wrapped",
+        parameters=("iteration", "model", "non_persistent_ckpt"),
+        why="it writes over a checkpoint that stays marked as whole meanwhile",
+    ),
+    Seam(
+        symbol="megatron.training.checkpointing:read_metadata",
+        how="replaced",
+        parameters=("tracker_filename",),
+        why="it believes the tracker, also where that or the checkpoint it names is damaged; ours "
+        "tells which one all ranks found whole",
+    ),
+    Seam(
         symbol="megatron.core.models.multimodal.llava_model:LLaVAModel.__init__",
         how="wrapped",
         parameters=("add_encoder", "add_decoder", "pg_collection", "vision_transformer_config"),
@@ -192,6 +205,12 @@ SEAMS: tuple[Seam, ...] = (
         how="argument",
         parameters=("mimo_model", "config"),
         why="it reads ranks and groups from the model's module_to_grid_map, which is ours",
+    ),
+    Seam(
+        symbol="megatron.core.models.mimo.optimizer:MimoOptimizer",
+        how="replaced",
+        parameters=("module_infos", "config"),
+        why="it saves states under the modules' names, where a stock run does not look for them",
     ),
     Seam(
         symbol="megatron.core.pipeline_parallel.schedules:forward_step",

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
 from megatron.training import pretrain as stock_pretrain
+from megatron.training.checkpointing import save_checkpoint as stock_save_checkpoint
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
@@ -25,7 +27,7 @@ from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import limits_of, log_choices
 from megatron_mosaic.host.channels import ChannelSet
-from megatron_mosaic.host.checkpoint import prepare_loading
+from megatron_mosaic.host.checkpoint import prepare_loading, tracker_reader
 from megatron_mosaic.host.data.position import save_loader_states
 from megatron_mosaic.host.data.provider import DatasetProvider, ReadingByModule
 from megatron_mosaic.host.faults.record_file import RecordFile
@@ -34,8 +36,10 @@ from megatron_mosaic.host.forward_backward import PlanForwardBackward
 from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
+from megatron_mosaic.host.optimizer_state import LayoutFreeOptimizer
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
+from megatron_mosaic.host.saving import explained_failures, unmark_before_saving
 from megatron_mosaic.host.seams import check_seams, replaced
 from megatron_mosaic.host.sharing import log_lanes, open_lanes
 from megatron_mosaic.layout.placement import LANGUAGE
@@ -106,7 +110,7 @@ def _pretrain_plan(
     runtime = start_runtime(meeting, args)
     log_choices(args, meeting.plan)
     log_lanes(runtime)
-    prepare_loading(args)
+    prepare_loading(args, group=runtime.host_group)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
     forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
@@ -117,12 +121,22 @@ def _pretrain_plan(
         module_pgs=collections or {"idle": lone_collection(runtime.alone)},
         language_model_module_name=language,
     )
-    with replaced(
-        {
-            "megatron.training.training:get_forward_backward_func": forward_backward.select,
-            "megatron.training.training:num_floating_point_operations": flops,
-            "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
-        }
+    with (
+        explained_failures(group=runtime.host_group),
+        replaced(
+            {
+                "megatron.training.training:save_checkpoint": unmark_before_saving(
+                    stock_save_checkpoint
+                ),
+                "megatron.training.training:get_forward_backward_func": forward_backward.select,
+                "megatron.training.training:num_floating_point_operations": flops,
+                "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
+                "megatron.training.checkpointing:read_metadata": tracker_reader(args),
+                "megatron.core.models.mimo.optimizer:MimoOptimizer": partial(
+                    LayoutFreeOptimizer, group=runtime.host_group
+                ),
+            }
+        ),
     ):
         stock_pretrain(
             cfg_container,
