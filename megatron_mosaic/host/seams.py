@@ -192,6 +192,13 @@ SEAMS: tuple[Seam, ...] = (
         why="tasks let go of their output's values as upstream's schedules do",
     ),
     Seam(
+        symbol="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+        how="wrapped",
+        parameters=("result", "rejection_func", "message"),
+        why="what it says of a loss or gradient that is not a number names rank and step, but not "
+        "module and microbatch; wrapped on the run's one machine around each task",
+    ),
+    Seam(
         symbol="megatron.core.models.mimo.model.base:MimoModel.__init__",
         how="wrapped",
         parameters=("mimo_config", "cp_group", "tp_group"),
