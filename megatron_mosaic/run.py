@@ -80,6 +80,11 @@ def _launch(plan_path: str, script: Path, arguments: Sequence[str], *, device: s
     from megatron_mosaic.schedule.build import build_schedule
     from megatron_mosaic.schedule.verify import verify
 
+    if "{world_size}" in plan_path:
+        raise HostError(
+            f"run: {PLAN}={plan_path} must name one file when no launcher says how many ranks "
+            f"there are; write their number, or start it with torchrun"
+        )
     plan = Plan.load(plan_path)
     verify(plan, build_schedule(plan))
     _check_one_megatron(script)

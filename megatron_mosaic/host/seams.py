@@ -99,12 +99,32 @@ SEAMS: tuple[Seam, ...] = (
         why="it counts the language model at the encoder's sequence length and no encoder",
     ),
     Seam(
+        symbol="megatron.training.training:training_log",
+        how="replaced",
+        parameters=("iteration", "is_first_iteration"),
+        why="the loop offers no hook where it logs; ours calls it, then reports the modules to the "
+        "same writers",
+    ),
+    Seam(
         symbol="megatron.training.checkpointing:maybe_save_dataloader_state",
         how="replaced",
         parameters=("train_iterator", "iteration", "dataloader_save_path"),
         hook="save_dataloader_state",
         why="it saves a loader from the first rank of the groups it is given, which are groups "
         "of one: every rank would write the same file",
+    ),
+    Seam(
+        symbol="megatron.training.training:save_checkpoint",
+        how="wrapped",
+        parameters=("iteration", "model", "non_persistent_ckpt"),
+        why="it writes over a checkpoint that stays marked as whole meanwhile",
+    ),
+    Seam(
+        symbol="megatron.training.checkpointing:read_metadata",
+        how="replaced",
+        parameters=("tracker_filename",),
+        why="it believes the tracker, also where that or the checkpoint it names is damaged; ours "
+        "tells which one all ranks found whole",
     ),
     Seam(
         symbol="megatron.core.models.multimodal.llava_model:LLaVAModel.__init__",
@@ -172,6 +192,13 @@ SEAMS: tuple[Seam, ...] = (
         why="tasks let go of their output's values as upstream's schedules do",
     ),
     Seam(
+        symbol="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+        how="wrapped",
+        parameters=("result", "rejection_func", "message"),
+        why="what it says of a loss or gradient that is not a number names rank and step, but not "
+        "module and microbatch; wrapped on the run's one machine around each task",
+    ),
+    Seam(
         symbol="megatron.core.models.mimo.model.base:MimoModel.__init__",
         how="wrapped",
         parameters=("mimo_config", "cp_group", "tp_group"),
@@ -198,6 +225,12 @@ SEAMS: tuple[Seam, ...] = (
         how="argument",
         parameters=("mimo_model", "config"),
         why="it reads ranks and groups from the model's module_to_grid_map, which is ours",
+    ),
+    Seam(
+        symbol="megatron.core.models.mimo.optimizer:MimoOptimizer",
+        how="replaced",
+        parameters=("module_infos", "config"),
+        why="it saves states under the modules' names, where a stock run does not look for them",
     ),
     Seam(
         symbol="megatron.core.pipeline_parallel.schedules:forward_step",

@@ -240,12 +240,18 @@ def _one_reader(provider: Any) -> Any:
         from megatron.training import get_args
 
         size = get_args().micro_batch_size
-        return tuple(read(data, size) for data in provider(num_samples))
+        # Megatron leaves it to an external loader to go on where a checkpoint stopped.
+        starts = (get_args().consumed_train_samples, 0, 0)
+        return tuple(
+            read(data, size, start)
+            for data, start in zip(provider(num_samples), starts, strict=True)
+        )
 
-    def read(data: Any, size: int) -> Any:
+    def read(data: Any, size: int, start: int) -> Any:
         if data is None or isinstance(data, torch.utils.data.IterableDataset):
             return data and iter(data)  # it yields whole microbatches
-        return iter(torch.utils.data.DataLoader(data, size, collate_fn=data.collate_fn))
+        rest = torch.utils.data.Subset(data, range(start, len(data)))
+        return iter(torch.utils.data.DataLoader(rest, size, collate_fn=data.collate_fn))
 
     iterators.is_distributed = True
     return iterators
