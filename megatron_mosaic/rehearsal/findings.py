@@ -1,18 +1,20 @@
 """Judges what the ranks of a rehearsal recorded."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 
 import numpy as np
 
 from megatron_mosaic.comm.replay import ReplayError, replay
+from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.rehearsal.compare import compare, whole
 from megatron_mosaic.rehearsal.expected import expected_groups, expected_walk
 from megatron_mosaic.rehearsal.job import SAVED_STEP, Runs
 from megatron_mosaic.rehearsal.record import Record
+from megatron_mosaic.rehearsal.tiny import VISION
 
 MOST_LINES = 8  # of one finding
 CHECKED_FIELDS = ("tp", "cp", "pp", "dp", "ep", "expt_tp", "expt_dp")
@@ -52,6 +54,7 @@ def findings_of(plan: Plan, runs: Sequence[Runs], reference: Record) -> list[Fin
     through = [each.through for each in runs]
     looks: Mapping[str, Callable[[], Iterable[str]]] = {
         "groups": lambda: _groups(plan, through),
+        "layers": lambda: _layers(plan, through),
         "schedule": lambda: _schedule(plan, through),
         "order of communication": lambda: _communication(through),
         "parity with one process": lambda: _parity(through, reference),
@@ -81,6 +84,29 @@ def _groups(plan: Plan, records: Sequence[Record]) -> Iterable[str]:
                         f"rank {rank}: {field} group of {name}={list(own[field])} must be "
                         f"{list(expected[field])}"
                     )
+
+
+def _layers(plan: Plan, records: Sequence[Record]) -> Iterable[str]:
+    """Equal results say nothing of which rank holds which layers."""
+    for name, placement in plan.modules.items():
+        if placement.layers_per_stage is None or name not in (LANGUAGE, VISION):
+            continue
+        ends = list(accumulate(placement.layers_per_stage))
+        for rank in placement.ranks:
+            expected = sorted(
+                layer
+                for stage in placement.stages_of(rank)
+                for layer in range(ends[stage] - placement.layers_per_stage[stage], ends[stage])
+            )
+            own = sorted({int(found[1]) for found in _layer_names(name, records[rank])})
+            if own != expected:
+                yield f"rank {rank}: layers of {name}={own} must be {expected}"
+
+
+def _layer_names(module: str, record: Record) -> Iterator[re.Match[str]]:
+    """Weights of a module's layers, with the layer's number in the first group."""
+    pattern = rf".*{module}.*\.layers\.(\d+)\."
+    yield from filter(None, (re.match(pattern, name) for name in record.weights[0]))
 
 
 def _schedule(plan: Plan, records: Sequence[Record]) -> Iterable[str]:
@@ -126,7 +152,7 @@ def _checkpoint(runs: Sequence[Runs]) -> Iterable[str]:
 
     It does only if the optimizer's states are those that were saved too.
     """
-    for rank, (through, resumed) in enumerate(runs):
+    for rank, (through, resumed, _) in enumerate(runs):
         if through.losses[SAVED_STEP:] != resumed.losses:
             yield f"rank {rank}: losses={resumed.losses} must be {through.losses[SAVED_STEP:]}"
         for own, other, when in zip(

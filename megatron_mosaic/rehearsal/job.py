@@ -1,6 +1,7 @@
 """What every rank of a rehearsal does: trains two steps with a checkpoint between, and resumes."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,17 @@ class Job:
 
 
 class Runs(NamedTuple):
-    """What one rank recorded of the run that saved and of the one that resumed."""
+    """What one rank recorded.
+
+    Args:
+        through: Of the run that saved.
+        resumed: Of the one that resumed.
+        cpu_s: Time of a processor that it took.
+    """
 
     through: Record
     resumed: Record
+    cpu_s: float
 
 
 def rehearse_rank(rank: int, job: Job) -> Runs:
@@ -64,6 +72,8 @@ def rehearse_rank(rank: int, job: Job) -> Runs:
 
     # Megatron's own way out of starting a fresh interpreter for each rank's writer.
     filesystem_async.get_write_results_queue(mp_mode="fork")
+    if job.before is not None:
+        job.before(rank)
     through = _run(
         rank,
         job,
@@ -78,7 +88,7 @@ def rehearse_rank(rank: int, job: Job) -> Runs:
         ("--load", str(job.checkpoints), "--ckpt-step", str(SAVED_STEP), "--eval-iters", "0"),
     )
     job.reach(4, rank=rank)
-    return Runs(through, resumed)
+    return Runs(through, resumed, time.process_time())
 
 
 def _run(
@@ -93,23 +103,27 @@ def _run(
         *("--mosaic-task-timeout-s", str(job.limit_s)),
         *("--mosaic-heartbeat-timeout-s", str(job.limit_s)),
     )
-    before = job.before
     with lanes_noted() as lane:
         record = record_plan(
             script_of(plan),
-            [*_arguments(job, plan, stock=False), *options, *limits, "--mosaic-plan", job.plan],
+            [
+                *_arguments(job.plan, plan, stock=False),
+                *options,
+                *limits,
+                "--mosaic-plan",
+                job.plan,
+            ],
             lane=lane,
-            before=(lambda: before(rank)) if before is not None else (lambda: None),
             after_step=after_step,
         )
     forget_run()
     return record
 
 
-def rehearse_reference(rank: int, job: Job) -> Record:
+def rehearse_reference(rank: int, path: str) -> Record:
     """Trains as one process. Called on one rank of its own."""
-    plan = Plan.load(job.plan)
-    return record_stock(script_of(plan), [*_arguments(job, plan, stock=True), "--eval-iters", "1"])
+    plan = Plan.load(path)
+    return record_stock(script_of(plan), [*_arguments(path, plan, stock=True), "--eval-iters", "1"])
 
 
 def script_of(plan: Plan) -> str:
@@ -117,6 +131,6 @@ def script_of(plan: Plan) -> str:
     return f"megatron_mosaic.rehearsal.{'llava' if is_llava(plan) else 'mimo'}_script"
 
 
-def _arguments(job: Job, plan: Plan, *, stock: bool) -> list[str]:
-    steps = ("--train-iters", str(NUM_STEPS), "--rehearsed-plan", job.plan)
+def _arguments(path: str, plan: Plan, *, stock: bool) -> list[str]:
+    steps = ("--train-iters", str(NUM_STEPS), "--rehearsed-plan", path)
     return [*tiny_arguments(plan, tiny_model(plan), stock=stock), *steps]

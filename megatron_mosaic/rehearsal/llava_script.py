@@ -41,7 +41,7 @@ def model_provider(
     longest = tiny.text_length + MOST_ITEMS * (ITEM_ROWS - 1)
     args.decoder_seq_length = -(-longest // tiny.length_multiple) * tiny.length_multiple
     language, vision, projection = (core_transformer_config_from_args(args) for _ in range(3))
-    vision.num_layers = tiny.num_layers[VISION]
+    language.num_layers, vision.num_layers = tiny.num_layers[LANGUAGE], tiny.num_layers[VISION]
     vision.vision_model_type = "clip"
     for config in (vision, projection):
         config.sequence_parallel = False

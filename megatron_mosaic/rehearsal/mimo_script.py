@@ -149,12 +149,14 @@ def model_provider(
     args = get_args()
     plan, tiny = rehearsed()
     args.encoder_seq_length = args.decoder_seq_length = args.seq_length
+    language = core_transformer_config_from_args(args)
+    language.num_layers = tiny.num_layers[LANGUAGE]
     model: Any = RehearsedMimo(
         MimoModelConfig(
             language_model_spec=ModuleSpec(
                 module=GPTModel,
                 params={
-                    "config": core_transformer_config_from_args(args),
+                    "config": language,
                     "transformer_layer_spec": get_gpt_layer_local_spec(
                         num_experts=args.num_experts, normalization=args.normalization
                     ),

@@ -34,6 +34,9 @@ MOSAIC = (
     "megatron_mosaic.comm.replay",
     "megatron_mosaic.host.arguments",
     "megatron_mosaic.host.training",
+    "megatron_mosaic.rehearsal.job",
+    "megatron_mosaic.rehearsal.llava_script",
+    "megatron_mosaic.rehearsal.mimo_script",
 )
 
 

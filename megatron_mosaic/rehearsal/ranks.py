@@ -393,7 +393,10 @@ def _call(index: int, call: bytes, gloo_timeout_s: float | None) -> Any:
     import torch
     import torch.distributed as dist
 
+    from megatron_mosaic.rehearsal.gloo import share_one_device
+
     torch.set_num_threads(1)
+    share_one_device()
     fn, args = pickle.loads(call)
     if gloo_timeout_s is not None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=gloo_timeout_s))

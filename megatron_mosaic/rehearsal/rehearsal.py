@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.rehearsal.findings import Finding, ended_findings, findings_of
-from megatron_mosaic.rehearsal.job import PHASES, Job, rehearse_rank, rehearse_reference
+from megatron_mosaic.rehearsal.job import PHASES, Job, Runs, rehearse_rank, rehearse_reference
 from megatron_mosaic.rehearsal.ranks import RanksError, run_ranks, start_server
+from megatron_mosaic.rehearsal.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +21,14 @@ class Result:
     Args:
         findings: One for each thing that is looked at.
         wall_s: Time from the first fork to the verdict.
+        cpu_s: Time of processors that the ranks took; 0 if they did not come to the end.
         peak_bytes: Most memory that the ranks had together, shared pages counted once.
         stacks: Where each rank was, if they did not come to the end.
     """
 
     findings: tuple[Finding, ...]
     wall_s: float
+    cpu_s: float
     peak_bytes: int
     stacks: str = ""
 
@@ -41,6 +44,7 @@ def rehearse(
     time_limit_s: float,
     say: Callable[[str], None],
     before: Callable[[int], None] | None = None,
+    reference: Record | None = None,
 ) -> Result:
     """Runs a plan on this machine, with thin modules, and judges it.
 
@@ -49,6 +53,7 @@ def rehearse(
         time_limit_s: When the ranks are ended.
         say: Is told how far the ranks are.
         before: Breaks the runtime of a rank, where a test wants to see that found.
+        reference: What one process recorded, where that is known.
     """
     import torch.distributed as dist
 
@@ -56,46 +61,66 @@ def rehearse(
     began_s = time.monotonic()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-        path = Path(folder) / "plan.yaml"
-        plan.write(path)
         job = Job(
-            plan=str(path),
+            plan=_written(plan, Path(folder)),
             folder=folder,
             resume_port=store.port,
             limit_s=time_limit_s / 2,
             before=before,
         )
         watch = _Watch(job, world_size=plan.world_size, began_s=began_s, say=say)
-        with ThreadPoolExecutor(2) as pool:
-            reference = pool.submit(
-                run_ranks,
-                rehearse_reference,
-                1,
-                job,
-                init=False,
-                timeout_s=time_limit_s,
-                show=False,
+        runs: Sequence[Runs] = ()
+        with ThreadPoolExecutor(1) as pool:
+            known = (
+                None if reference else pool.submit(reference_of, plan, time_limit_s=time_limit_s)
             )
             try:
-                runs = run_ranks(
-                    rehearse_rank,
-                    plan.world_size,
-                    job,
-                    init=False,
-                    timeout_s=time_limit_s,
-                    watch=watch,
-                    show=False,
-                )
-                findings = findings_of(plan, runs, reference.result()[0])
+                runs = _run_ranks(plan, job, time_limit_s=time_limit_s, watch=watch)
+                found = findings_of(plan, runs, reference or known.result())
                 stacks = ""
             except RanksError as error:
                 stacks = str(error)
-                findings = ended_findings(stacks)
+                found = ended_findings(stacks)
     return Result(
-        findings=tuple(findings),
+        findings=tuple(found),
         wall_s=time.monotonic() - began_s,
+        cpu_s=sum(each.cpu_s for each in runs),
         peak_bytes=watch.peak_bytes,
         stacks=stacks,
+    )
+
+
+def reference_of(plan: Plan, *, time_limit_s: float) -> Record:
+    """Trains a plan's modules in one process, without the plan.
+
+    Raises:
+        RanksError: It did not come to the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+        path = _written(plan, Path(folder))
+        (record,) = run_ranks(
+            rehearse_reference, 1, path, init=False, timeout_s=time_limit_s, show=False
+        )
+    return record
+
+
+def _written(plan: Plan, folder: Path) -> str:
+    path = folder / "plan.yaml"
+    plan.write(path)
+    return str(path)
+
+
+def _run_ranks(
+    plan: Plan, job: Job, *, time_limit_s: float, watch: Callable[[Sequence[int]], None]
+) -> Sequence[Runs]:
+    return run_ranks(
+        rehearse_rank,
+        plan.world_size,
+        job,
+        init=False,
+        timeout_s=time_limit_s,
+        watch=watch,
+        show=False,
     )
 
 

@@ -77,7 +77,9 @@ def tiny_arguments(plan: Plan, model: TinyModel, *, stock: bool) -> list[str]:
         stock: Whether one process runs them without the plan.
     """
     sizes: dict[str, object] = {
-        "num-layers": model.num_layers[LANGUAGE],
+        # Of --num-layers Megatron wants that it can be split evenly.
+        "encoder-num-layers": model.num_layers.get(VISION, 1),
+        "decoder-num-layers": model.num_layers[LANGUAGE],
         "hidden-size": model.hidden_size,
         "num-attention-heads": model.num_heads,
         "ffn-hidden-size": 2 * model.hidden_size,

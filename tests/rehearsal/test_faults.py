@@ -1,0 +1,106 @@
+"""A rehearsal passes a plan that runs as it says, and finds every planted fault."""
+
+from functools import cache
+
+import pytest
+
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.rehearsal.rehearsal import Result, reference_of, rehearse
+from tests.rehearsal import faults
+
+LIMIT_S = 100
+HEAD = "format: 1\nworld_size: {}\nglobal_batch_size: 8\nmicro_batch_size: 1\nmodules:\n"
+EDGES = "edges: [[vision, language]]\n"
+# Language model on two replicas, behind an encoder on a rank of its own.
+APART = (
+    HEAD.format(3) + "  vision: {ranks: 0, trainable: [projector]}\n"
+    "  language: {ranks: 1-2, data_parallel_size: 2}\n" + EDGES + "schedule: {kind: 1f1b}\n"
+)
+# Two stages of unlike depth, with the encoder's replicas in their waits.
+STAGES = (
+    HEAD.format(2) + "  vision: {ranks: 0-1, data_parallel_size: 2}\n"
+    "  language: {ranks: 0-1, pipeline_model_parallel_size: 2, layers_per_stage: [2, 1]}\n"
+    + EDGES
+    + "schedule: {kind: bubble_fill, encoder_group: 2}\n"
+)
+# Tensor and sequence parallel, modules one after the other.
+SPLIT = (
+    HEAD.format(2) + "  vision: {ranks: 0-1, data_parallel_size: 2}\n"
+    "  language: {ranks: 0-1, tensor_model_parallel_size: 2, sequence_parallel: true}\n"
+    + EDGES
+    + "schedule: {kind: colocated, encoder_group: 4}\n"
+)
+# Both modules at the same time, in lanes.
+LANES = STAGES.replace("bubble_fill", "concurrent")
+# Two replicas of each half of the experts.
+EXPERTS = (
+    HEAD.format(4) + "  vision: {ranks: 0-3, data_parallel_size: 4}\n"
+    "  language: {ranks: 0-3, data_parallel_size: 4, expert_model_parallel_size: 2}\n"
+    + EDGES
+    + "schedule: {kind: colocated, encoder_group: 2}\n"
+)
+PLANS = {"apart": APART, "stages": STAGES, "split": SPLIT, "lanes": LANES, "experts": EXPERTS}
+
+RUN, PARITY = "run to the end", "parity with one process"
+SCHEDULE, ORDER = "schedule", "order of communication"
+# Fault, the plan that shows it, and what fails: one of several where timing decides.
+FAULTS = [
+    ("swapped_ranks_in_a_group", "split", "groups"),
+    ("dropped_dependency", "stages", SCHEDULE),
+    ("sends_posted_in_unlike_order", "stages", SCHEDULE),
+    ("wrong_microbatch_order", "apart", PARITY),
+    ("wrong_gradient_scale", "apart", PARITY),
+    ("replicas_train_apart", "apart", PARITY),
+    ("replicas_of_experts_train_apart", "experts", PARITY),
+    ("stale_route", "apart", (RUN, PARITY)),
+    ("wrong_rank_order_in_a_route", "apart", (RUN, PARITY)),
+    ("lost_boundary_gradient", "stages", PARITY),
+    ("rounded_activations", "stages", PARITY),
+    ("collective_out_of_order", "split", (RUN, ORDER)),
+    ("collective_on_one_rank_alone", "split", ORDER),
+    ("missing_lane_event", "lanes", RUN),
+    ("missing_event_of_the_loop", "lanes", RUN),
+    ("frozen_part_trains", "apart", PARITY),
+    ("trainable_part_is_frozen", "apart", PARITY),
+    ("wrong_replica_id_in_a_checkpoint", "stages", (RUN, "checkpoint")),
+    ("weight_missing_in_a_checkpoint", "stages", (RUN, "checkpoint")),
+    ("optimizer_state_not_loaded", "stages", "checkpoint"),
+    ("ranks_begin_with_unlike_weights", "apart", PARITY),
+    ("layers_on_other_stages", "stages", "layers"),
+    ("tensor_parallel_norms_not_reduced", "split", PARITY),
+    ("reported_losses_of_one_replica", "apart", PARITY),
+    ("rank_dies", "apart", RUN),
+    ("task_left_out", "stages", (RUN, SCHEDULE)),
+]
+
+
+@cache
+def _reference(name: str):
+    # Lanes change nothing of what one process does.
+    plan = Plan.loads(PLANS[name].replace("concurrent", "bubble_fill"), where=name)
+    return reference_of(plan, time_limit_s=LIMIT_S)
+
+
+def _rehearsed(name: str, fault=None) -> Result:
+    return rehearse(
+        Plan.loads(PLANS[name], where=name),
+        time_limit_s=LIMIT_S,
+        say=lambda text: None,
+        before=fault,
+        reference=_reference("stages" if name == "lanes" else name),
+    )
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_that_runs_as_it_says_passes(name):
+    result = _rehearsed(name)
+
+    assert result.passed, (result.findings, result.stacks)
+
+
+@pytest.mark.parametrize(("fault", "name", "subjects"), FAULTS, ids=[each[0] for each in FAULTS])
+def test_planted_fault_is_found(fault, name, subjects):
+    result = _rehearsed(name, getattr(faults, fault))
+
+    failed = {finding.subject for finding in result.findings if not finding.passed}
+    assert failed & ({subjects} if isinstance(subjects, str) else set(subjects)), result
