@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import PlanError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_mosaic.rehearsal.fold import Folded
     from megatron_mosaic.rehearsal.rehearsal import Result
 
+# What no run of thin modules on a CPU can show.
 UNPROVEN = (
     "kernels of GPUs, NCCL and real links; bf16 and fp8",
     "memory and speed: the modules are thin, the ranks share this machine's cores",
@@ -62,17 +64,28 @@ def _heading(folded: "Folded") -> str:
         f"rehearses {plan.world_size} ranks, {plan.num_microbatches} microbatches a step, "
         f"schedule {plan.schedule.kind}"
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in folded.notes)])
+    return "\n".join([*lines, *(f"rehearses {note}" for note in folded.notes)])
 
 
 def _verdict(result: "Result", folded: "Folded") -> str:
     lines = []
     for finding in result.findings:
-        lines.append(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.subject}")
+        state = "proven" if finding.passed else "FAILED"
+        measure = f" ({finding.measure})" if finding.measure else ""
+        lines.append(f"{state}  {finding.subject}{measure}")
         lines += [f"        {line}" for line in finding.shown()]
     lines += [f"not proven: {what}" for what in (*UNPROVEN, *folded.notes)]
+    if result.stacks:
+        lines.append(f"where each rank was: {_kept(result.stacks)}")
     lines.append(
-        f"{'proven' if result.passed else 'not as planned'}: {folded.plan.world_size} ranks, "
-        f"{result.wall_s:.0f} s, at most {result.peak_bytes / 2**30:.1f} GiB"
+        f"{'runs as planned' if result.passed else 'does not run as planned'}: "
+        f"{folded.plan.world_size} ranks, {result.wall_s:.0f} s, {result.cpu_s:.0f} s of "
+        f"processors, {result.peak_bytes / 2**30:.1f} GiB"
     )
     return "\n".join(lines)
+
+
+def _kept(text: str) -> str:
+    with NamedTemporaryFile("w", prefix="rehearsal-", suffix=".txt", delete=False) as file:
+        file.write(text)
+    return file.name

@@ -1,13 +1,13 @@
 """Judges what the ranks of a rehearsal recorded."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 
 import numpy as np
 
-from megatron_mosaic.comm.replay import ReplayError, replay
+from megatron_mosaic.comm.replay import Issue, ReplayError, replay
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.rehearsal.compare import compare, whole
@@ -27,10 +27,12 @@ class Finding:
     Args:
         subject: What was looked at.
         lines: What is wrong; none if all is well.
+        measure: How much was looked at, or how close it is.
     """
 
     subject: str
     lines: tuple[str, ...] = ()
+    measure: str = ""
 
     @property
     def passed(self) -> bool:
@@ -52,15 +54,18 @@ def findings_of(plan: Plan, runs: Sequence[Runs], reference: Record) -> list[Fin
         reference: What one process recorded.
     """
     through = [each.through for each in runs]
-    looks: Mapping[str, Callable[[], Iterable[str]]] = {
-        "groups": lambda: _groups(plan, through),
-        "layers": lambda: _layers(plan, through),
-        "schedule": lambda: _schedule(plan, through),
-        "order of communication": lambda: _communication(through),
-        "parity with one process": lambda: _parity(through, reference),
-        "checkpoint": lambda: _checkpoint(runs),
-    }
-    return [Finding(subject=subject, lines=tuple(look())) for subject, look in looks.items()]
+    return [
+        Finding(subject="groups", lines=tuple(_groups(plan, through))),
+        Finding(subject="layers", lines=tuple(_layers(plan, through))),
+        _schedule(plan, through),
+        _communication(through),
+        _parity(through, reference),
+        Finding(
+            subject="checkpoint",
+            lines=tuple(_checkpoint(runs)),
+            measure="saved, loaded and trained on, to the bit",
+        ),
+    ]
 
 
 def ended_findings(text: str) -> list[Finding]:
@@ -109,42 +114,57 @@ def _layer_names(module: str, record: Record) -> Iterator[re.Match[str]]:
     yield from filter(None, (re.match(pattern, name) for name in record.weights[0]))
 
 
-def _schedule(plan: Plan, records: Sequence[Record]) -> Iterable[str]:
-    for rank, record in enumerate(records):
-        last = len(record.walked) - 1
-        trained = [each for each in record.walked if not each.forward_only]
-        for number, walked in enumerate(record.walked):
-            is_last = walked.forward_only or walked is trained[-1]
-            expected = expected_walk(
-                plan,
-                rank,
-                forward_only=walked.forward_only,
-                is_first=walked is trained[0],
-                is_last=is_last,
-            )
-            for position, (own, other) in enumerate(zip_longest(walked.steps, expected)):
-                if own != other:
-                    yield (
-                        f"rank {rank}: step {position} of walk {number} of {last}={own} must be "
-                        f"{other}"
-                    )
-                    break
+def _schedule(plan: Plan, records: Sequence[Record]) -> Finding:
+    num_steps = sum(len(walked.steps) for record in records for walked in record.walked)
+    lines = [line for rank, record in enumerate(records) for line in _walks(plan, rank, record)]
+    return Finding(
+        subject="schedule", lines=tuple(lines), measure=f"{num_steps} tasks and transfers"
+    )
 
 
-def _communication(records: Sequence[Record]) -> Iterable[str]:
+def _walks(plan: Plan, rank: int, record: Record) -> Iterator[str]:
+    """Says where a rank first left its schedule, in every step of training and evaluation."""
+    trained = [each for each in record.walked if not each.forward_only]
+    for number, walked in enumerate(record.walked):
+        expected = expected_walk(
+            plan,
+            rank,
+            forward_only=walked.forward_only,
+            is_first=walked is trained[0],
+            is_last=walked.forward_only or walked is trained[-1],
+        )
+        for position, (own, other) in enumerate(zip_longest(walked.steps, expected)):
+            if own != other:
+                yield f"rank {rank}: step {position} of walk {number}={own} must be {other}"
+                break
+
+
+def _communication(records: Sequence[Record]) -> Finding:
+    lines: tuple[str, ...] = ()
     try:
         replay({rank: record.communication for rank, record in enumerate(records)})
     except ReplayError as error:
-        yield from str(error).splitlines()
+        lines = tuple(str(error).splitlines())
+    num_issues = sum(
+        isinstance(entry, Issue) for record in records for entry in record.communication
+    )
+    return Finding(
+        subject="order of communication", lines=lines, measure=f"{num_issues} operations"
+    )
 
 
-def _parity(records: Sequence[Record], reference: Record) -> Iterable[str]:
+def _parity(records: Sequence[Record], reference: Record) -> Finding:
+    subject = "parity with one process"
     try:
         result = compare(whole(records), whole([reference]), adam=True)
     except AssertionError as error:
-        yield " ".join(str(error).split())[:400]
-        return
-    yield from result.failures
+        return Finding(subject=subject, lines=(" ".join(str(error).split())[:400],))
+    worst = max(result.worst_gradient, result.worst_weight)
+    return Finding(
+        subject=subject,
+        lines=tuple(result.failures),
+        measure=f"{len(reference.weights[0])} tensors, {worst:.0e} apart at most",
+    )
 
 
 def _checkpoint(runs: Sequence[Runs]) -> Iterable[str]:

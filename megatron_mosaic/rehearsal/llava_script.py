@@ -15,6 +15,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_mosaic.host.families.llava import PARTS
 from megatron_mosaic.layout.placement import LANGUAGE
+from megatron_mosaic.rehearsal.masks import PACKED, dense_masks, document_ids, image_places
 from megatron_mosaic.rehearsal.script import (
     Batch,
     Samples,
@@ -75,28 +76,40 @@ def model_provider(
     return model
 
 
-def _sample(index: int, *, length: int, even: bool) -> Batch:
+def _sample(index: int, *, length: int, even: bool, mask: str | None) -> Batch:
     """Draws a sample with an image or two, or none.
 
     Args:
         index: Its number.
         length: Its tokens.
+        mask: What says where they may stand; None is anywhere.
         even: Whether all samples have equally many: what pads them has a part in the losses of
             routers.
     """
     generator = torch.Generator().manual_seed(1000 + index)
     num_images = MOST_ITEMS if even else (1, 0, 2, 1, 0, 0, 2)[index % 7]
     sample = text_of(generator, index=index, length=length, vocabulary=VOCABULARY)
-    places = torch.randperm(length - 1, generator=generator)[:num_images]
+    places = torch.randperm(length - 1, generator=generator)[:num_images].tolist()
+    if mask is not None:
+        places = image_places(mask, index=index, num_images=num_images, length=length)
     sample["tokens"][places] = DEFAULT_IMAGE_TOKEN_INDEX
     sample["loss_mask"][places] = 0.0
+    if mask == PACKED:
+        sample["document_ids"] = torch.from_numpy(document_ids(index, length))
+        sample["loss_mask"] *= sample["document_ids"] >= 0
     return sample | {"image": torch.randn(num_images, 3, SIDE, SIDE, generator=generator)}
 
 
 def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Samples | None, ...]:
     """Makes the data."""
-    _, tiny = rehearsed()
-    sample = partial(_sample, length=tiny.text_length, even=tiny.num_experts is not None)
+    plan, tiny = rehearsed()
+    attention = plan.language.attention
+    sample = partial(
+        _sample,
+        length=tiny.text_length,
+        even=tiny.num_experts is not None,
+        mask=None if attention is None else attention.mask,
+    )
     return tuple(
         Samples(number, sample, media=("image",)) if number else None for number in num_samples
     )
@@ -106,16 +119,31 @@ def forward_step(
     data_iterator: Iterator[Batch] | None, model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Runs the model on one batch."""
-    batch = read_batch(data_iterator, media={"image": (3, SIDE, SIDE)})
+    data = next(data_iterator) if data_iterator is not None else None
+    batch = read_batch(data, media={"image": (3, SIDE, SIDE)})
     output, loss_mask = model(
         batch["image"],
         batch["tokens"],
         batch["position_ids"],
-        None,
+        _mask_of(batch["tokens"], None if data is None else data.get("document_ids")),
         batch["labels"],
         batch["loss_mask"],
     )
     return output, partial(loss_func, loss_mask)
+
+
+def _mask_of(tokens: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The plan's mask where nothing but the script makes it: in one process, without the plan."""
+    args, attention = get_args(), rehearsed()[0].language.attention
+    if attention is None or getattr(args, "mosaic_plan", None) is not None:
+        return None
+    return dense_masks(
+        tokens,
+        [None] * len(tokens) if ids is None else list(ids),
+        mask=attention.mask,
+        rows=ITEM_ROWS,
+        max_length=args.decoder_seq_length,
+    )
 
 
 def main(

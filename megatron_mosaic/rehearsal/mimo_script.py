@@ -263,7 +263,8 @@ def forward_step(
     """Runs the model on one batch."""
     plan, tiny = rehearsed()
     media = dict.fromkeys(_inputs(plan), (ITEM_ROWS, BANDS))
-    batch = read_batch(data_iterator, media=media, floats=plan.outputs)
+    data = next(data_iterator) if data_iterator is not None else None
+    batch = read_batch(data, media=media, floats=plan.outputs)
     length = tiny.text_length
     output, loss_mask = model(
         input_ids=batch["tokens"],

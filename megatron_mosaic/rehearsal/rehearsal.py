@@ -124,6 +124,9 @@ def _run_ranks(
     )
 
 
+MEASURED_EVERY_S = 15.0
+
+
 class _Watch:
     """Says how far the ranks are, and measures what they hold.
 
@@ -149,7 +152,7 @@ class _Watch:
         """Looks once."""
         now_s = time.monotonic()
         # Reading the page tables of many processes takes time from them.
-        if now_s - self._measured_s > 5.0:
+        if now_s - self._measured_s > MEASURED_EVERY_S:
             self.peak_bytes = max(self.peak_bytes, sum(map(proportional_bytes, pids)))
             self._measured_s = time.monotonic()
         reached = min(self._job.phase_of(rank) for rank in range(self._world_size))

@@ -6,7 +6,7 @@ functions train in one process under stock Megatron.
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -104,16 +104,15 @@ def text_of(generator: torch.Generator, *, index: int, length: int, vocabulary: 
 
 
 def read_batch(
-    data_iterator: Iterator[Batch] | None, *, media: Mapping[str, tuple], floats: Sequence[str] = ()
+    data: Batch | None, *, media: Mapping[str, tuple], floats: Sequence[str] = ()
 ) -> Batch:
     """Sends a batch to the tensor-parallel ranks.
 
     Args:
-        data_iterator: Yields batches, on the ranks that read.
+        data: The batch, on the ranks that read.
         media: Shape of an item, by key: a batch may have none.
         floats: Further keys, each with a row for every token.
     """
-    data = next(data_iterator) if data_iterator is not None else None
     if data is not None:
         # broadcast_data cannot send a tensor without elements.
         spare = {key: torch.zeros(1, *shape) for key, shape in media.items()}

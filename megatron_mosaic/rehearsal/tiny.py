@@ -51,7 +51,7 @@ def tiny_model(plan: Plan) -> TinyModel:
     multiple = (2 * cp if cp > 1 else 1) * (tp if language.sequence_parallel else 1)
     shape = language.expert_shape
     items = MOST_ITEMS * len([name for name in plan.encoders if name not in plan.outputs])
-    text_length = 8 if is_llava(plan) else ITEM_ROWS * items + 8
+    text_length = 16 if is_llava(plan) else ITEM_ROWS * items + 8
     return TinyModel(
         # Two on every rank, so that a wrong order of heads shows.
         num_heads=2 * lcm(*(each.tensor_model_parallel_size for each in plan.modules.values())),
