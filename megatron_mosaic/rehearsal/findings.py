@@ -13,7 +13,7 @@ from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.rehearsal.compare import compare, whole
 from megatron_mosaic.rehearsal.expected import expected_groups, expected_walk
 from megatron_mosaic.rehearsal.job import SAVED_STEP, Runs
-from megatron_mosaic.rehearsal.record import Record
+from megatron_mosaic.rehearsal.record import Groups, Record
 from megatron_mosaic.rehearsal.tiny import VISION
 
 MOST_LINES = 8  # of one finding
@@ -55,7 +55,7 @@ def findings_of(plan: Plan, runs: Sequence[Runs], reference: Record) -> list[Fin
     """
     through = [each.through for each in runs]
     return [
-        Finding(subject="groups", lines=tuple(_groups(plan, through))),
+        Finding(subject="groups", lines=tuple(_groups(plan, [each.groups for each in through]))),
         Finding(subject="layers", lines=tuple(_layers(plan, through))),
         _schedule(plan, through),
         _communication(through),
@@ -68,20 +68,25 @@ def findings_of(plan: Plan, runs: Sequence[Runs], reference: Record) -> list[Fin
     ]
 
 
-def ended_findings(text: str) -> list[Finding]:
+def ended_findings(plan: Plan, text: str, groups: Sequence[Groups]) -> list[Finding]:
     """What is known where the ranks did not come to the end.
 
     Args:
+        plan: The plan.
         text: What each rank wrote, and where it was.
+        groups: By rank, as far as they had any.
     """
     said = re.findall(r"^(?:error: |\w*(?:Error|Exception)\b: )(.*)$", text, re.MULTILINE)
     first = text.partition("\n")[0]
-    return [Finding(subject="run to the end", lines=(first, *dict.fromkeys(said)))]
+    return [
+        Finding(subject="groups", lines=tuple(_groups(plan, groups))),
+        Finding(subject="run to the end", lines=(first, *dict.fromkeys(said))),
+    ]
 
 
-def _groups(plan: Plan, records: Sequence[Record]) -> Iterable[str]:
-    for rank, record in enumerate(records):
-        for name, own in record.groups.items():
+def _groups(plan: Plan, groups: Sequence[Groups]) -> Iterable[str]:
+    for rank, modules in enumerate(groups):
+        for name, own in modules.items():
             expected = expected_groups(plan.modules[name], rank)
             for field in CHECKED_FIELDS:
                 if field in own and own[field] != expected[field]:

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import ProcessGroupGloo, distributed_c10d
+from torch.distributed import distributed_c10d
 
 
 def share_one_device() -> None:
@@ -15,11 +15,12 @@ def share_one_device() -> None:
 
     Source: gloo's ``transport/tcp/loop.cc``, the timeout of ``epoll_wait``.
     """
-    device = ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    original: Any = distributed_c10d.ProcessGroupGloo
+    device = original.create_device(hostname="127.0.0.1")
 
-    class OnSharedDevice(ProcessGroupGloo):
+    class OnSharedDevice(original):
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            options = ProcessGroupGloo._Options()
+            options = original._Options()
             options._devices = [device]
             options._timeout = timeout
             super().__init__(store, rank, size, options)

@@ -1,6 +1,7 @@
 """What every rank of a rehearsal does: trains two steps with a checkpoint between, and resumes."""
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.rehearsal.isolation import forget_run, lanes_noted
-from megatron_mosaic.rehearsal.record import Record, record_plan, record_stock
+from megatron_mosaic.rehearsal.record import Groups, Record, record_plan, record_stock
 from megatron_mosaic.rehearsal.tiny import is_llava, tiny_arguments, tiny_model
 
 NUM_STEPS = 2
@@ -43,6 +44,17 @@ class Job:
     def reach(self, phase: int, *, rank: int) -> None:
         """Notes that a rank has come to the end of a phase, from 1."""
         (Path(self.folder) / f"rank{rank}.phase").write_text(str(phase))
+
+    def note_groups(self, groups: Groups, *, rank: int) -> None:
+        """Keeps a rank's groups for those who ask why it did not come to the end."""
+        (Path(self.folder) / f"rank{rank}.groups").write_bytes(pickle.dumps(groups))
+
+    def groups_of(self, rank: int) -> Groups:
+        """Groups that a rank had; none if it never had any."""
+        try:
+            return pickle.loads((Path(self.folder) / f"rank{rank}.groups").read_bytes())
+        except (FileNotFoundError, EOFError):
+            return {}
 
     def phase_of(self, rank: int) -> int:
         """Phases that a rank has behind it."""
@@ -114,6 +126,7 @@ def _run(
                 job.plan,
             ],
             lane=lane,
+            with_groups=lambda groups: job.note_groups(groups, rank=rank),
             after_step=after_step,
         )
     forget_run()

@@ -13,6 +13,9 @@ from megatron_mosaic.comm.replay import Entry
 from megatron_mosaic.rehearsal.shards import Shard, gradient, hosted_shards, model_shards, weight
 from megatron_mosaic.schedule.steps import Step
 
+Groups = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Global ranks of process groups, by module and Megatron's name of the group."""
+
 
 class Walked(NamedTuple):
     """What a rank did in one step, in order."""
@@ -31,7 +34,7 @@ class Record:
         gradients: Before every optimizer step.
         weights: Before every optimizer step, and after the last.
         walked: Steps of the schedule that ran, of every training and evaluation step.
-        groups: Global ranks of every process group, by module and Megatron's name of it.
+        groups: Those of every module on the rank.
         communication: What the rank issued and waited for.
     """
 
@@ -40,7 +43,7 @@ class Record:
     gradients: list[dict[str, Shard]] = field(default_factory=list)
     weights: list[dict[str, Shard]] = field(default_factory=list)
     walked: list[Walked] = field(default_factory=list)
-    groups: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    groups: Groups = field(default_factory=dict)
     communication: list[Entry] = field(default_factory=list)
 
 
@@ -51,6 +54,7 @@ def record_plan(
     on_cpu: bool = True,
     lane: Callable[[], str] = lambda: "",
     before: Callable[[], None] = lambda: None,
+    with_groups: Callable[[Groups], None] = lambda groups: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Record:
     """Trains under a plan. Called on every rank.
@@ -61,6 +65,7 @@ def record_plan(
         on_cpu: Whether Megatron runs without its GPU.
         lane: Tells in which lane the rank launches.
         before: Runs once everything is imported.
+        with_groups: Is told the groups before anything runs on them.
         after_step: Is told the number of training steps that have run.
     """
     from megatron_mosaic.host.cpu import run_on_cpu
@@ -73,7 +78,7 @@ def record_plan(
 
     record, runtimes = Record(), []
     original = training.PlanForwardBackward
-    training.PlanForwardBackward = _recording(record, runtimes, after_step)
+    training.PlanForwardBackward = _recording(record, runtimes, with_groups, after_step)
     try:
         before()
         sys.argv = ["script", *arguments]
@@ -85,11 +90,15 @@ def record_plan(
     (runtime,) = runtimes
     record.weights.append(dict(hosted_shards(runtime, weight)))
     record.communication = log
-    record.groups = _groups_of(runtime)
     return record
 
 
-def _recording(record: Record, runtimes: list[Any], after_step: Callable[[int], None]) -> type:
+def _recording(
+    record: Record,
+    runtimes: list[Any],
+    with_groups: Callable[[Groups], None],
+    after_step: Callable[[int], None],
+) -> type:
     """Makes a class that does what ``PlanForwardBackward`` does, and records it."""
     from megatron_mosaic.host.forward_backward import PlanForwardBackward
 
@@ -97,6 +106,8 @@ def _recording(record: Record, runtimes: list[Any], after_step: Callable[[int], 
         def __init__(self, runtime: Any, **options: Any) -> None:
             super().__init__(runtime, **options)
             runtimes.append(runtime)
+            record.groups = _groups_of(runtime)
+            with_groups(record.groups)
             self._begin_step_of_schedule = self._progress.begin
             self._progress.begin = self._note_step
 
@@ -118,7 +129,7 @@ def _recording(record: Record, runtimes: list[Any], after_step: Callable[[int], 
     return RecordingForwardBackward
 
 
-def _groups_of(runtime: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+def _groups_of(runtime: Any) -> Groups:
     import torch.distributed as dist
 
     return {
@@ -166,7 +177,7 @@ def record_stock(script: str, arguments: Sequence[str], *, by_name: bool = True)
         return run
 
     training.get_forward_backward_func = recording_func
-    functions = importlib.import_module(script)
+    functions: Any = importlib.import_module(script)
     functions.train_valid_test_datasets_provider = _one_reader(
         functions.train_valid_test_datasets_provider
     )

@@ -71,16 +71,16 @@ def rehearse(
         watch = _Watch(job, world_size=plan.world_size, began_s=began_s, say=say)
         runs: Sequence[Runs] = ()
         with ThreadPoolExecutor(1) as pool:
-            known = (
-                None if reference else pool.submit(reference_of, plan, time_limit_s=time_limit_s)
-            )
+            known = pool.submit(_known, reference, plan, time_limit_s=time_limit_s)
             try:
                 runs = _run_ranks(plan, job, time_limit_s=time_limit_s, watch=watch)
-                found = findings_of(plan, runs, reference or known.result())
+                found = findings_of(plan, runs, known.result())
                 stacks = ""
             except RanksError as error:
                 stacks = str(error)
-                found = ended_findings(stacks)
+                found = ended_findings(
+                    plan, stacks, list(map(job.groups_of, range(plan.world_size)))
+                )
     return Result(
         findings=tuple(found),
         wall_s=time.monotonic() - began_s,
@@ -88,6 +88,10 @@ def rehearse(
         peak_bytes=watch.peak_bytes,
         stacks=stacks,
     )
+
+
+def _known(reference: Record | None, plan: Plan, *, time_limit_s: float) -> Record:
+    return reference or reference_of(plan, time_limit_s=time_limit_s)
 
 
 def reference_of(plan: Plan, *, time_limit_s: float) -> Record:

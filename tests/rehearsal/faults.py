@@ -191,6 +191,27 @@ def collective_out_of_order(rank: int) -> None:
     forward_backward.finalize_gradients = finalize_and_reduce
 
 
+def sends_that_only_tags_match(rank: int) -> None:
+    """Rank 1 receives two messages the other way round; NCCL, without tags, would mix them up."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mosaic.host import forward_backward
+
+    finalize = forward_backward.finalize_gradients
+
+    def finalize_and_exchange(runners: Any, hosted: Any, **options: Any) -> None:
+        finalize(runners, hosted, **options)
+        group = hosted["language"].collection.tp
+        start = dist.irecv if rank else dist.isend
+        sizes = [2, 1] if rank else [1, 2]
+        works = [start(torch.ones(n), 1 - rank, group=group, tag=100 + n) for n in sizes]
+        for work in works:
+            work.wait()
+
+    forward_backward.finalize_gradients = finalize_and_exchange
+
+
 def collective_on_one_rank_alone(rank: int) -> None:
     """Rank 0 sends a message that nobody waits for; gloo buffers it."""
     import torch

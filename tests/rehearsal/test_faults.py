@@ -41,36 +41,44 @@ EXPERTS = (
 )
 PLANS = {"apart": APART, "stages": STAGES, "split": SPLIT, "lanes": LANES, "experts": EXPERTS}
 
-RUN, PARITY = "run to the end", "parity with one process"
-SCHEDULE, ORDER = "schedule", "order of communication"
-# Fault, the plan that shows it, and what fails: one of several where timing decides.
-FAULTS = [
-    ("swapped_ranks_in_a_group", "split", "groups"),
-    ("dropped_dependency", "stages", SCHEDULE),
-    ("sends_posted_in_unlike_order", "stages", SCHEDULE),
-    ("wrong_microbatch_order", "apart", PARITY),
+GROUPS, LAYERS, SCHEDULE = "groups", "layers", "schedule"
+RUN, PARITY, ORDER = "run to the end", "parity with one process", "order of communication"
+CHECKPOINT = "checkpoint"
+# Fault, the plan that shows it, and what fails. One that ends a run before it is judged is named by
+# what the ranks say.
+QUICK = [
+    ("swapped_ranks_in_a_group", "split", GROUPS),
+    ("dropped_dependency", "stages", RUN),
     ("wrong_gradient_scale", "apart", PARITY),
-    ("replicas_train_apart", "apart", PARITY),
-    ("replicas_of_experts_train_apart", "experts", PARITY),
-    ("stale_route", "apart", (RUN, PARITY)),
-    ("wrong_rank_order_in_a_route", "apart", (RUN, PARITY)),
+    ("stale_route", "apart", RUN),
+    ("sends_that_only_tags_match", "split", ORDER),
+    ("missing_lane_event", "lanes", RUN),
+    ("wrong_replica_id_in_a_checkpoint", "stages", RUN),
+    ("layers_on_other_stages", "stages", LAYERS),
+]
+OTHERS = [
+    ("sends_posted_in_unlike_order", "stages", SCHEDULE),
+    ("wrong_microbatch_order", "apart", RUN),
+    ("replicas_train_apart", "apart", GROUPS),
+    ("replicas_of_experts_train_apart", "experts", GROUPS),
+    ("wrong_rank_order_in_a_route", "apart", RUN),
     ("lost_boundary_gradient", "stages", PARITY),
     ("rounded_activations", "stages", PARITY),
-    ("collective_out_of_order", "split", (RUN, ORDER)),
+    ("collective_out_of_order", "split", RUN),
     ("collective_on_one_rank_alone", "split", ORDER),
-    ("missing_lane_event", "lanes", RUN),
     ("missing_event_of_the_loop", "lanes", RUN),
     ("frozen_part_trains", "apart", PARITY),
     ("trainable_part_is_frozen", "apart", PARITY),
-    ("wrong_replica_id_in_a_checkpoint", "stages", (RUN, "checkpoint")),
-    ("weight_missing_in_a_checkpoint", "stages", (RUN, "checkpoint")),
-    ("optimizer_state_not_loaded", "stages", "checkpoint"),
+    ("weight_missing_in_a_checkpoint", "stages", CHECKPOINT),
+    ("optimizer_state_not_loaded", "stages", CHECKPOINT),
     ("ranks_begin_with_unlike_weights", "apart", PARITY),
-    ("layers_on_other_stages", "stages", "layers"),
     ("tensor_parallel_norms_not_reduced", "split", PARITY),
     ("reported_losses_of_one_replica", "apart", PARITY),
     ("rank_dies", "apart", RUN),
-    ("task_left_out", "stages", (RUN, SCHEDULE)),
+    ("task_left_out", "stages", RUN),
+]
+FAULTS = [pytest.param(*each, id=each[0]) for each in QUICK] + [
+    pytest.param(*each, id=each[0], marks=pytest.mark.slow) for each in OTHERS
 ]
 
 
@@ -91,16 +99,23 @@ def _rehearsed(name: str, fault=None) -> Result:
     )
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stages",
+        "split",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("apart", "lanes", "experts")),
+    ],
+)
 def test_plan_that_runs_as_it_says_passes(name):
     result = _rehearsed(name)
 
     assert result.passed, (result.findings, result.stacks)
 
 
-@pytest.mark.parametrize(("fault", "name", "subjects"), FAULTS, ids=[each[0] for each in FAULTS])
-def test_planted_fault_is_found(fault, name, subjects):
+@pytest.mark.parametrize(("fault", "name", "subject"), FAULTS)
+def test_planted_fault_is_found(fault, name, subject):
     result = _rehearsed(name, getattr(faults, fault))
 
     failed = {finding.subject for finding in result.findings if not finding.passed}
-    assert failed & ({subjects} if isinstance(subjects, str) else set(subjects)), result
+    assert subject in failed, result.findings
