@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.placement import LANGUAGE, ModulePlacement
 from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.layout.ranks import show_ranks
 from megatron_mosaic.rehearsal.tiny import MOST_LAYERS
+from megatron_mosaic.schedule.graph import rank_kinds
 
 LEAST_REPLICAS = 2
 LEAST_ROUNDS = 2  # of microbatches through the language model's pipeline: filling, and full
@@ -135,17 +137,13 @@ def _ranks_of(placement: ModulePlacement, replicas: Sequence[int]) -> tuple[int,
 
 def _order_of(plan: Plan, number: dict[int, int]) -> tuple[tuple[str, str], ...] | None:
     """The plan's own order of tasks, of the kinds of ranks that are left."""
-    from megatron_mosaic.layout.ranks import show_ranks
-    from megatron_mosaic.schedule.graph import rank_kinds
-
     if plan.schedule.order is None:
         return None
     text_of = dict(plan.schedule.order)
-    return tuple(
-        (show_ranks([number[rank] for rank in kind.ranks if rank in number]), text)
-        for kind in rank_kinds(plan)
-        if (text := text_of[show_ranks(kind.ranks)]) and any(rank in number for rank in kind.ranks)
-    )
+    left = [
+        (kind.ranks, [number[r] for r in kind.ranks if r in number]) for kind in rank_kinds(plan)
+    ]
+    return tuple((show_ranks(own), text_of[show_ranks(ranks)]) for ranks, own in left if own)
 
 
 def _with_fewer_microbatches(plan: Plan) -> tuple[Plan, tuple[str, ...]]:

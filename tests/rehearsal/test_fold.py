@@ -5,6 +5,8 @@ import pytest
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.rehearsal.fold import fold, part_of
+from megatron_mosaic.schedule.build import build_schedule
+from megatron_mosaic.schedule.order import write_order
 
 # Stages of two ranks each on 0-7 and 8-15; an encoder replica on every pair of them.
 SHARED = Plan.loads(
@@ -63,6 +65,27 @@ def test_half_of_the_replicas_of_modules_on_ranks_of_their_own():
     assert half is not None
     assert half.language.ranks == (0, 1, 2, 3)
     assert half.modules["vision"].ranks == (4, 5)
+
+
+def test_order_of_tasks_stays_with_the_ranks_that_are_left():
+    order = write_order(SHARED, build_schedule(SHARED))
+    ordered = replace(SHARED, schedule=replace(SHARED.schedule, order=order))
+    half = part_of(ordered, 2)
+
+    # Stages on 0-7 and 8-15 become those on 0-3 and 4-7; steps have as many microbatches.
+    assert [ranks for ranks, _ in order] == ["0-7", "8-15"]
+    assert half is not None
+    assert half.schedule.order == (("0-3", order[0][1]), ("4-7", order[1][1]))
+    assert fold(ordered, max_ranks=8, where="plan").plan == half
+
+
+def test_adapters_that_only_the_script_knows_are_left_out():
+    language = replace(SHARED.language, trainable=("*lora_*",))
+    plan = replace(SHARED, global_batch_size=16, modules={**SHARED.modules, "language": language})
+    folded = fold(plan, max_ranks=16, where="plan")
+
+    assert folded.plan.language.trainable is None
+    assert folded.notes == ("language as if all of it trained, not ['*lora_*']",)
 
 
 def test_fold_says_what_it_leaves_out():
