@@ -3,6 +3,7 @@
 Each is called once on every rank, before anything runs.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -253,7 +254,7 @@ def frozen_part_trains(rank: int) -> None:
 
 
 def trainable_part_is_frozen(rank: int) -> None:
-    _after_freezing(lambda name: False if name.startswith("vision_projection.") else None)
+    _after_freezing(lambda name: False if "output_layer" in name else None)
 
 
 def _after_freezing(trains: Callable[[str], bool | None]) -> None:
@@ -341,9 +342,9 @@ def layers_on_other_stages(rank: int) -> None:
 
 def tensor_parallel_norms_not_reduced(rank: int) -> None:
     """With sequence parallelism each rank has a part of the gradient of a norm."""
-    from megatron.core.distributed import finalize_model_grads
-
-    finalize_model_grads._allreduce_non_tensor_model_parallel_grads = lambda *args, **options: None
+    # The package has a function of the module's name.
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    module._allreduce_non_tensor_model_parallel_grads = lambda *args, **options: None
 
 
 def reported_losses_of_one_replica(rank: int) -> None:
