@@ -81,6 +81,20 @@ class _Rank:
         else:
             self.error = content
 
+    def notice_death(self) -> None:
+        """Notes that the rank has died, also where a process that it started keeps its pipe."""
+        if not _exists(self.process.pid) and not self.results.poll():
+            self.error = "died without an exception"
+            self.failed_at_s = time.monotonic()
+
+
+def _exists(pid: int | None) -> bool:
+    try:
+        os.kill(pid or 0, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
 
 def run_ranks(
     fn: Callable[..., Any],
@@ -263,9 +277,9 @@ def _wait(
         ready = connection.wait(list(waiting), timeout=max(round_s, 0.0))
         if watch is not None:
             watch([rank.process.pid for rank in waiting.values() if rank.process.pid is not None])
-        if not ready and round_s < left_s:
-            continue
-        if not ready:
+            for rank in waiting.values():
+                rank.notice_death()
+        if not ready and round_s == left_s:
             late = [rank.index for rank in waiting.values()]
             return f"ranks {late} of {len(ranks)} did not return within {timeout_s} s"
         for results in ready:

@@ -86,6 +86,19 @@ def wrong_microbatch_order(rank: int) -> None:
 
 
 def wrong_gradient_scale(rank: int) -> None:
+    """The encoder's gradient counts twice."""
+    from megatron_mosaic.host import forward_backward
+
+    finalize = forward_backward.finalize_gradients
+
+    def finalize_and_double(runners: Any, hosted: Any, **options: Any) -> None:
+        finalize(runners, hosted, **options)
+        runners["vision"].wrapped.scale_gradients(2.0)
+
+    forward_backward.finalize_gradients = finalize_and_double
+
+
+def gradient_not_divided_by_replicas(rank: int) -> None:
     from megatron_mosaic.host import forward_backward
 
     finalize = forward_backward.finalize_gradients
@@ -203,7 +216,7 @@ def sends_that_only_tags_match(rank: int) -> None:
 
     def finalize_and_exchange(runners: Any, hosted: Any, **options: Any) -> None:
         finalize(runners, hosted, **options)
-        group = hosted["language"].collection.tp
+        group = hosted["language"].collection.pp
         start = dist.irecv if rank else dist.isend
         sizes = [2, 1] if rank else [1, 2]
         works = [start(torch.ones(n), 1 - rank, group=group, tag=100 + n) for n in sizes]

@@ -47,16 +47,17 @@ CHECKPOINT = "checkpoint"
 # Fault, the plan that shows it, and what fails. One that ends a run before it is judged is named by
 # what the ranks say.
 QUICK = [
-    ("swapped_ranks_in_a_group", "split", GROUPS),
+    ("swapped_ranks_in_a_group", "stages", GROUPS),
     ("dropped_dependency", "stages", RUN),
-    ("wrong_gradient_scale", "apart", PARITY),
-    ("stale_route", "apart", RUN),
-    ("sends_that_only_tags_match", "split", ORDER),
+    ("wrong_gradient_scale", "stages", PARITY),
+    ("sends_that_only_tags_match", "stages", ORDER),
     ("missing_lane_event", "lanes", RUN),
     ("wrong_replica_id_in_a_checkpoint", "stages", RUN),
     ("layers_on_other_stages", "stages", LAYERS),
 ]
 OTHERS = [
+    ("stale_route", "apart", RUN),
+    ("gradient_not_divided_by_replicas", "apart", PARITY),
     ("sends_posted_in_unlike_order", "stages", SCHEDULE),
     ("wrong_microbatch_order", "apart", RUN),
     ("replicas_train_apart", "apart", GROUPS),
@@ -103,8 +104,7 @@ def _rehearsed(name: str, fault=None) -> Result:
     "name",
     [
         "stages",
-        "split",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("apart", "lanes", "experts")),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in PLANS if each != "stages"),
     ],
 )
 def test_plan_that_runs_as_it_says_passes(name):
