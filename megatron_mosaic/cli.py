@@ -8,13 +8,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from megatron_mosaic.commands import args as args_command
-from megatron_mosaic.commands import check, patch, plan, profile, show
+from megatron_mosaic.commands import check, patch, plan, profile, rehearse, show
 from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "plan": (plan, "find the best plan for a model on a cluster"),
     "check": (check, "check a plan and print its layout"),
     "show": (show, "print or draw the schedule and what is predicted"),
+    "rehearse": (rehearse, "run a plan's ranks on this machine, with thin modules"),
     "profile": (profile, "measure devices and links, and write a cluster file"),
     "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
     "patch": (patch, "give a checkout of Megatron-LM --mosaic-plan, or take it back"),
@@ -22,10 +23,11 @@ _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 2 if the user's input cannot work."""
+    """Runs one command. Returns 0, 2 if the user's input cannot work, or what the command says."""
     args = _parser().parse_args(argv)
+    status = 0
     try:
-        args.run(args)
+        status = args.run(args) or 0
         sys.stdout.flush()
     except (PlanError, LayoutError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Python flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return status
 
 
 class _Parser(argparse.ArgumentParser):

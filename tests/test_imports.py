@@ -22,9 +22,9 @@ PLANNING = [
     "report",
     "patching",
 ]
-RUNNING = ["comm", "attention", "sharing", "engine", "host", "profile", "recipes"]
+RUNNING = ["comm", "attention", "sharing", "engine", "host", "profile", "recipes", "rehearsal"]
 ORDER = [*PLANNING, *RUNNING, "commands", "cli", "run"]
-MEGATRON_IMPORTERS = {"host", "profile", "recipes"}
+MEGATRON_IMPORTERS = {"host", "profile", "recipes", "rehearsal"}
 LAZY = {"commands", "cli", "run"}  # each command imports what it needs when it is called
 
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan.load(args.plan)
     if args.world_size is not None:
         check_world_size(plan, args.world_size, where=str(args.plan))
-    _check_schedule(plan, where=str(args.plan))
+    check_schedule(plan, where=str(args.plan))
     print(_summary(plan))
     print()
     print(_table(plan))
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         _check_checkpoint(args.checkpoint, plan)
 
 
-def _check_schedule(plan: Plan, *, where: str) -> None:
+def check_schedule(plan: Plan, *, where: str) -> None:
     """Verifies what every rank would run: also an order that was written by hand.
 
     Raises:

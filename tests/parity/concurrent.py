@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatron_mosaic.rehearsal.isolation import forget_run, lanes_noted
 from tests.parity.record import Record, record_plan
 from tests.parity.training import TIMEOUT_S
 from tests.ranks import run_ranks
@@ -100,45 +101,6 @@ def record_runs(rank: int, runs: Sequence[Run], ports: Sequence[int], folder: st
             )
         forget_run()
     return records
-
-
-def forget_run() -> None:
-    """Leaves nothing of a run that another one in this process would meet."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-    from megatron.training.global_vars import destroy_global_vars
-
-    destroy_global_vars()
-    destroy_num_microbatches_calculator()
-    destroy_rerun_state_machine()
-    parallel_state.destroy_global_memory_buffer()
-    dist.destroy_process_group()
-
-
-@contextmanager
-def lanes_noted() -> Any:
-    """Gives a function that tells in which lane this rank launches."""
-    from megatron_mosaic.sharing.virtual import VirtualLane
-
-    lanes = [""]
-    active = VirtualLane.active
-
-    @contextmanager
-    def noted(self: Any, *, whole: bool = False) -> Any:
-        lanes.append(self.name)
-        try:
-            with active(self, whole=whole):
-                yield
-        finally:
-            lanes.pop()
-
-    VirtualLane.active = noted
-    try:
-        yield lambda: lanes[-1]
-    finally:
-        VirtualLane.active = active
 
 
 @contextmanager

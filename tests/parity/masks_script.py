@@ -6,19 +6,15 @@ Under a plan it says nothing of masks: they follow from the batch. Stock Megatro
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-import numpy as np
 import torch
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_mosaic.tokens.mask import dense
-from megatron_mosaic.tokens.presets import Item, document_stops, preset_mask
+from megatron_mosaic.rehearsal.masks import PACKED, dense_masks, document_ids, image_places
 from tests.parity import vlm_script
 from tests.parity.vlm_script import ImageTextSamples, loss_func, model_provider, run_script
-
-PACKED = "multimodal_packed"
 
 
 class MaskedSamples(ImageTextSamples):
@@ -34,7 +30,7 @@ class MaskedSamples(ImageTextSamples):
         is_text = tokens != DEFAULT_IMAGE_TOKEN_INDEX
         sample |= {"tokens": tokens, "loss_mask": sample["loss_mask"] * is_text}
         if args.mask == PACKED:
-            ids = torch.tensor(_documents(index, self._length))
+            ids = torch.tensor(document_ids(index, self._length))
             if args.damaged_batch == "documents_backwards" and index % 3 == 1:
                 ids = ids.flip(0)
             sample |= {"document_ids": ids, "loss_mask": sample["loss_mask"] * (ids >= 0)}
@@ -44,20 +40,8 @@ class MaskedSamples(ImageTextSamples):
 
 
 def _places(mask, index, num_images, length):
-    """At the start, at the end, back to back in the middle, or spread."""
-    first = {0: 0, 1: length - num_images, 2: length // 2}.get(index % 4)
-    if mask == "encoder_prepended":
-        first = int(get_args().damaged_batch == "text_first")
-    if first is None:
-        return [1 + image * (length // 7) for image in range(num_images)]
-    return list(range(first, first + num_images))
-
-
-def _documents(index, length):
-    """Two documents and padding, three, or one."""
-    ends = ((length // 3, length - 5), (1, length // 2, length), (length,))[index % 3]
-    ids = np.searchsorted(ends, np.arange(length), side="right")
-    return np.where(ids < len(ends), ids, -1)
+    places = image_places(mask, index=index, num_images=num_images, length=length)
+    return [place + (get_args().damaged_batch == "text_first") for place in places]
 
 
 def train_valid_test_datasets_provider(num_samples):
@@ -69,30 +53,12 @@ def train_valid_test_datasets_provider(num_samples):
     )
 
 
-def dense_masks(tokens, ids):
-    """What every token may not see ``[b, 1, s, s]``, as Megatron's own attention wants it."""
+def _dense_masks(tokens, ids):
     args = get_args()
     rows = get_num_image_embeddings(
         args.img_h, args.img_w, args.patch_dim, "clip", True, 1, False, False
     )
-    sizes_of = np.where(tokens.numpy() == DEFAULT_IMAGE_TOKEN_INDEX, rows, 1)
-    # In one process LLaVAModel pads samples to the longest.
-    length = min(sizes_of.sum(axis=1).max(), args.decoder_seq_length)
-    masks = []
-    for sizes, own in zip(sizes_of, ids, strict=True):
-        ends = np.cumsum(sizes)
-        items = [
-            Item(int(end) - rows, int(end))
-            for end, size in zip(ends, sizes, strict=True)
-            if size > 1
-        ]
-        stops = [int(ends[-1])]
-        if own is not None:
-            stops = [int(ends[stop - 1]) for stop in document_stops(own.numpy())]
-        stops = list(dict.fromkeys(min(stop, length) for stop in stops))
-        mask = preset_mask(args.mask, length=length, items=items, document_stops=stops)
-        masks.append(~dense(mask))
-    return torch.from_numpy(np.stack(masks))[:, None]
+    return dense_masks(tokens, ids, mask=args.mask, rows=rows, max_length=args.decoder_seq_length)
 
 
 def patch_positions(tokens):
@@ -135,7 +101,7 @@ def forward_step(data_iterator, model):
     mask, positions = None, nullcontext()
     if is_stock:
         each = [None] * len(batch["tokens"]) if ids is None else ids
-        mask = dense_masks(batch["tokens"], each)
+        mask = _dense_masks(batch["tokens"], each)
     if is_stock and args.position_embedding_type == "mrope":
         positions = counting_patches(model, batch["tokens"])
     with positions:
