@@ -11,11 +11,12 @@ WORKERS ?= 2
 # One thread for each rank process: with more, the ranks of one machine fight over its cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test setup format lint types unit lock clean
+.PHONY: help demo test docs setup format lint types unit lock clean
 
 help:
 	@echo "make demo    train a small multimodal model under a plan, on the CPU"
 	@echo "make test    format, lint, types and tests"
+	@echo "make docs    write docs/plan.md anew, and check the links of all documents"
 	@echo "make format  rewrite the sources as 'make test' wants them"
 	@echo "make lock    bring requirements.lock up to date with setup.py"
 	@echo "make clean   remove the environments and every cache"
@@ -40,6 +41,10 @@ types: setup
 
 unit: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --max-worker-restart 0 $(TESTS)
+
+docs: setup
+	$(BIN)/python -m tools.plan_reference
+	$(BIN)/python -m tools.check_links
 
 format: setup
 	$(BIN)/ruff format

@@ -26,8 +26,15 @@ setup(
     author="Megatron Mosaic contributors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["megatron_mosaic", "megatron_mosaic.*"]),
-    package_data={"megatron_mosaic": DATA_FILES},
+    packages=[
+        *find_packages(include=["megatron_mosaic", "megatron_mosaic.*"]),
+        "megatron_mosaic.patches",
+    ],
+    package_dir={"megatron_mosaic.patches": "patches"},
+    package_data={
+        "megatron_mosaic": DATA_FILES,
+        "megatron_mosaic.patches": ["*/series", "*/*.patch"],
+    },
     python_requires=">=3.12",
     install_requires=[
         "torch",

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from megatron_mosaic.commands import args as args_command
-from megatron_mosaic.commands import check, plan, profile, rehearse, show
+from megatron_mosaic.commands import check, patch, plan, profile, rehearse, show
 from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
@@ -18,6 +18,7 @@ _COMMANDS: Mapping[str, tuple[ModuleType, str]] = {
     "rehearse": (rehearse, "run a plan's ranks on this machine, with thin modules"),
     "profile": (profile, "measure devices and links, and write a cluster file"),
     "args": (args_command, "write a plan as arguments of Megatron or of a launcher"),
+    "patch": (patch, "give a checkout of Megatron-LM --mosaic-plan, or take it back"),
 }
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from megatron_mosaic.errors import HostError, LayoutError, PlanError, ScheduleError
 
 PLAN, DEVICE = "--mosaic-plan", "--mosaic-device"
+# Distributions of their own that put a package beside Megatron-LM's into the namespace.
+NEIGHBOURS = frozenset({"bridge", "energon"})
 USAGE = f"python -m megatron_mosaic.run [{DEVICE} cpu|cuda] SCRIPT [ARGS] [{PLAN} plan.yaml]"
 
 
@@ -78,6 +80,11 @@ def _launch(plan_path: str, script: Path, arguments: Sequence[str], *, device: s
     from megatron_mosaic.schedule.build import build_schedule
     from megatron_mosaic.schedule.verify import verify
 
+    if "{world_size}" in plan_path:
+        raise HostError(
+            f"run: {PLAN}={plan_path} must name one file when no launcher says how many ranks "
+            f"there are; write their number, or start it with torchrun"
+        )
     plan = Plan.load(plan_path)
     verify(plan, build_schedule(plan))
     _check_one_megatron(script)
@@ -132,7 +139,7 @@ def _check_one_megatron(script: Path) -> None:
         package.name: place
         for place in reversed(places)
         for package in place.glob("*")
-        if (package / "__init__.py").is_file()
+        if package.name not in NEIGHBOURS and (package / "__init__.py").is_file()
     }
     if not {"core", "training"} <= set(winners):
         raise HostError(

@@ -20,6 +20,7 @@ PLANNING = [
     "cost",
     "planner",
     "report",
+    "patching",
 ]
 RUNNING = ["comm", "attention", "sharing", "engine", "host", "profile", "recipes", "rehearsal"]
 ORDER = [*PLANNING, *RUNNING, "commands", "cli", "run"]

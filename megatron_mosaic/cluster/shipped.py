@@ -61,3 +61,23 @@ def resized(cluster: Cluster, *, num_gpus: int) -> Cluster:
         )
     per_node = min(per_node, num_gpus)
     return replace(cluster, gpus_per_node=per_node, num_nodes=num_gpus // per_node)
+
+
+def cluster_of_size(name: str, *, num_gpus: int | None) -> Cluster:
+    """Loads a cluster; a shipped one has as many full nodes as are needed for so many GPUs.
+
+    Args:
+        name: As ``load_cluster`` takes it.
+        num_gpus: GPUs that are asked for; ``None`` is as many as there are.
+
+    Raises:
+        PlanError: The cluster does not exist, or its file cannot be read.
+        LayoutError: The cluster's links do not reach that far.
+    """
+    cluster = load_cluster(name)
+    if num_gpus is None or num_gpus < 1 or name not in shipped_clusters():
+        return cluster
+    per_node = cluster.gpus_per_node
+    return resized(
+        cluster, num_gpus=num_gpus if num_gpus < per_node else -(-num_gpus // per_node) * per_node
+    )

@@ -221,3 +221,13 @@ class BoundaryChannel:
         return self._exchange.post(
             self._routes.route(self._direction, microbatch, rank=self._rank), leaving
         )
+
+    def received_bytes(self, microbatch: int) -> int:
+        """Bytes that one microbatch brings to this rank from others."""
+        route = self._routes.route(self._direction, microbatch, rank=self._rank)
+        num_rows = sum(
+            leg.interval.size for leg in route.legs if leg.destination == self._rank != leg.source
+        )
+        if (gather := route.gather_of(self._rank)) is not None:
+            num_rows += (len(gather.ranks) - 1) * gather.share_size
+        return num_rows * self._exchange.hidden_size * self._exchange.dtype.itemsize

@@ -1,6 +1,7 @@
 """Checks a plan and its schedule, and prints its layout."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 from megatron_mosaic.errors import PlanError, ScheduleError
@@ -13,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("plan", type=Path, help="plan file, YAML")
     parser.add_argument("--world-size", type=int, help="ranks that will be launched")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of Megatron's checkpoints that the run will load"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,6 +28,9 @@ def run(args: argparse.Namespace) -> None:
     print(_summary(plan))
     print()
     print(_table(plan))
+    if args.checkpoint is not None:
+        print()
+        _check_checkpoint(args.checkpoint, plan)
 
 
 def check_schedule(plan: Plan, *, where: str) -> None:
@@ -42,6 +49,22 @@ def check_schedule(plan: Plan, *, where: str) -> None:
         raise ScheduleError(f"{where}: {error}", table=error.table) from None
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
+
+
+def _check_checkpoint(folder: Path, plan: Plan) -> None:
+    """Says whether the plan will load a checkpoint, and what of it.
+
+    Raises:
+        PlanError: It will not; a line for each reason.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on what only training would miss
+        from megatron_mosaic.host.checkpoint_check import check_checkpoint
+
+    verdict = check_checkpoint(folder, plan)
+    print("\n".join(verdict.notes))
+    if verdict.problems:
+        raise PlanError("\nerror: ".join(verdict.problems))
 
 
 def _summary(plan: Plan) -> str:

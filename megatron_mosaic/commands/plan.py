@@ -3,13 +3,14 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.errors import PlanError
 
 if TYPE_CHECKING:
-    from megatron_mosaic.cluster.spec import Cluster
+    from megatron_mosaic.layout.plan import Plan
     from megatron_mosaic.planner.explanation import Explanation
     from megatron_mosaic.planner.problem import Problem
     from megatron_mosaic.planner.simulated import Simulated
@@ -20,6 +21,14 @@ EXAMPLE = "megatron-mosaic plan qwen2.5-vl-72b h100 --gpus 128 --global-batch-si
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("model", nargs="?", help="shipped model, or a model file")
+    parser.add_argument(
+        "--from",
+        dest="former",
+        type=Path,
+        metavar="PLAN",
+        help="plan anew for --gpus what this plan is for: its model, cluster and batch, unless "
+        "they are given",
+    )
     parser.add_argument("cluster", nargs="?", help="shipped cluster, or a cluster file")
     parser.add_argument("--gpus", type=int, help="GPUs of the run; default: all of the cluster")
     parser.add_argument("--global-batch-size", type=int, help="samples of a step")
@@ -43,22 +52,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plans and prints; without a model, says what there is."""
-    if args.model is None:
+    """Plans and prints; without a model or a former plan, says what there is."""
+    if args.model is None and args.former is None:
         print(_shipped())
         return
     from megatron_mosaic.planner.explanation import as_document, explain
     from megatron_mosaic.planner.planner import make_plan
 
+    former = None if args.former is None else _fill_from_former(args)
     answer = make_plan(
         _problem(args), top=_at_least_one("top", args.top), time_limit_s=args.time_limit
     )
+    plan = _with_given(answer.plan(), args)
+    changed = () if former is None else _changes(former, plan, answer.problem, args)
     explanation = explain(answer)
-    print(json.dumps(as_document(explanation), indent=1) if args.json else _text(explanation))
+    if args.json:
+        document = as_document(explanation) | ({"changes": list(changed)} if changed else {})
+        print(json.dumps(document, indent=1))
+    else:
+        print("\n".join((_text(explanation), *(("", *changed) if changed else ()))))
     if args.output is not None:
-        answer.plan().write(args.output)
+        plan.write(args.output)
         if not args.json:
             print(f"\nwritten to {args.output}")
+
+
+def _fill_from_former(args: argparse.Namespace) -> "Plan":
+    """Takes from a former plan what is not given; returns that plan."""
+    from megatron_mosaic.layout.plan import Plan
+    from megatron_mosaic.planner.replan import former_cluster, former_model
+
+    if args.gpus is None:
+        raise PlanError(f"plan: --gpus must be given with --from {args.former}; add what is left")
+    former, where = Plan.load(args.former), str(args.former)
+    args.model = args.model or former_model(former, where=where)
+    args.cluster = args.cluster or former_cluster(former, where=where)
+    args.global_batch_size = args.global_batch_size or former.global_batch_size
+    return former
+
+
+def _with_given(plan: "Plan", args: argparse.Namespace) -> "Plan":
+    """Notes in a plan what it was made from, by name."""
+    from megatron_mosaic.planner.replan import GIVEN, given_inputs
+
+    given = given_inputs(model=args.model, cluster=args.cluster, pins=args.set)
+    return replace(plan, inputs={**(plan.inputs or {}), GIVEN: given})
+
+
+def _changes(
+    former: "Plan", plan: "Plan", problem: "Problem", args: argparse.Namespace
+) -> tuple[str, ...]:
+    from megatron_mosaic.planner.replan import changes
+
+    head = f"In place of {args.former}:"
+    return (head, *changes(former, plan, model=problem.model, pins=args.set))
 
 
 def _shipped() -> str:
@@ -75,6 +122,7 @@ def _shipped() -> str:
 
 
 def _problem(args: argparse.Namespace) -> "Problem":
+    from megatron_mosaic.cluster.shipped import cluster_of_size
     from megatron_mosaic.model.shipped import load_model
     from megatron_mosaic.planner.problem import Problem, read_pins
 
@@ -83,26 +131,13 @@ def _problem(args: argparse.Namespace) -> "Problem":
     if args.global_batch_size is None:
         raise PlanError("plan: --global-batch-size must be given; add samples of a step")
     model = load_model(args.model)
-    cluster = _cluster(args.cluster, num_gpus=args.gpus)
+    cluster = cluster_of_size(args.cluster, num_gpus=args.gpus)
     return Problem(
         model=model,
         cluster=cluster,
         num_gpus=cluster.num_gpus if args.gpus is None else args.gpus,
         global_batch_size=args.global_batch_size,
         pins=read_pins(_pins(args.set), model=model),
-    )
-
-
-def _cluster(name: str, *, num_gpus: int | None) -> "Cluster":
-    """Loads a cluster; a shipped one has as many nodes as are asked for."""
-    from megatron_mosaic.cluster.shipped import load_cluster, resized, shipped_clusters
-
-    cluster = load_cluster(name)
-    if num_gpus is None or num_gpus < 1 or name not in shipped_clusters():
-        return cluster
-    per_node = cluster.gpus_per_node
-    return resized(
-        cluster, num_gpus=num_gpus if num_gpus < per_node else -(-num_gpus // per_node) * per_node
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Buffer, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from megatron_mosaic.engine.trace import TaskTrace
+from megatron_mosaic.engine.trace import TaskRecorder
 from megatron_mosaic.schedule.steps import Compute, Step
 
 RECORD = struct.Struct("=9d")
@@ -62,12 +62,12 @@ class Progress:
 
     Args:
         buffer: Holds ``RECORD``; a shared one outlives the process.
-        trace: Writes down the tasks, if any.
+        trace: Records when the tasks run, if anybody wants to know.
     """
 
-    def __init__(self, buffer: Buffer | None = None, *, trace: TaskTrace | None = None) -> None:
+    def __init__(self, buffer: Buffer | None = None, *, trace: TaskRecorder | None = None) -> None:
         self._buffer = buffer if buffer is not None else bytearray(RECORD.size)
-        self._trace = trace
+        self.trace = trace
         # Longest times of the last step and of this one, by kind of step and phase.
         self._before: dict[tuple[bool, Phase], float] = {}
         self._now: dict[tuple[bool, Phase], float] = {}
@@ -87,8 +87,8 @@ class Progress:
         for phase in (Phase.WALKING, Phase.CLOSING):
             if longest_s := self._now.pop((forward_only, phase), None):
                 self._before[forward_only, phase] = longest_s
-        if self._trace is not None:
-            self._trace.begin_step(forward_only=forward_only)
+        if self.trace is not None:
+            self.trace.begin_step(forward_only=forward_only, iteration=iteration)
         count = self._place.count + 1
         self._place = Place(
             Phase.WALKING, count, iteration, forward_only, num_microbatches, 0, 0.0, 0.0, part
@@ -98,22 +98,26 @@ class Progress:
     def begin(self, position: int, step: Step) -> None:
         """Comes to one of the rank's steps of the schedule."""
         self._move(Phase.WALKING, position=position)
-        if self._trace is not None and isinstance(step, Compute):
-            self._trace.begin_task()
+        if self.trace is not None and isinstance(step, Compute):
+            self.trace.begin_task()
 
     def end(self, step: Step) -> None:
         """Ends that step."""
         if isinstance(step, Compute):
             self._measure(Phase.WALKING)
-            if self._trace is not None:
-                self._trace.end_task(step.task)
+            if self.trace is not None:
+                self.trace.end_task(step.task)
 
     def close_step(self, num_steps: int) -> None:
         """Goes on to what follows the tasks: losses and gradients."""
+        if self.trace is not None:
+            self.trace.close_step()
         self._move(Phase.CLOSING, position=num_steps)
 
     def end_step(self) -> None:
         """Leaves the step to Megatron's loop."""
+        if self.trace is not None:
+            self.trace.end_step()
         self._measure(Phase.CLOSING)
         self._move(Phase.BETWEEN, position=self._place.position)
 

@@ -1,4 +1,4 @@
-"""Writes down when each task ran, for a picture of a step as measured and for the simulator."""
+"""Records when each task ran: for a file of its own, for telemetry, for the simulator."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -152,37 +152,79 @@ def remove_former_ranks(folder: Path, *, world_size: int) -> None:
             path.unlink(missing_ok=True)
 
 
+class TaskSpan(NamedTuple):
+    """When a task ran, in Unix time."""
+
+    task: Task
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Step:
-    number: int
-    tasks: list[tuple[Task, Any, Any]] = field(default_factory=list)
-
-
-class TaskTrace:
-    """One file of JSON lines for a rank: step, task, begin and end in Unix time.
-
-    Lines are written a step or more later, a whole step at a time, so that nothing waits for the
-    device. Evaluation is not written down.
+class RecordedStep:
+    """A training step of a rank, in Unix time.
 
     Args:
-        folder: Where ``rank<r>.jsonl`` goes; it is made if need be.
-        rank: Global rank.
-        clock: Of what computes.
-
-    Raises:
-        OSError: The file cannot be written.
+        number: Which of the recorded ones it is, from 0.
+        begin_s: When it began.
+        spans: Its tasks.
+        walked_s: When its tasks and transfers were done; None where nobody said so.
+        end_s: When its losses and gradients were reduced, too.
     """
 
-    def __init__(self, folder: Path, *, rank: int, clock: Clock) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = (folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
+    number: int
+    begin_s: float
+    spans: tuple[TaskSpan, ...]
+    walked_s: float | None
+    end_s: float | None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Step:
+    """Marks of a step."""
+
+    number: int
+    begin: Any
+    tasks: list[tuple[Task, Any, Any]] = field(default_factory=list)
+    walked: Any = None
+    end: Any = None
+
+
+def _every_step(iteration: int) -> bool:
+    return True
+
+
+class TaskRecorder:
+    """Marks when the tasks of a rank run, and hands on whole steps.
+
+    A step is read a step or more later, or when somebody asks, so that nothing waits for the
+    device. Evaluation is not recorded.
+
+    Args:
+        clock: Of what computes.
+        take: Gets each recorded step; the last one is kept in any case.
+        wants: Tells of Megatron's number of a step whether it is recorded.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        take: Callable[[RecordedStep], None] | None = None,
+        wants: Callable[[int], bool] = _every_step,
+    ) -> None:
         self._clock = clock
+        self._take = take
+        self._wants = wants
+        self.last: RecordedStep | None = None
         self._steps: deque[_Step] = deque()
         self._num_steps = 0
         self._records = False
         self._start: Any = None
+        self.began_s = 0.0
+        """When the last step of training began, by the host's monotonic clock."""
 
-    def __enter__(self) -> "TaskTrace":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -191,23 +233,28 @@ class TaskTrace:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Writes what is left; after an error only what needs no waiting."""
-        with self._file:
-            if kind is None:
-                self._clock.finish()
-                self._write()
-                return
-            # A device that has failed answers with its error once more: the first one counts.
-            with suppress(RuntimeError):
-                self._write()
+        """Hands on what is left; after an error only what needs no waiting."""
+        if kind is None:
+            self.finish()
+            return
+        # A device that has failed answers with its error once more: the first one counts.
+        with suppress(RuntimeError):
+            self._hand_on()
 
-    def begin_step(self, *, forward_only: bool) -> None:
+    def finish(self) -> None:
+        """Waits until the device is done, and hands on all steps that have ended."""
+        self._clock.finish()
+        self._hand_on()
+
+    def begin_step(self, *, forward_only: bool, iteration: int = 0) -> None:
         """Starts the next step."""
-        self._write()
-        self._records = not forward_only
+        self._hand_on()
+        if not forward_only:
+            self.began_s = time.monotonic()
+        self._records = not forward_only and self._wants(iteration)
         if self._records:
             self._clock.begin_step()
-            self._steps.append(_Step(number=self._num_steps))
+            self._steps.append(_Step(number=self._num_steps, begin=self._clock.mark()))
             self._num_steps += 1
 
     def begin_task(self) -> None:
@@ -220,18 +267,79 @@ class TaskTrace:
         if self._records:
             self._steps[-1].tasks.append((task, self._start, self._clock.mark()))
 
-    def _write(self) -> None:
-        while self._steps and (lines := self._lines(self._steps[0])) is not None:
-            self._file.write("".join(lines))
-            self._file.flush()
+    def close_step(self) -> None:
+        """Marks the end of the step's tasks and transfers."""
+        if self._records:
+            self._steps[-1].walked = self._clock.mark()
+
+    def end_step(self) -> None:
+        """Marks the end of what follows them."""
+        if self._records:
+            self._steps[-1].end = self._clock.mark()
+
+    def _hand_on(self) -> None:
+        while self._steps and (step := self._read(self._steps[0])) is not None:
+            self.last = step
+            if self._take is not None:
+                self._take(step)
             self._steps.popleft()
 
-    def _lines(self, step: _Step) -> list[str] | None:
-        lines = []
-        for task, start, end in step.tasks:
-            start_s, end_s = self._clock.seconds(start), self._clock.seconds(end)
-            if start_s is None or end_s is None:
-                return None
-            entry = {"step": step.number, **task._asdict(), "start_s": start_s, "end_s": end_s}
-            lines.append(json.dumps(entry) + "\n")
-        return lines
+    def _read(self, step: _Step) -> RecordedStep | None:
+        """Reads the marks of a step; None if the device has not come so far."""
+        marks = [step.begin, *(mark for _, *pair in step.tasks for mark in pair)]
+        marks += [mark for mark in (step.walked, step.end) if mark is not None]
+        times_s = [time_s for mark in marks if (time_s := self._clock.seconds(mark)) is not None]
+        if len(times_s) < len(marks):
+            return None
+        begin_s, *rest_s = times_s
+        num_tasks = len(step.tasks)
+        pairs_s = zip(rest_s[: 2 * num_tasks : 2], rest_s[1 : 2 * num_tasks : 2], strict=True)
+        last_s = iter(rest_s[2 * num_tasks :])
+        return RecordedStep(
+            number=step.number,
+            begin_s=begin_s,
+            spans=tuple(
+                TaskSpan(task, *pair_s)
+                for (task, *_), pair_s in zip(step.tasks, pairs_s, strict=True)
+            ),
+            walked_s=None if step.walked is None else next(last_s),
+            end_s=None if step.end is None else next(last_s),
+        )
+
+
+class TaskTrace(TaskRecorder):
+    """One file of JSON lines for a rank: step, task, begin and end in Unix time.
+
+    Lines are written a whole step at a time.
+
+    Args:
+        folder: Where ``rank<r>.jsonl`` goes; it is made if need be.
+        rank: Global rank.
+        clock: Of what computes.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, clock: Clock) -> None:
+        super().__init__(clock=clock, take=self._write)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = (folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Writes what is left; after an error only what needs no waiting."""
+        with self._file:
+            super().__exit__(kind, error, traceback)
+
+    def _write(self, step: RecordedStep) -> None:
+        entries = (
+            {"step": step.number, **task._asdict(), "start_s": start_s, "end_s": end_s}
+            for task, start_s, end_s in step.spans
+        )
+        self._file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        self._file.flush()

@@ -4,7 +4,6 @@ import argparse
 import os
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron.training import arguments as stock
@@ -53,6 +52,7 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("full_validation", False, "Megatron reads global groups for it"),
     ("save_wgrads_interval", None, "Megatron reads global groups for it"),
     ("save_params_interval", None, "Megatron reads global groups for it"),
+    ("freeze_all_layers", False, "the plan says trainable for each module"),
     ("decoupled_lr", None, "Megatron drops per-parameter overrides of several modules"),
     ("use_mup", False, "Megatron drops per-parameter overrides of several modules"),
     ("perform_rl_step", False, "a plan trains on data sets"),
@@ -81,7 +81,7 @@ def parse_and_validate_args(
     known = stock.parse_args(provider, ignore_unknown_args)
     if known.mosaic_plan is None:
         return stock_parse_and_validate_args(provider, ignore_unknown_args, defaults)
-    known.mosaic_meeting = meet(Path(known.mosaic_plan))
+    known.mosaic_meeting = meet(known.mosaic_plan)
     plan = known.mosaic_meeting.plan
     try:
         _apply_plan(known, plan)
@@ -98,7 +98,12 @@ def _with_mosaic_arguments(provider: Callable[..., Any] | None) -> Callable[...,
     def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = provider(parser) if provider is not None else parser
         group = parser.add_argument_group(title="mosaic")
-        group.add_argument("--mosaic-plan", default=None, help="plan file: a layout per module")
+        group.add_argument(
+            "--mosaic-plan",
+            default=None,
+            help="plan file: a layout per module; {world_size} in its name stands for the ranks of "
+            "the run, so that an elastic launch finds the plan for the nodes that are left",
+        )
         group.add_argument(
             "--mosaic-trace", default=None, help="write when each task ran into this folder"
         )
@@ -125,6 +130,15 @@ def _with_mosaic_arguments(provider: Callable[..., Any] | None) -> Callable[...,
             default=30.0,
             help="end the run when a rank has given no sign of life for so long; raise it where a "
             "call into C holds the interpreter for longer",
+        )
+        group.add_argument(
+            "--mosaic-max-unreadable-samples",
+            type=int,
+            default=0,
+            metavar="N",
+            help="samples of a data set that each rank may pass over because they cannot be read; "
+            "the next one stands in their place, and each is said. By default the first one ends "
+            "the run. Loaders, such as Energon's, have ways of their own",
         )
         return parser
 

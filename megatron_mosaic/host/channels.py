@@ -187,6 +187,19 @@ class ChannelSet:
         dp = self._plan.modules[module].coordinates(self._rank).dp
         return sum(routes.items_made(m, dp=dp) for m in microbatches)
 
+    def received_bytes(self, num_microbatches: int) -> dict[str, int]:
+        """Bytes that the last step brought to this rank over boundaries, rows and gradients.
+
+        Returns:
+            Bytes by the module that made the rows.
+        """
+        received: dict[str, int] = {}
+        for (_, edge), channel in self.open.items():
+            if isinstance(channel, BoundaryChannel):
+                own = sum(map(channel.received_bytes, range(num_microbatches)))
+                received[edge.source] = received.get(edge.source, 0) + own
+        return received
+
     def _create_groups(self, kind: TransferKind, edge: Edge, factory: GroupFactory) -> None:
         for ranks in communicators(self._plan, edge):
             group = factory.group(ranks, scope=f"{kind} {edge}")

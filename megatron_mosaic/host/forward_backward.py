@@ -131,11 +131,12 @@ class PlanForwardBackward:
             sequences=self._sequences(batches),
         )
         if not schedule.forward_only:
-            self._flops.of_rows = sum(
-                sum(map(count_rows, samples)) * runtime.row_facts[name].flops
+            self._flops.of_rows = {
+                name: sum(map(count_rows, samples)) * runtime.row_facts[name].flops
                 for name, samples in rows.items()
-            )
+            }
             self._flops.trained = runtime.trained.get(LANGUAGE, {})
+            self._flops.sequence_length = runtime.row_facts[LANGUAGE].sequence_length
 
     def _sequences(self, batches: StepBatches) -> tuple[SampleSequence, ...]:
         if self._runtime.plan.language.attention is None:

@@ -7,6 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
+from megatron_mosaic.host.faults.results import results_of
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
 from megatron_mosaic.host.runner import ModuleRunner
@@ -44,14 +45,15 @@ def finalize_gradients(
     for name in sorted(runners):
         runner, collection = runners[name], hosted[name].collection
         model: Any = runner.wrapped
-        launch_missing_reductions(model, force_all_reduce=force_all_reduce)
-        with ParallelStateScope(collection).active():
-            finalize_model_grads(
-                [model],
-                num_tokens=None,
-                pg_collection=collection,
-                force_all_reduce=force_all_reduce,
-            )
+        with results_of(f"the gradients of {name}"):
+            launch_missing_reductions(model, force_all_reduce=force_all_reduce)
+            with ParallelStateScope(collection).active():
+                finalize_model_grads(
+                    [model],
+                    num_tokens=None,
+                    pg_collection=collection,
+                    force_all_reduce=force_all_reduce,
+                )
         if per_token_loss:
             model.scale_gradients(1.0 / num_tokens.clamp(min=1))
         elif not runner.boundary.makes_loss:

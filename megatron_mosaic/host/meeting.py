@@ -9,12 +9,18 @@ import torch.distributed as dist
 
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.host.agreement import Agreement
+from megatron_mosaic.host.rounds import new_round
 from megatron_mosaic.layout.plan import Plan, check_world_size
 from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.verify import verify
 
 # Verification of a larger world takes longer than the others wait; `megatron-mosaic check` does it.
 _VERIFIED_RANKS = 256
+
+_ARRIVAL_S = 15.0
+
+WORLD_SIZE = "{world_size}"
+"""Stands in the name of a plan file for the number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +42,11 @@ class Meeting:
         return type(None), ()
 
 
-def meet(path: Path) -> Meeting:
+def meet(written: str) -> Meeting:
     """Reads the plan and makes sure that every rank read the same, and does what it says alike.
+
+    Args:
+        written: Path of the plan, as :func:`plan_path` takes it.
 
     Raises:
         SystemExit: Code 2, on every rank, if a rank cannot read its plan, the plan is for
@@ -48,6 +57,7 @@ def meet(path: Path) -> Meeting:
     os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
     plan, error, digest = None, None, ""
     try:
+        path = plan_path(written, world_size=world_size)
         plan = Plan.load(path)
         check_world_size(plan, world_size, where=str(path))
         schedule = build_schedule(plan)
@@ -66,4 +76,25 @@ def meet(path: Path) -> Meeting:
 
 def _store(rank: int, world_size: int) -> dist.Store:
     store, _, _ = next(iter(dist.rendezvous("env://", rank=rank, world_size=world_size)))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's outlives the ranks; any other is rank 0's own.
+        return new_round(store, rank=rank, world_size=world_size, timeout_s=_ARRIVAL_S)
     return store
+
+
+def plan_path(written: str, *, world_size: int) -> Path:
+    """The plan file for so many ranks: where the user wrote ``{world_size}``, their number is put.
+
+    With plans for several sizes a run that torchrun restarts with fewer nodes takes the one that
+    fits.
+
+    Raises:
+        PlanError: There is none for this number of ranks.
+    """
+    path = Path(written.replace(WORLD_SIZE, str(world_size)))
+    if WORLD_SIZE in written and not path.is_file():
+        raise PlanError(
+            f"{path}: file must be there for a run of {world_size} ranks; make it with "
+            f"megatron-mosaic plan --from PLAN --gpus {world_size} -o {path}"
+        )
+    return path

@@ -28,7 +28,7 @@ from megatron.training.training import get_megatron_optimizer_config
 from megatron_mosaic.engine.lanes import inside
 from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.host.channels import ActivationSizes
-from megatron_mosaic.host.checkpoint import LayerKeys
+from megatron_mosaic.host.checkpoint import LayerKeys, check_weights
 from megatron_mosaic.host.families.family import ModuleBoundary, building_one_module, family_of
 from megatron_mosaic.host.families.registry import known_families
 from megatron_mosaic.host.gradients import accumulate_on_current_stream, unlink_reductions
@@ -172,8 +172,11 @@ class MosaicBuilder(ModelBuilder):
         data_parallel_random_init: bool = False,
         mixed_precision_wrapper: Any = Float16Module,
         model_type: Any = None,
+        **later: Any,
     ) -> list[MosaicModel]:
         """Builds, initialises and wraps every module of this rank.
+
+        Args other than Megatron's of 0.19 (``later``) belong to optimizers that arguments refuse.
 
         Raises:
             SystemExit: The script froze something else than the plan says, on some rank.
@@ -205,6 +208,7 @@ class MosaicBuilder(ModelBuilder):
         share_row_facts(runtime, args)
         _open_channels(runtime)
         runtime.randomness.park()
+        check_weights(model, args, group=runtime.host_group)
         return [model]
 
 

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.training import num_floating_point_operations as stock_operations
 
 from megatron_mosaic.layout.item_costs import ItemCost
+from megatron_mosaic.layout.placement import LANGUAGE
 
 
 class StepFlops:
@@ -19,10 +20,17 @@ class StepFlops:
     """
 
     def __init__(self) -> None:
-        # Operations behind the boundary rows of the last step.
-        self.of_rows = 0.0
+        # Operations behind the boundary rows of the last step, by the module that made them.
+        self.of_rows: Mapping[str, float] = {}
         # Part of the language model's weights that trains, by part; all until it is known.
         self.trained: Mapping[str, float] = {}
+        # Tokens of a sample in the language model: scripts settle them where they build a module,
+        # so that an idle rank's arguments do not say.
+        self.sequence_length: int | None = None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickles as None: patched forks find it in the arguments, which go into checkpoints."""
+        return type(None), ()
 
     def __call__(self, args: argparse.Namespace, batch_size: int, **unused: Any) -> float:
         """Counts forward and backward operations of one global batch.
@@ -32,11 +40,22 @@ class StepFlops:
             batch_size: Samples.
             unused: Statistics of packed sequences, which these scripts do not have.
         """
-        return language_flops(args, batch_size, trained=self.trained) + self.of_rows
+        return sum(self.by_module(args, batch_size).values())
+
+    def by_module(self, args: argparse.Namespace, batch_size: int) -> dict[str, float]:
+        """Counts the same of every module."""
+        own = language_flops(
+            args, batch_size, trained=self.trained, sequence_length=self.sequence_length
+        )
+        return {**self.of_rows, LANGUAGE: own + self.of_rows.get(LANGUAGE, 0.0)}
 
 
 def language_flops(
-    args: argparse.Namespace, batch_size: int, *, trained: Mapping[str, float]
+    args: argparse.Namespace,
+    batch_size: int,
+    *,
+    trained: Mapping[str, float],
+    sequence_length: int | None = None,
 ) -> float:
     """Counts the language model's operations, at the length of text and image together.
 
@@ -44,7 +63,9 @@ def language_flops(
     the weights; frozen weights have none.
     """
     language = copy.copy(args)
-    language.seq_length = args.decoder_seq_length or args.seq_length
+    # A patched fork would ask the counter that calls this one.
+    language.num_floating_point_operations_func = None
+    language.seq_length = sequence_length or args.decoder_seq_length or args.seq_length
     language.num_layers = args.decoder_num_layers or args.num_layers
     return stock_operations(language, batch_size) * (2 + trained.get("decoder", 1.0)) / 3
 

@@ -19,6 +19,7 @@ from megatron.core.utils import GlobalMemoryBuffer, get_model_config, make_viewl
 from megatron_mosaic.host.agreement import RankError
 from megatron_mosaic.host.data.facts import SampleFacts
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
+from megatron_mosaic.host.faults.results import results_of
 from megatron_mosaic.host.groups import ModuleGroups
 from megatron_mosaic.host.loss import with_loss_over_context
 from megatron_mosaic.host.parallel_state_scope import ParallelStateScope
@@ -137,7 +138,7 @@ class ModuleRunner:
             return None
         self.boundary.begin(work.facts.get(task.microbatches, ()))
         leaves = {source: self._leaf(source, values) for source, values in received.items()}
-        with self.as_process(), self._gradient_sync(task):
+        with self.as_process(), self._gradient_sync(task), results_of(task):
             output, num_tokens = forward_step(
                 self._forward_step_func(work),
                 self._reader(work.batches[task.microbatches]),
@@ -178,7 +179,7 @@ class ModuleRunner:
         if live.beside is not None and received is not None:
             # One backward pass for both: the gradient of this term is what was received.
             output, gradient = output + (live.beside * received).sum(), None
-        with self.as_process(), self._gradient_sync(task):
+        with self.as_process(), self._gradient_sync(task), results_of(task):
             gradients = backward_step(
                 [live.received[source] for source in sources], output, gradient, self.config
             )

@@ -23,6 +23,8 @@ class Seam:
         how: What is done with it.
         parameters: Parameters that it must have; they tell a usable version from another.
         since: First Megatron-Core version that has it in this form.
+        hook: Attribute that the function asks for a stand-in where a fork has the patch of
+            ``patches/``; then nothing is replaced.
         why: Why the host's own behaviour breaks a plan.
     """
 
@@ -30,6 +32,7 @@ class Seam:
     how: Literal["argument", "subclass", "wrapped", "replaced", "set"]
     parameters: tuple[str, ...] = ()
     since: str = "0.19"
+    hook: str = ""
     why: str
 
     def resolve(self) -> Any:
@@ -58,6 +61,13 @@ class Seam:
             )
         return found
 
+    def is_patched(self) -> bool:
+        """Whether this Megatron asks for the hook itself, as a patched fork does."""
+        if not self.hook:
+            return False
+        code = getattr(inspect.unwrap(self.resolve()), "__code__", None)
+        return code is not None and self.hook in (*code.co_names, *code.co_consts)
+
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -78,20 +88,43 @@ SEAMS: tuple[Seam, ...] = (
         symbol="megatron.training.training:get_forward_backward_func",
         how="replaced",
         parameters=("schedule_pg_collection",),
+        hook="forward_backward_func",
         why="the loop offers no argument for a schedule of one's own",
     ),
     Seam(
         symbol="megatron.training.training:num_floating_point_operations",
         how="replaced",
         parameters=("args", "batch_size"),
+        hook="num_floating_point_operations_func",
         why="it counts the language model at the encoder's sequence length and no encoder",
+    ),
+    Seam(
+        symbol="megatron.training.training:training_log",
+        how="replaced",
+        parameters=("iteration", "is_first_iteration"),
+        why="the loop offers no hook where it logs; ours calls it, then reports the modules to the "
+        "same writers",
     ),
     Seam(
         symbol="megatron.training.checkpointing:maybe_save_dataloader_state",
         how="replaced",
         parameters=("train_iterator", "iteration", "dataloader_save_path"),
+        hook="save_dataloader_state",
         why="it saves a loader from the first rank of the groups it is given, which are groups "
         "of one: every rank would write the same file",
+    ),
+    Seam(
+        symbol="megatron.training.training:save_checkpoint",
+        how="wrapped",
+        parameters=("iteration", "model", "non_persistent_ckpt"),
+        why="it writes over a checkpoint that stays marked as whole meanwhile",
+    ),
+    Seam(
+        symbol="megatron.training.checkpointing:read_metadata",
+        how="replaced",
+        parameters=("tracker_filename",),
+        why="it believes the tracker, also where that or the checkpoint it names is damaged; ours "
+        "tells which one all ranks found whole",
     ),
     Seam(
         symbol="megatron.core.models.multimodal.llava_model:LLaVAModel.__init__",
@@ -116,7 +149,7 @@ SEAMS: tuple[Seam, ...] = (
         symbol="megatron.core.models.multimodal.llava_model:"
         "LLaVAModel._process_embedding_token_parallel",
         how="wrapped",
-        parameters=("combined_embeddings", "new_labels", "new_loss_mask", "packed_seq_params"),
+        parameters=("combined_embeddings", "packed_seq_params"),
         why="it slices whole sequences; wrapped in the same halves",
     ),
     Seam(
@@ -159,6 +192,13 @@ SEAMS: tuple[Seam, ...] = (
         why="tasks let go of their output's values as upstream's schedules do",
     ),
     Seam(
+        symbol="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+        how="wrapped",
+        parameters=("result", "rejection_func", "message"),
+        why="what it says of a loss or gradient that is not a number names rank and step, but not "
+        "module and microbatch; wrapped on the run's one machine around each task",
+    ),
+    Seam(
         symbol="megatron.core.models.mimo.model.base:MimoModel.__init__",
         how="wrapped",
         parameters=("mimo_config", "cp_group", "tp_group"),
@@ -185,6 +225,12 @@ SEAMS: tuple[Seam, ...] = (
         how="argument",
         parameters=("mimo_model", "config"),
         why="it reads ranks and groups from the model's module_to_grid_map, which is ours",
+    ),
+    Seam(
+        symbol="megatron.core.models.mimo.optimizer:MimoOptimizer",
+        how="replaced",
+        parameters=("module_infos", "config"),
+        why="it saves states under the modules' names, where a stock run does not look for them",
     ),
     Seam(
         symbol="megatron.core.pipeline_parallel.schedules:forward_step",
@@ -231,6 +277,12 @@ def check_seams() -> None:
     for seam in SEAMS:
         if seam.how != "replaced":
             seam.resolve()
+
+
+def unpatched(replacements: Mapping[str, Any]) -> dict[str, Any]:
+    """Keeps those that this Megatron has no hook for."""
+    patched = {seam.symbol for seam in SEAMS if seam.symbol in replacements and seam.is_patched()}
+    return {symbol: value for symbol, value in replacements.items() if symbol not in patched}
 
 
 @contextmanager

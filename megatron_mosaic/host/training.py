@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
 from megatron.training import pretrain as stock_pretrain
+from megatron.training.checkpointing import save_checkpoint as stock_save_checkpoint
 from megatron.training.global_vars import get_args
 
 from megatron_mosaic.comm.groups import GroupFactory, nodes_of_ranks
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.engine.trace import (
+    Clock,
     DeviceClock,
     HostClock,
+    TaskRecorder,
     TaskTrace,
     remove_former_ranks,
 )
@@ -25,7 +30,7 @@ from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.agreement import RankError, stop
 from megatron_mosaic.host.arguments import limits_of, log_choices
 from megatron_mosaic.host.channels import ChannelSet
-from megatron_mosaic.host.checkpoint import prepare_loading
+from megatron_mosaic.host.checkpoint import prepare_loading, tracker_reader
 from megatron_mosaic.host.data.position import save_loader_states
 from megatron_mosaic.host.data.provider import DatasetProvider, ReadingByModule
 from megatron_mosaic.host.faults.record_file import RecordFile
@@ -34,12 +39,22 @@ from megatron_mosaic.host.forward_backward import PlanForwardBackward
 from megatron_mosaic.host.groups import lone_collection, module_groups
 from megatron_mosaic.host.meeting import Meeting
 from megatron_mosaic.host.model import MosaicModelConfig
+from megatron_mosaic.host.optimizer_state import LayoutFreeOptimizer
 from megatron_mosaic.host.reports import StepFlops
 from megatron_mosaic.host.runtime import Runtime
-from megatron_mosaic.host.seams import check_seams, replaced
+from megatron_mosaic.host.saving import explained_failures, unmark_before_saving
+from megatron_mosaic.host.seams import check_seams, replaced, unpatched
 from megatron_mosaic.host.sharing import log_lanes, open_lanes
+from megatron_mosaic.host.telemetry import Telemetry
 from megatron_mosaic.layout.placement import LANGUAGE
 from megatron_mosaic.sharing.lane import Lanes
+
+
+@dataclass(kw_only=True)
+class PlanGroups(MultiModuleProcessGroupCollection):
+    """Groups of this rank's modules, with the schedule that a patched fork looks for there."""
+
+    forward_backward_func: Callable[..., list[dict]] | None = None
 
 
 def pretrain(
@@ -106,24 +121,27 @@ def _pretrain_plan(
     runtime = start_runtime(meeting, args)
     log_choices(args, meeting.plan)
     log_lanes(runtime)
-    prepare_loading(args)
+    prepare_loading(args, group=runtime.host_group)
     cfg_container.model = MosaicModelConfig(_provider=model_provider, _runtime=runtime)
     flops = StepFlops()
+    assert progress.trace is not None, "a run under a plan is recorded"
     forward_backward = PlanForwardBackward(runtime, progress=progress, flops=flops)
-    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
-    language = LANGUAGE if LANGUAGE in collections else None
-    pg_collection = MultiModuleProcessGroupCollection(
-        # An idle rank has no module, and the type wants one.
-        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
-        language_model_module_name=language,
-    )
-    with replaced(
-        {
-            "megatron.training.training:get_forward_backward_func": forward_backward.select,
-            "megatron.training.training:num_floating_point_operations": flops,
-            "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
-        }
-    ):
+    # A patched fork asks these for what it would otherwise find replaced.
+    args.num_floating_point_operations_func = flops
+    replacements = {
+        "megatron.training.training:get_forward_backward_func": forward_backward.select,
+        "megatron.training.training:num_floating_point_operations": flops,
+        "megatron.training.training:training_log": Telemetry(
+            runtime, flops=flops, recorder=progress.trace
+        ),
+        "megatron.training.training:save_checkpoint": unmark_before_saving(stock_save_checkpoint),
+        "megatron.training.checkpointing:maybe_save_dataloader_state": save_loader_states,
+        "megatron.training.checkpointing:read_metadata": tracker_reader(args),
+        "megatron.core.models.mimo.optimizer:MimoOptimizer": partial(
+            LayoutFreeOptimizer, group=runtime.host_group
+        ),
+    }
+    with explained_failures(group=runtime.host_group), replaced(unpatched(replacements)):
         stock_pretrain(
             cfg_container,
             ReadingByModule(provider=dataset_provider, runtime=runtime),
@@ -131,16 +149,26 @@ def _pretrain_plan(
             forward_step_func,
             None,
             store=meeting.store,
-            pg_collection=pg_collection,
+            pg_collection=_plan_groups(runtime, forward_backward),
             skip_model_parallel_init=True,
             **options,
         )
 
 
+def _plan_groups(runtime: Runtime, forward_backward: PlanForwardBackward) -> PlanGroups:
+    collections = {name: groups.collection for name, groups in runtime.hosted.items()}
+    return PlanGroups(
+        # An idle rank has no module, and the type wants one.
+        module_pgs=collections or {"idle": lone_collection(runtime.alone)},
+        language_model_module_name=LANGUAGE if LANGUAGE in collections else None,
+        forward_backward_func=forward_backward,
+    )
+
+
 @contextmanager
 def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
     """Follows this rank; the loss of any other ends it."""
-    with _open_trace(meeting, args) as trace:
+    with _open_recorder(meeting, args) as trace:
         if meeting.plan.world_size == 1:
             yield Progress(trace=trace)
             return
@@ -158,14 +186,17 @@ def _watched(meeting: Meeting, args: argparse.Namespace) -> Iterator[Progress]:
             yield progress
 
 
-def _open_trace(
-    meeting: Meeting, args: argparse.Namespace
-) -> AbstractContextManager[TaskTrace | None]:
-    """Opens this rank's file, or stops all ranks if one cannot."""
-    if args.mosaic_trace is None:
-        return nullcontext()
-    folder, trace, error = Path(args.mosaic_trace), None, None
+def _open_recorder(meeting: Meeting, args: argparse.Namespace) -> TaskRecorder:
+    """Records the steps that are logged; all of them, in a file, where a trace is asked for."""
     clock = DeviceClock() if torch.cuda.is_available() else HostClock()
+    if args.mosaic_trace is not None:
+        return _open_trace(meeting, args, clock)
+    return TaskRecorder(clock=clock, wants=lambda iteration: iteration % args.log_interval == 0)
+
+
+def _open_trace(meeting: Meeting, args: argparse.Namespace, clock: Clock) -> TaskRecorder:
+    """Opens this rank's file, or stops all ranks if one cannot."""
+    folder, trace, error = Path(args.mosaic_trace), None, None
     try:
         trace = TaskTrace(folder, rank=args.rank, clock=clock)
         if args.rank == 0:
@@ -176,7 +207,8 @@ def _open_trace(
             f"write, not give '{failure.strerror}'; name another one"
         )
     meeting.agreement.settle("trace", error)
-    return trace or nullcontext()
+    assert trace is not None, "an error of any rank has been raised on all"
+    return trace
 
 
 def start_runtime(meeting: Meeting, args: argparse.Namespace) -> Runtime:

@@ -39,15 +39,25 @@ class ModulePlacement:
 
     Args:
         name: Key of the module in the plan, such as ``"vision"`` or ``"language"``.
-        ranks: Global ranks in the order tp-cp-dp-pp, fastest first; any list without repeats.
-        trainable: What trains: parts of the module, or patterns on names of its parameters;
-            ``None`` is everything, ``()`` is nothing.
+        ranks: Global ranks in the order tp-cp-dp-pp, fastest first; any list without repeats, such
+            as ``0-7`` or ``[0, 2, 4-6]``, that overlaps those of other modules as it may.
+        tensor_model_parallel_size: Ranks that split each layer.
+        context_parallel_size: Ranks that split each sequence.
+        data_parallel_size: Replicas; the sizes multiply to the number of ranks.
+        pipeline_model_parallel_size: Ranks that follow one another in a pipeline.
+        sequence_parallel: Splits norms and dropout of the language model over its tensor-parallel
+            ranks, too.
+        trainable: What trains: parts of the module (``encoder``, ``projector`` of vision;
+            ``embedding``, ``decoder``, ``output_layer`` of language), or patterns on names of its
+            parameters, with layers counted over all stages, such as ``decoder.layers.3.*`` or
+            ``"*.lora_*"``; ``None`` is everything, ``()`` is nothing. The script freezes: if it
+            freezes something else, the run stops and names the first such parameter.
         virtual_pipeline_model_parallel_size: Stages of each rank. Stage ``s`` of all is on ranks
             of pipeline place ``s % pipeline_model_parallel_size``, as Megatron interleaves them.
         layers_per_stage: Layers of each stage, all of every rank; ``None`` is an even split.
         expert_model_parallel_size: Parts into which the list of experts is split.
         expert_tensor_parallel_size: Ranks that split each expert; ``None`` is
-            ``tensor_model_parallel_size``, and becomes ``None`` if written out.
+            ``tensor_model_parallel_size``.
         recompute: Activations that a backward pass computes again: ``"selective"`` those of the
             attention operator, ``"full"`` all but each layer's input; ``None`` leaves it to the
             script and its arguments.

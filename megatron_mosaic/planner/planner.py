@@ -8,10 +8,12 @@ from typing import Any
 
 from megatron_mosaic import __version__
 from megatron_mosaic.cluster.cluster_file import write_cluster
+from megatron_mosaic.cluster.spec import Cluster
 from megatron_mosaic.cost.cost_model import CostModel
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.model.model_file import write_model
+from megatron_mosaic.model.spec import ModelSpec
 from megatron_mosaic.planner.estimate import Estimate
 from megatron_mosaic.planner.infeasible import refuse
 from megatron_mosaic.planner.multiplexing import MAX_TASKS, Multiplexing, multiplexed
@@ -149,11 +151,21 @@ def inputs_of(problem: Problem) -> dict[str, Any]:
         "--overlap-param-gather": settings.overlap_param_gather,
     }
     return {
-        "model": _digest(write_model(problem.model)),
-        "cluster": _digest(write_cluster(problem.cluster)),
+        "model": model_digest(problem.model),
+        "cluster": cluster_digest(problem.cluster),
         "tool": __version__,
         "arguments": [argument for argument, given in assumed.items() if given],
     }
+
+
+def model_digest(model: ModelSpec) -> str:
+    """Tells a model from another, as a plan's inputs note it."""
+    return _digest(write_model(model))
+
+
+def cluster_digest(cluster: Cluster) -> str:
+    """Tells a cluster from another, as a plan's inputs note it."""
+    return _digest(write_cluster(cluster))
 
 
 def as_estimates(answer: Answer) -> list[Estimate]:

@@ -43,6 +43,7 @@ def figure_notes(
     """
     notes: dict[str, Any] = {
         "capacity_bytes": round(cost_model.cluster.gpu.memory_bytes),
+        "peak_flops_per_s": cost_model.cluster.gpu.peak_flops_per_s(cost_model.model.precision),
         **_drawn(plan, cost_model),
     }
     if baseline is not None:

@@ -182,15 +182,17 @@ def record_stock(script: str, arguments: Sequence[str], *, by_name: bool = True)
         functions.train_valid_test_datasets_provider
     )
     sys.argv = ["script", *arguments, "--dataloader-type", "external"]
-    provider = _initialized_by_name(functions) if by_name else functions.model_provider
+    provider = functions.model_provider
+    if by_name:
+        provider = initialized_by_name(provider)
     functions.main(parse_and_validate_args, pretrain, provider)
     record.weights.append(dict(model_shards(models[0], weight)))
     return record
 
 
-def _initialized_by_name(script: Any) -> Any:
-    """Returns a script's model provider, with initial weights by name."""
-    return partial(_provide_by_name, script.model_provider)
+def initialized_by_name(provider: Any) -> Any:
+    """Returns a model provider whose models have initial weights by name."""
+    return partial(_provide_by_name, provider)
 
 
 def _provide_by_name(provider: Any, *arguments: Any, **options: Any) -> torch.nn.Module:
@@ -220,12 +222,18 @@ def _one_reader(provider: Any) -> Any:
         from megatron.training import get_args
 
         size = get_args().micro_batch_size
-        return tuple(read(data, size) for data in provider(num_samples))
+        # Megatron leaves it to an external loader to go on where a checkpoint stopped.
+        starts = (get_args().consumed_train_samples, 0, 0)
+        return tuple(
+            read(data, size, start)
+            for data, start in zip(provider(num_samples), starts, strict=True)
+        )
 
-    def read(data: Any, size: int) -> Any:
+    def read(data: Any, size: int, start: int) -> Any:
         if data is None or isinstance(data, torch.utils.data.IterableDataset):
             return data and iter(data)  # it yields whole microbatches
-        return iter(torch.utils.data.DataLoader(data, size, collate_fn=data.collate_fn))
+        rest = torch.utils.data.Subset(data, range(start, len(data)))
+        return iter(torch.utils.data.DataLoader(rest, size, collate_fn=data.collate_fn))
 
     iterators.is_distributed = True
     return iterators

@@ -67,6 +67,7 @@ class Prediction:
             empty where one is missing.
         lanes: What modules that run at the same time make of each other's times; None where they
             take turns, or nothing is known of it.
+        peak_flops_per_s: Peak of a GPU in the model's precision.
     """
 
     step_s: float | None
@@ -80,6 +81,7 @@ class Prediction:
     transfers_s: Mapping[str, float]
     task_bytes: Mapping[Stage, float]
     lanes: LaneTimes | None = None
+    peak_flops_per_s: float | None = None
 
 
 class Baseline(NamedTuple):
@@ -117,6 +119,7 @@ def read_prediction(plan: Plan) -> Prediction:
         transfers_s=_numbers("transfers_s", written.get("transfers_s", {})),
         task_bytes=_of_stages(plan, _numbers("task_bytes", written.get("task_bytes", {}))),
         lanes=_lanes(plan, mapping("predicted.lanes", written.get("lanes", {}))),
+        peak_flops_per_s=_optional("peak_flops_per_s", written),
     )
 
 

@@ -118,6 +118,7 @@ def _reader(
     from megatron_mosaic.host.data.reader import StepReader
     from megatron_mosaic.host.data.samples import SampleSource
     from megatron_mosaic.host.data.shares import step_shares
+    from megatron_mosaic.host.data.unreadable import Allowance
     from megatron_mosaic.schedule.build import build_schedule
 
     plan = Plan.loads(plan, "plan")
@@ -134,6 +135,7 @@ def _reader(
             boundaries=boundaries,
             first_sample=first_sample,
             num_workers=num_workers,
+            allowance=Allowance(0, rank=rank),
         )
     deals = item_deals(plan, schedule, {"vision": _boundary().item_cost()})
     return StepReader(
@@ -244,7 +246,7 @@ def _read_broken(rank, kind, broken, offsets):
     ("kind", "broken", "offsets", "read", "message"),
     [
         # Sample 8 is the first of the second step; rank 0 has an image of it.
-        ("whole", 8, (0, 0, 0), [0], "'shard is torn'; repair"),
+        ("whole", 8, (0, 0, 0), [0], "OSError 'shard is torn' at "),
         ("whole", None, (1, 0, 0), [], "text_checksum="),
         ("too few", None, (0, 0, 0), [], "data: images=0 must equal the image tokens=4"),
     ],

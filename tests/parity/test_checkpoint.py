@@ -2,13 +2,15 @@
 
 import tempfile
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_mosaic.layout.plan import Plan
 from tests.parity.compare import Whole, whole
-from tests.parity.record import OPTIMIZERS, record_plan
+from tests.parity.record import OPTIMIZERS, record_plan, record_stock
+from tests.parity.states import differing_states, prepare_saving
 from tests.parity.test_parity import PLANS
 from tests.parity.training import TIMEOUT_S, script_of
 from tests.ranks import run_ranks
@@ -29,26 +31,38 @@ EXPERTS = (
 DEEP = ("--encoder-num-layers", "5", "--decoder-num-layers", "5", *SHARDED)
 MASKED = ("--mask", "encoder_embedded", "--text-length", "120", *SHARDED)
 SAVED_STEP = 2
+STOCK = ("--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable")
+ASYNC = ("--async-save",)
 
 
-def _train(rank: int, plan: str, options: list[str], script: str):
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # Megatron's own way out of starting a fresh interpreter for each rank's writer.
-    filesystem_async.get_write_results_queue(mp_mode="fork")
+def _train(rank: int, plan: str, options: list[str], script: str, copy: str | None):
+    prepare_saving(copy)
     return record_plan(rank, plan, options, (), script)
 
 
-def _run(name: str, *options: str) -> Whole:
+def _train_stock(rank: int, options: list[str], script: str, copy: str | None):
+    prepare_saving(copy)
+    return record_stock(rank, options, script).losses
+
+
+def _run(name: str, *options: str, copy: str | None = None) -> Whole:
+    """Trains under a plan.
+
+    Args:
+        copy: Folder in which to save, as soon as it is loaded, what was loaded.
+    """
     plan = PLAN_OF[name]
     arguments = [*OPTIMIZERS["adam"], "--images", "ragged", *options]
     world_size = Plan.load(plan).world_size
-    options_and_script = (arguments, script_of(plan))
-    return whole(
-        run_ranks(
-            _train, world_size, str(plan), *options_and_script, init=False, timeout_s=TIMEOUT_S
-        )
-    )
+    rest = (arguments, script_of(plan), copy)
+    return whole(run_ranks(_train, world_size, str(plan), *rest, init=False, timeout_s=TIMEOUT_S))
+
+
+def _run_stock(world_size: int, *options: str, copy: str | None = None) -> list[dict]:
+    """Trains without a plan. Returns the losses of every step."""
+    arguments = [*OPTIMIZERS["adam"], "--images", "ragged", *STOCK, *options]
+    rest = (arguments, "vlm_script", copy)
+    return run_ranks(_train_stock, world_size, *rest, init=False, timeout_s=TIMEOUT_S)[-1]
 
 
 @cache
@@ -56,6 +70,18 @@ def _saved(name: str, options: tuple[str, ...]) -> tuple[Whole, str]:
     """Trains to the end and saves on the way. Returns the run and the checkpoints' folder."""
     folder = tempfile.mkdtemp(prefix="mosaic-checkpoints-")
     return _run(name, *options, "--save", folder, "--save-interval", str(SAVED_STEP)), folder
+
+
+@cache
+def _saved_stock(world_size: int, options: tuple[str, ...]) -> tuple[list[dict], str]:
+    """As :func:`_saved`, without a plan."""
+    folder = tempfile.mkdtemp(prefix="mosaic-checkpoints-")
+    saving = ("--save", folder, "--save-interval", str(SAVED_STEP))
+    return _run_stock(world_size, *options, *saving), folder
+
+
+def _loading(folder: str, step: int = SAVED_STEP) -> tuple[str, ...]:
+    return ("--load", folder, "--ckpt-step", str(step))
 
 
 def _distance(own: dict, other: dict) -> float:
@@ -99,15 +125,69 @@ def _without_copy(own: dict, other: dict) -> dict:
         ("mask_embedded_pp2", "mask_embedded_cp2_virtual", MASKED),
     ],
 )
-def test_resumed_run_ends_as_the_uninterrupted_one(saved_under, resumed_under, options):
+def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path, saved_under, resumed_under, options):
     through, folder = _saved(saved_under, options)
 
-    resumed = _run(resumed_under, *options, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+    resumed = _run(resumed_under, *options, *_loading(folder), copy=str(tmp_path))
 
-    assert len(resumed.losses) == 2
-    for own, other in zip(resumed.losses, through.losses[SAVED_STEP:], strict=True):
-        np.testing.assert_allclose(own["lm loss"], other["lm loss"], rtol=1e-6)
+    assert differing_states(Path(folder), tmp_path, step=SAVED_STEP) == []
+    _assert_close(resumed.losses, through.losses[SAVED_STEP:])
     assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5
+
+
+def test_runs_on_eight_then_four_then_six_ranks_end_as_the_first(tmp_path):
+    through, folder = _saved("eight_ranks", SHARDED)
+    on_four, copies = tmp_path / "four", [tmp_path / "copy_of_8", tmp_path / "copy_of_4"]
+    saving = ("--save", str(on_four), "--save-interval", "1", *ASYNC)
+
+    second = _run("disjoint_v2_lpp2", *SHARDED, *_loading(folder), *saving, copy=str(copies[0]))
+    third = _run("disjoint_vtp2_ltp2pp2", *SHARDED, *_loading(str(on_four), 3), copy=str(copies[1]))
+
+    assert differing_states(Path(folder), copies[0], step=2) == []
+    assert differing_states(on_four, copies[1], step=3) == []
+    _assert_close([second.losses[0], *third.losses], through.losses[SAVED_STEP:])
+
+
+# One process, or two with tensor or pipeline parallelism; then a plan with the same optimizer.
+STOCK_RUNS = {
+    "one": (1, ()),
+    "tp2": (2, ("--tensor-model-parallel-size", "2")),
+}
+
+
+@pytest.mark.parametrize(
+    ("stock", "plan"),
+    [("one", "disjoint_v2_lpp2"), ("tp2", "partial_interleaved"), ("one", "virtual_pp2")],
+)
+def test_plan_resumes_a_stock_run(tmp_path, stock, plan):
+    world_size, options = STOCK_RUNS[stock]
+    losses, folder = _saved_stock(world_size, (*options, *SHARDED, *ASYNC))
+
+    resumed = _run(plan, *SHARDED, *_loading(folder), copy=str(tmp_path))
+
+    assert differing_states(Path(folder), tmp_path, step=SAVED_STEP) == []
+    _assert_close(resumed.losses, losses[SAVED_STEP:])
+
+
+@pytest.mark.parametrize(
+    ("plan", "stock"), [("disjoint_v2_lpp2", "tp2"), ("colocated_v2_l2", "one")]
+)
+def test_stock_run_resumes_a_plan(tmp_path, plan, stock):
+    world_size, options = STOCK_RUNS[stock]
+    through, folder = _saved(plan, SHARDED)
+
+    # Random states are those of a layout: Megatron would look for its own.
+    options = (*options, *SHARDED, *_loading(folder), "--no-load-rng")
+    losses = _run_stock(world_size, *options, copy=str(tmp_path))
+
+    assert differing_states(Path(folder), tmp_path, step=SAVED_STEP) == []
+    _assert_close(losses, through.losses[SAVED_STEP:])
+
+
+def _assert_close(losses: list[dict], expected: list[dict]) -> None:
+    assert len(losses) == len(expected) == 2
+    for own, other in zip(losses, expected, strict=True):
+        np.testing.assert_allclose(own["lm loss"], other["lm loss"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +200,13 @@ def test_resumed_run_ends_as_the_uninterrupted_one(saved_under, resumed_under, o
         ("moe_ep2_tp2_etp2", "moe_ep2_dp2", ()),
     ],
 )
-def test_experts_resume_on_other_ranks(saved_under, resumed_under, options):
+def test_experts_resume_on_other_ranks(tmp_path, saved_under, resumed_under, options):
     options = (*EXPERTS, *options)
     through, folder = _saved(saved_under, options)
 
-    resumed = _run(resumed_under, *options, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+    resumed = _run(resumed_under, *options, *_loading(folder), copy=str(tmp_path))
 
+    assert differing_states(Path(folder), tmp_path, step=SAVED_STEP) == []
     assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5
 
 
@@ -133,7 +214,7 @@ def test_frozen_modules_are_saved_and_loaded():
     frozen = (*FROZEN, *SHARDED)
     through, folder = _saved("frozen_vision", frozen)
 
-    resumed = _run("frozen_vision", *frozen, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+    resumed = _run("frozen_vision", *frozen, *_loading(folder))
 
     assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5
 
@@ -150,7 +231,7 @@ def test_dropout_continues_where_a_checkpoint_stopped(name, options):
     options = (*options, *DROPOUT)
     through, folder = _saved(name, options)
 
-    resumed = _run(name, *options, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+    resumed = _run(name, *options, *_loading(folder))
 
     for name, weight in through.weights[-1].items():
         np.testing.assert_array_equal(resumed.weights[-1][name], weight, name)
@@ -185,6 +266,6 @@ def test_partly_trained_model_resumes_without_its_stages(
     other.write_text(text if "0-3" in text else text.replace("world_size: 4", "world_size: 2"))
     monkeypatch.setitem(PLAN_OF, "other", other)
 
-    resumed = _run("other", *options, *SHARDED, "--load", folder, "--ckpt-step", str(SAVED_STEP))
+    resumed = _run("other", *options, *SHARDED, *_loading(folder))
 
     assert _distance(resumed.weights[-1], through.weights[-1]) <= 1e-5

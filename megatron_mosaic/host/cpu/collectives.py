@@ -56,11 +56,14 @@ def uneven_gathered(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(all_gather)
     def gather(
-        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         sizes = [part.shape[0] if part.dim() else 1 for part in tensor_list]
         if len(set(sizes)) == 1:
-            return all_gather(tensor_list, tensor, group=group, **kwargs)
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
         rows = torch.cat([tensor] * len(sizes))
         gathered = rows.new_empty(sum(sizes), *rows.shape[1:])
         dist.all_to_all_single(gathered, rows, sizes, [tensor.shape[0]] * len(sizes), group=group)

@@ -18,6 +18,7 @@ from megatron.training.utils import print_rank_0
 from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts
 from megatron_mosaic.host.data.loaders import LoaderSource
+from megatron_mosaic.host.data.reader import StepReader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,29 @@ class Position:
 
     skipped: int = 0
     expected: Sequence[SampleFacts] | None = None
+
+
+class PlacedReader(StepReader):
+    """A reader that keeps where its loaders stand beside the checkpoints of the model."""
+
+    def save_dataloader_state(self, iteration: int, dataloader_save_path: str) -> None:
+        """Saves what this rank has to save; a patched fork calls it by this name.
+
+        Args:
+            iteration: Steps trained.
+            dataloader_save_path: ``args.dataloader_save``.
+        """
+        source = self.source
+        if not isinstance(source, LoaderSource) or source.saved_replica is None:
+            return  # another rank saves, or the samples consumed say it all
+        replica = source.saved_replica
+        path = _state_file(dataloader_save_path, iteration, replica)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"dataloader_state_dict": self.next_state}, path)
+        facts = self.next_facts()
+        if replica == 0 and facts is not None:
+            rows = [self.layout.row(each) for each in facts]
+            _facts_file(dataloader_save_path, iteration).write_text(json.dumps(rows))
 
 
 def save_loader_states(
@@ -47,20 +71,8 @@ def save_loader_states(
         dataloader_save_path: ``args.dataloader_save``; None or empty saves nothing.
         groups: Not used.
     """
-    if train_iterator is None or not dataloader_save_path:
-        return
-    reader = train_iterator.iterable
-    source = reader.source
-    if not isinstance(source, LoaderSource) or source.saved_replica is None:
-        return  # another rank saves, or the samples consumed say it all
-    replica = source.saved_replica
-    path = _state_file(dataloader_save_path, iteration, replica)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"dataloader_state_dict": reader.next_state}, path)
-    facts = reader.next_facts()
-    if replica == 0 and facts is not None:
-        rows = [reader.layout.row(each) for each in facts]
-        _facts_file(dataloader_save_path, iteration).write_text(json.dumps(rows))
+    if train_iterator is not None and dataloader_save_path:
+        train_iterator.iterable.save_dataloader_state(iteration, dataloader_save_path)
 
 
 def find_position(args: argparse.Namespace, *, num_replicas: int, layout: FactsLayout) -> Position:

@@ -13,11 +13,12 @@ from megatron_mosaic.errors import HostError
 from megatron_mosaic.host.data.facts import FactsLayout, SampleFacts, documents_of
 from megatron_mosaic.host.data.items import ItemDeal, StepOwners, deal_step, item_deals
 from megatron_mosaic.host.data.loaders import LoaderSource
-from megatron_mosaic.host.data.position import Position, find_position
+from megatron_mosaic.host.data.position import PlacedReader, Position, find_position
 from megatron_mosaic.host.data.reader import StepReader, StepSource
 from megatron_mosaic.host.data.replica import as_replica
 from megatron_mosaic.host.data.samples import SampleSource, reads_items
 from megatron_mosaic.host.data.shares import StepShares, step_shares
+from megatron_mosaic.host.data.unreadable import Allowance
 from megatron_mosaic.host.families.family import ModuleBoundary
 from megatron_mosaic.host.groups import lone_collection
 from megatron_mosaic.host.runtime import Runtime
@@ -100,24 +101,25 @@ class ReadingByModule:
             return None
         expected: Sequence[SampleFacts] | None = None
         layout = self._facts_layout()
+        args = get_args()
         if _is_map_style(any_replica):
             source: StepSource = SampleSource(
                 any_replica,
                 shares=shares,
                 boundaries=self._boundaries(),
                 first_sample=first,
-                num_workers=get_args().num_workers,
+                num_workers=args.num_workers,
+                allowance=Allowance(args.mosaic_max_unreadable_samples, rank=self.runtime.rank),
+                ignores_signal=args.exit_signal if args.exit_signal_handler else None,
             )
         else:
             # Loaders of evaluation begin anew with the run, as without a plan.
             position = Position()
             if training:
-                position = find_position(
-                    get_args(), num_replicas=shares.language_replicas, layout=layout
-                )
+                position = find_position(args, num_replicas=shares.language_replicas, layout=layout)
             expected = position.expected
             source = self._loader_source(data, shares, position=position, training=training)
-        return StepReader(
+        return PlacedReader(
             source,
             first_sample=first,
             num_samples=shares.num_samples,

@@ -300,6 +300,11 @@ def _failure(error: Exception) -> HostError:
         return error
     words = " ".join(str(error).split())
     shown = words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
+    if "DataLoader worker" in words:
+        return HostError(
+            f"data: loader='{shown}' must keep its processes on rank {dist.get_rank()}; look in "
+            f"the machine's log for who ended it, such as its memory, or lower --num-workers"
+        )
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return HostError(
         f"data: reading={type(error).__name__} in {frame.filename}:{frame.lineno} must succeed, "

@@ -1,6 +1,8 @@
 """A map-style data set, of which every module reads the samples of its own tasks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +12,7 @@ from megatron_mosaic.host.data.facts import SampleFacts, check_texts, sample_fac
 from megatron_mosaic.host.data.items import StepOwners, items_of
 from megatron_mosaic.host.data.reader import Share
 from megatron_mosaic.host.data.shares import Microbatches, StepShares
+from megatron_mosaic.host.data.unreadable import Allowance, NamedBatches, NamedSamples
 from megatron_mosaic.host.families.family import Batch, ModuleBoundary
 from megatron_mosaic.layout.rows import Interval
 
@@ -44,6 +47,8 @@ class SampleSource:
         boundaries: Translators of the modules on this rank; they find rows.
         first_sample: Samples consumed before.
         num_workers: Loader processes of each module.
+        allowance: How many samples may be passed over that cannot be read.
+        ignores_signal: Signal that ends no loader process; the rank ends it when it ends.
     """
 
     def __init__(
@@ -54,8 +59,12 @@ class SampleSource:
         boundaries: Mapping[str, ModuleBoundary],
         first_sample: int,
         num_workers: int,
+        allowance: Allowance,
+        ignores_signal: int | None = None,
     ) -> None:
         self._dataset = dataset
+        self._allowance = allowance
+        self._ignores_signal = ignores_signal
         self._shares = shares
         self._boundaries = boundaries
         self._next_sample = first_sample
@@ -66,7 +75,13 @@ class SampleSource:
             if name not in shares.dealt and self._intervals(name)
         }
         self._items = {
-            name: ItemReader(dataset, boundary=boundaries[name], num_workers=num_workers)
+            name: ItemReader(
+                dataset,
+                boundary=boundaries[name],
+                num_workers=num_workers,
+                allowance=allowance,
+                ignores_signal=ignores_signal,
+            )
             for name in shares.dealt
             if self._intervals(name)
         }
@@ -87,7 +102,8 @@ class SampleSource:
                 continue
             batches[name] = {}
             for task, samples in tasks.items():
-                batch = next(self._loaders[name]) if samples.size else None
+                reads = samples.size > 0
+                batch = self._allowance.take(next(self._loaders[name])) if reads else None
                 batches[name][task] = batch
                 if batch is not None:
                     facts.append((samples, sample_facts(batch, self._boundaries[name])))
@@ -125,18 +141,18 @@ class SampleSource:
         return [samples for samples in self._shares.tasks[name].values() if samples.size]
 
     def _loader(self, name: str, num_workers: int) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
+        return _loader(
             self._dataset,
+            self._dataset.__getitem__,
             batch_sampler=_Indices(
                 self._intervals(name),
                 first=self._next_sample,
                 stride=self._shares.num_samples,
                 stop=len(self._dataset),
             ),
-            collate_fn=getattr(self._dataset, "collate_fn", None),
             num_workers=num_workers,
-            pin_memory=dist.get_backend() == "nccl",
-            persistent_workers=num_workers > 0,
+            allowance=self._allowance,
+            ignores_signal=self._ignores_signal,
         )
 
 
@@ -150,26 +166,36 @@ class ItemReader:
         dataset: Map-style data set.
         boundary: The module's translator.
         num_workers: Loader processes.
+        allowance: How many samples may be passed over that cannot be read.
+        ignores_signal: Signal that ends no loader process.
     """
 
-    def __init__(self, dataset: Any, *, boundary: ModuleBoundary, num_workers: int) -> None:
-        self._boundary = boundary
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        boundary: ModuleBoundary,
+        num_workers: int,
+        allowance: Allowance,
+        ignores_signal: int | None = None,
+    ) -> None:
+        self._boundary, self._allowance = boundary, allowance
         self._several = boundary.item_cost().item_rows is not None
         self._by_item = self._several and reads_items(dataset)
         self._lists: list[list[Any]] = []
         # A loader draws a seed for every run through it. From a generator of its own: the
         # process's has to stand where it stands with samples in order.
         seeds = torch.Generator().manual_seed(torch.initial_seed())
-        self._loader = torch.utils.data.DataLoader(
-            _ItemsOfSamples(dataset) if self._by_item else dataset,
+        self._loader = _loader(
+            dataset,
+            _ItemsOfSamples(dataset).read if self._by_item else dataset.__getitem__,
             batch_sampler=self._lists,
-            collate_fn=getattr(dataset, "collate_fn", None),
             num_workers=num_workers,
-            pin_memory=dist.get_backend() == "nccl",
-            persistent_workers=num_workers > 0,
+            allowance=allowance,
+            ignores_signal=ignores_signal,
             generator=seeds,
         )
-        self._iterator: Iterator[Batch] = iter(())
+        self._iterator: Iterator[Any] = iter(())
         self._requests: dict[Microbatches, list[_Request]] = {}
         self._checksums: dict[Microbatches, list[int]] = {}
 
@@ -209,19 +235,49 @@ class ItemReader:
     def _batch(self, task: Microbatches) -> Batch | None:
         if not self._requests[task]:
             return None
-        batch = next(self._iterator)
+        batch = self._allowance.take(next(self._iterator))
         check_texts(batch, self._checksums[task])
         items = [items for _, items in self._requests[task]]
         return self._boundary.take_items(batch, items)
 
 
-class _ItemsOfSamples(torch.utils.data.Dataset):
+def _loader(
+    dataset: Any,
+    read: Callable[[Any], Any],
+    *,
+    batch_sampler: Any,
+    num_workers: int,
+    allowance: Allowance,
+    ignores_signal: int | None,
+    generator: torch.Generator | None = None,
+) -> torch.utils.data.DataLoader:
+    """Loads batches, each with what could not be read for it."""
+    return torch.utils.data.DataLoader(
+        NamedSamples(read, length=len(dataset), tries=allowance.tries),
+        batch_sampler=batch_sampler,
+        collate_fn=NamedBatches(getattr(dataset, "collate_fn", None)),
+        num_workers=num_workers,
+        pin_memory=dist.get_backend() == "nccl",
+        persistent_workers=num_workers > 0,
+        worker_init_fn=partial(_prepare_worker, ignores_signal=ignores_signal),
+        generator=generator,
+    )
+
+
+def _prepare_worker(worker: int, *, ignores_signal: int | None) -> None:
+    """Lets a run that saves when it is told to end read on until then."""
+    if ignores_signal is not None:
+        signal.signal(ignores_signal, signal.SIG_IGN)
+
+
+class _ItemsOfSamples:
     """Some items of each sample, as a request names them."""
 
     def __init__(self, dataset: ReadsItems) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, request: _Request) -> Any:
+    def read(self, request: _Request) -> Any:
+        """Reads the items of a sample."""
         index, items = request
         return self._dataset.read_items(index, items)
 

@@ -199,7 +199,7 @@ class SequenceMerge:
         input_ids: torch.Tensor,
         *others: Any,
         **named: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """Stands for ``LLaVAModel._preprocess_data``.
 
         Args:
@@ -211,21 +211,22 @@ class SequenceMerge:
 
         Returns:
             This rank's part of the embeddings ``[s / (cp * tp), b, h]`` on a first stage; labels
-            and loss mask of whole sequences ``[b, s]`` on a last one.
+            and loss mask of whole sequences ``[b, s]`` on a last one; and what upstream returns
+            beside them, since 0.20 token ids and positions.
         """
         model: Any = self._model
         first_stage, model.pre_process = model.pre_process, False
         try:
-            _, labels, loss_mask = LLaVAModel._preprocess_data(
+            _, *beside = LLaVAModel._preprocess_data(
                 model, image_rows, text, input_ids, *others, **named
             )
         finally:
             model.pre_process = first_stage
         if not first_stage:
-            return None, labels, loss_mask
+            return None, *beside
         assert image_rows is not None
         assert text is not None
-        return self._merge(image_rows, text), labels, loss_mask
+        return self._merge(image_rows, text), *beside
 
     def split_labels(
         self,

@@ -20,7 +20,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_mosaic.engine.lost import Limits, Lost, Report, State, find_lost
+from megatron_mosaic.engine.lost import Limits, Lost, Report, State, describe, find_lost
 from megatron_mosaic.engine.progress import Progress
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
 from megatron_mosaic.host.faults.bulletin import Bulletin
@@ -248,7 +248,9 @@ class Watch:
         if self._lost is None and not self._unreachable:
             # No judge is left: whoever finds out first tells the others.
             _within(_LAST_WORDS_S, lambda: self._bulletin.write_lost(lost))
-        _say(f"error: {lost.line(self._plan)}", stacks=lost.rank == self._rank)
+        here = describe(self._progress.place, self._rank, self._plan)
+        lines = f"error: {lost.line(self._plan)}\nrun: rank={self._rank} was in {here}"
+        _say(lines, stacks=lost.rank == self._rank)
         # Others on this machine read the file too, an interval later at most.
         time.sleep(2 * self._limits.interval_s)
         remove_record(lost.record)
@@ -267,12 +269,12 @@ class Watch:
         ]
 
 
-def _say(line: str | None, *, stacks: bool = False) -> None:
-    """Prints a line and what is left in the buffers, but does not wait for a stuck terminal."""
+def _say(lines: str | None, *, stacks: bool = False) -> None:
+    """Prints lines and what is left in the buffers, but does not wait for a stuck terminal."""
 
     def write() -> None:
-        if line is not None:
-            print(line, file=sys.stderr)
+        if lines is not None:
+            print(lines, file=sys.stderr)
         if stacks:
             faulthandler.dump_traceback(sys.__stderr__ or 2)
         sys.stderr.flush()
