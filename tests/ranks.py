@@ -3,9 +3,23 @@
 from pathlib import Path
 
 from megatron_mosaic.rehearsal import ranks
-from megatron_mosaic.rehearsal.ranks import Ended, RanksError, run_ranks, run_to_the_end
+from megatron_mosaic.rehearsal.ranks import (
+    IMPORTED_FIRST,
+    Ended,
+    RanksError,
+    run_ranks,
+    run_to_the_end,
+)
 
-__all__ = ["ROOT", "Ended", "RanksError", "run_ranks", "run_to_the_end", "start_server"]
+__all__ = [
+    "IMPORTED_FIRST",
+    "ROOT",
+    "Ended",
+    "RanksError",
+    "run_ranks",
+    "run_to_the_end",
+    "start_server",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 

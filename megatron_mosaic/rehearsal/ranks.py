@@ -47,9 +47,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # of the package, from which the server imports
+IMPORTED_FIRST = "MOSAIC_RANKS_IMPORT_FIRST"  # variable: a folder with a Megatron of its own
 PRELOAD = "megatron_mosaic.rehearsal.preload"
 IMPORTED_FIRST = "MOSAIC_RANKS_IMPORT_FIRST"  # variable: a folder with a Megatron of its own
 GRACE_S = 5.0  # for a rank to write its stack and die
+LAST_WORDS_S = 2.0  # for the others, when one ends by intent
 SHOWN_CHARACTERS = 6000  # of what a failed rank wrote
 
 
@@ -292,8 +294,18 @@ def _wait(
         if failed:
             # The others often fail next, because their peer is gone: the first is the cause.
             first = min(failed, key=lambda rank: rank.failed_at_s)
+            if (first.error or "").startswith("raised SystemExit"):
+                _await_last_words(list(waiting))
             return f"rank {first.index} of {len(ranks)} {first.error}"
     return None
+
+
+def _await_last_words(results: list[connection.Connection]) -> None:
+    """Lets ranks that end by intent do so: one of them says why."""
+    deadline_s = time.monotonic() + LAST_WORDS_S
+    while results and (left_s := deadline_s - time.monotonic()) > 0:
+        ended = connection.wait(results, timeout=left_s)
+        results = [each for each in results if each not in ended]
 
 
 def _end(ranks: list[_Rank]) -> None:

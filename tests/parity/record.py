@@ -3,7 +3,16 @@
 from collections.abc import Callable
 
 from megatron_mosaic.rehearsal import record
-from megatron_mosaic.rehearsal.record import Record
+from megatron_mosaic.rehearsal.record import Record, initialized_by_name
+
+__all__ = [
+    "ARGUMENTS",
+    "OPTIMIZERS",
+    "Record",
+    "initialized_by_name",
+    "record_plan",
+    "record_stock",
+]
 
 ARGUMENTS = [
     "--encoder-num-layers",
