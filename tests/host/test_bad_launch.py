@@ -287,6 +287,31 @@ def test_run_refuses_megatron_from_two_places(tmp_path):
     assert "must come from one place" in done.stderr
 
 
+def test_packages_of_others_beside_a_checkout_are_no_second_megatron(tmp_path):
+    # Megatron Energon is a distribution of its own, in the same namespace.
+    for package in (
+        "checkout/megatron/core",
+        "checkout/megatron/training",
+        "site/megatron/energon",
+    ):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    code = (
+        "from pathlib import Path; from megatron_mosaic.run import _check_one_megatron; "
+        f"_check_one_megatron(Path({str(tmp_path / 'checkout' / 'script.py')!r}))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_run_without_a_plan_runs_the_script_as_it_is(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint(sys.argv[1:], __name__, 'megatron' in sys.modules)\n")

@@ -105,10 +105,9 @@ class Runner:
         return self._done[run]
 
     def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
+        """Ends the process: it has no more to read."""
+        with self._process:
+            pass
 
 
 def main(tree: str, folder: str) -> None:
