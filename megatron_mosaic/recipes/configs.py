@@ -1,5 +1,8 @@
 """From a recipe to a ``ConfigContainer`` of Megatron-Bridge."""
 
+# Megatron-Bridge is optional.
+# pyright: reportMissingImports=false
+
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosaic.layout.placement import LANGUAGE

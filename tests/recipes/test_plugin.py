@@ -1,18 +1,22 @@
 """The plugin of NeMo-Run, with tasks and executors of its form and, where installed, its own."""
 
 import importlib.util
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
 
 from megatron_mosaic.errors import HostError, LayoutError, PlanError
-from megatron_mosaic.recipes.plugin import MosaicPlugin
 from tests.planner.emitted import DISJOINT
+
+with warnings.catch_warnings():
+    # Of what NeMo-Run imports.
+    warnings.simplefilter("ignore")
+    from megatron_mosaic.recipes.plugin import MosaicPlugin
 
 with_nemo_run = pytest.mark.skipif(
     importlib.util.find_spec("nemo_run") is None, reason="nemo-run is not installed"
 )
-# NeMo-Run's own, and those of what it imports.
 ignoring = pytest.mark.filterwarnings("ignore")
 
 
