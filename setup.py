@@ -48,6 +48,8 @@ setup(
         "psutil",
     ],
     extras_require={
+        # For recipes; Bridge imports Transformer Engine, which is built for a GPU.
+        "bridge": ["megatron-bridge>=0.6.2,<0.7", "nemo-run"],
         "energon": ["megatron-energon"],
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "dev": [

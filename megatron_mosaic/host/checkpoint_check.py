@@ -72,7 +72,7 @@ def check_checkpoint(checkpoints: Path, plan: Plan) -> Verdict:
         *_check_optimizer(weights, index, common, plan, place=place),
     ]
     notes = [*passed_over, f"checkpoint: {place}"]
-    notes += _told_of(saved, plan)
+    notes += _told_of(saved, plan, fits=not problems)
     return Verdict(problems=tuple(problems), notes=tuple(notes))
 
 
@@ -218,12 +218,15 @@ def _check_optimizer(
             )
 
 
-def _told_of(saved: argparse.Namespace, plan: Plan) -> Iterator[str]:
+def _told_of(saved: argparse.Namespace, plan: Plan, *, fits: bool) -> Iterator[str]:
     """What will be loaded, and what will start afresh."""
     digest = getattr(saved, "mosaic_plan_digest", None)
     by = f"plan {digest[:12]}" if digest else "a run without a plan"
     world_size = getattr(saved, "world_size", None)
-    yield f"saved by {by} on {world_size} ranks, after {saved.consumed_train_samples} samples"
+    samples = getattr(saved, "consumed_train_samples", 0)
+    yield f"saved by {by} on {world_size} ranks, after {samples} samples"
+    if not fits:
+        return
     yield "weights, optimizer states, schedule of the learning rate and samples will be loaded"
     if digest != plan.digest():
         yield "random states will start afresh, for they are those of another layout"

@@ -17,7 +17,7 @@ from megatron_mosaic.schedule.verify import verify
 # Verification of a larger world takes longer than the others wait; `megatron-mosaic check` does it.
 _VERIFIED_RANKS = 256
 
-_ARRIVAL_S = 15.0
+_PATIENCE_S = 30.0  # as long as for what rank 0 says later
 
 WORLD_SIZE = "{world_size}"
 """Stands in the name of a plan file for the number of ranks."""
@@ -78,7 +78,7 @@ def _store(rank: int, world_size: int) -> dist.Store:
     store, _, _ = next(iter(dist.rendezvous("env://", rank=rank, world_size=world_size)))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The agent's outlives the ranks; any other is rank 0's own.
-        return new_round(store, rank=rank, world_size=world_size, timeout_s=_ARRIVAL_S)
+        return new_round(store, rank=rank, world_size=world_size, timeout_s=_PATIENCE_S)
     return store
 
 

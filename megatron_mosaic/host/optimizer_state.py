@@ -15,7 +15,11 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    MixedPrecisionOptimizer,
+    param_group_identifier_keys,
+)
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 from megatron_mosaic.errors import HostError
@@ -153,11 +157,11 @@ def _complete(
     saved = {_identifier(group): group for owner in owners for group in owner.get(_GROUPS, ())}
     for key in _SETTINGS:
         part.update([(key, each[key]) for each in common if key in each][:1])
-    # Optimizers that are not distributed keep states of whole parameters, with torch's own.
-    whole = not isinstance(optimizer, DistributedOptimizer)
-    owner = part if whole and _MASTER_WEIGHTS not in part else part.setdefault("optimizer", {})
+    mixed = isinstance(optimizer, MixedPrecisionOptimizer)
+    owner = part.setdefault("optimizer", {}) if mixed else part
     owner[_GROUPS] = [_group(group, saved, module=module) for group in current]
-    if whole:
+    if not isinstance(optimizer, DistributedOptimizer):
+        # These keep states of whole parameters, in torch's own form.
         steps = [each["state"] for each in owners if "common_step" in each.get("state", {})]
         owner.setdefault("state", {}).update(*steps[:1])
         _list_master_weights(part, current)

@@ -7,10 +7,15 @@ tell the starts apart, since each agent counts for itself.
 """
 
 import json
+import threading
 import time
+from contextlib import suppress
+from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
+
+from megatron_mosaic.host.agreement import stop
 
 _INTERVAL_S = 0.05
 
@@ -26,38 +31,49 @@ def new_round(store: dist.Store, *, rank: int, world_size: int, timeout_s: float
         store: The rendezvous store.
         rank: This rank.
         world_size: Ranks of this start.
-        timeout_s: Longest time to wait. A rank that has not arrived by then is missed by those
-            who use the store, who can say so.
+        timeout_s: Longest time to wait for rank 0, which itself goes on at once: whoever waits
+            for another rank in the store says which one is missing.
+
+    Raises:
+        SystemExit: Code 2: rank 0 says nothing.
 
     Note:
         Collective over the world.
     """
-    prefixed = dist.PrefixStore("mosaic-rounds", store)
-    word = uuid4().hex
-    prefixed.set(f"word/{rank}", word)
-    deadline_s = time.monotonic() + timeout_s
-    if rank == 0:
-        number = _lead(prefixed, world_size=world_size, deadline_s=deadline_s)
+    prefixed: Any = dist.PrefixStore("mosaic-rounds", store)  # torch's types lack clone
+    if rank != 0:
+        number = _follow(prefixed, rank=rank, timeout_s=timeout_s)
     else:
-        number = _follow(prefixed, rank=rank, word=word, deadline_s=2 * timeout_s + deadline_s)
+        number = prefixed.add("number", 1)
+        # On a connection of its own: one that waits for a key answers nobody else.
+        caller = threading.Thread(
+            target=_call_ranks,
+            args=(prefixed.clone(), number, world_size, time.monotonic() + timeout_s),
+            name="mosaic-round",
+            daemon=True,
+        )
+        caller.start()
     return dist.PrefixStore(f"round-{number}", store)
 
 
-def _lead(store: dist.Store, *, world_size: int, deadline_s: float) -> int:
-    number = store.add("number", 1)
-    words: dict[int, str] = {}
-    while store.add(f"heard/{number}", 0) < world_size - 1 and time.monotonic() < deadline_s:
-        there = [rank for rank in range(1, world_size) if store.check([f"word/{rank}"])]
-        read = store.multi_get([f"word/{rank}" for rank in there]) if there else []
-        found = {rank: word.decode() for rank, word in zip(there, read, strict=True)}
-        if found != words:
-            words = found
-            store.set("round", json.dumps([number, words]))
-        time.sleep(_INTERVAL_S)
-    return number
+def _call_ranks(store: dist.Store, number: int, world_size: int, deadline_s: float) -> None:
+    """Says the number with the words that are there, until all ranks have heard theirs."""
+    said: dict[int, str] | None = None
+    with suppress(dist.DistError, RuntimeError):  # the run ends meanwhile, and the store with it
+        while store.add(f"heard/{number}", 0) < world_size - 1 and time.monotonic() < deadline_s:
+            there = [rank for rank in range(1, world_size) if store.check([f"word/{rank}"])]
+            read = store.multi_get([f"word/{rank}" for rank in there]) if there else []
+            words = {rank: word.decode() for rank, word in zip(there, read, strict=True)}
+            if words != said:
+                said = words
+                store.set("round", json.dumps([number, words]))
+            time.sleep(_INTERVAL_S)
 
 
-def _follow(store: dist.Store, *, rank: int, word: str, deadline_s: float) -> int:
+def _follow(store: dist.Store, *, rank: int, timeout_s: float) -> int:
+    word = uuid4().hex
+    store.set(f"word/{rank}", word)
+    deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         if store.check(["round"]):
             number, words = json.loads(store.get("round"))
@@ -65,4 +81,4 @@ def _follow(store: dist.Store, *, rank: int, word: str, deadline_s: float) -> in
                 store.add(f"heard/{number}", 1)
                 return number
         time.sleep(_INTERVAL_S)
-    return 0  # rank 0 never says this one: whoever waits for it there finds that it is missing
+    stop("run: rank=0 must answer within the time limit; look at the output of rank 0")

@@ -37,8 +37,9 @@ from megatron_mosaic.schedule.simulate import PassTimes, covered_s
 
 # The first steps of a run compile and fill caches: they say nothing about the others.
 _WARM_UP_STEPS = 3
-# A step that is typical: the median of at most so many.
-_LONGEST_MEMORY = 100
+# A typical step is the median of at least and at most so many.
+_FEWEST_STEPS = 3
+_MOST_STEPS = 100
 
 
 class Telemetry:
@@ -63,7 +64,8 @@ class Telemetry:
         self._program = program_of_plan(runtime.plan) if _is_last(runtime) else None
         self._num_steps = 0
         self._since_report_s: list[float] = []
-        self._warm_s: deque[float] = deque(maxlen=_LONGEST_MEMORY)
+        self._warm_s: deque[float] = deque(maxlen=_MOST_STEPS)
+        self._warm_terms: deque[StepTerms] = deque(maxlen=_MOST_STEPS)
         self._has_warned = False
 
     def __call__(
@@ -147,10 +149,13 @@ class Telemetry:
         """Says once that the plan was chosen by a prediction that does not hold here."""
         if self._has_warned or self._predicted is None or not self._warm_s:
             return
+        self._warm_terms.append(terms)
         expected_s = self._predicted.step_s
-        if abs(median(self._warm_s) - expected_s) <= LARGEST_DEVIATION * expected_s:
+        off_s = abs(median(self._warm_s) - expected_s)
+        if len(self._warm_s) < _FEWEST_STEPS or off_s <= LARGEST_DEVIATION * expected_s:
             return
-        warning = deviation_warning(self._predicted, terms)
+        by_length = sorted(self._warm_terms, key=lambda each: each.step_s)
+        warning = deviation_warning(self._predicted, by_length[len(by_length) // 2])
         if warning is not None:
             print(f"warning: mosaic: {warning}", flush=True)
             self._has_warned = True

@@ -17,9 +17,11 @@ class AttentionPlan:
 
     Args:
         mask: What items (images, sounds) and packed documents of a sequence mean to attention.
-        tokens: How the tokens of a sequence are assigned to context-parallel ranks.
-        keys: ``blocks`` sends a rank what its queries see, ``all_gather`` sends everything to
-            every rank, ``auto`` takes the one that moves fewer bytes at the busiest rank.
+        tokens: Which context-parallel rank keeps which tokens: ``balanced`` as many on each, at
+            equal cost of attention; ``local`` lets packed documents stay together.
+        keys: With context parallelism ``blocks`` sends a rank what its queries see, ``all_gather``
+            sends everything to every rank, ``auto`` takes the one that moves fewer bytes at the
+            busiest rank; the planner writes what it predicts to be faster.
 
     Raises:
         PlanError: A field is another word.

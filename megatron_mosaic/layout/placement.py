@@ -52,8 +52,10 @@ class ModulePlacement:
             parameters, with layers counted over all stages, such as ``decoder.layers.3.*`` or
             ``"*.lora_*"``; ``None`` is everything, ``()`` is nothing. The script freezes: if it
             freezes something else, the run stops and names the first such parameter.
-        virtual_pipeline_model_parallel_size: Stages of each rank. Stage ``s`` of all is on ranks
-            of pipeline place ``s % pipeline_model_parallel_size``, as Megatron interleaves them.
+        virtual_pipeline_model_parallel_size: Stages of each rank, with ``interleaved``,
+            ``bubble_fill`` or ``concurrent``; of an encoder, chunks of its layers. Stage
+            ``s`` of all is on ranks of pipeline place ``s % pipeline_model_parallel_size``, as
+            Megatron interleaves them.
         layers_per_stage: Layers of each stage, all of every rank; ``None`` is an even split.
         expert_model_parallel_size: Parts into which the list of experts is split.
         expert_tensor_parallel_size: Ranks that split each expert; ``None`` is

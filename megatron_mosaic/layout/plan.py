@@ -59,9 +59,13 @@ class ScheduleChoice:
             the whole batch with ``colocated``, one microbatch with the others.
         max_live: Tasks of an encoder stage whose activations a rank may hold at the same time,
             with the last two kinds; ``None`` is no bound.
-        ahead: Frozen encoders run the next step's forward passes, with the last two kinds.
-        order: Tasks of each kind of ranks as text, pairs of ranks and tasks, with the last two
-            kinds; ``None`` leaves the order to durations of one unit forward and two backward.
+        ahead: Encoders with ``trainable: []`` work on the next step's samples, and their rows are
+            kept until then, with the last two kinds; the first step also makes its own, the last
+            one makes none. Losses and gradients are the same to the bit, with dropout too, and
+            nothing of it goes into a checkpoint.
+        order: Tasks of each kind of ranks as the planner has put them into the waits, with the
+            last two kinds; with lanes, the order in which they are launched; ``None`` is the order
+            for forward passes of one unit of time and backward passes of two.
 
     Raises:
         PlanError: The kind does not exist.
@@ -113,7 +117,8 @@ class Plan:
         global_batch_size: Samples of one step.
         micro_batch_size: Samples of one microbatch of one replica of the language model.
         modules: Placement of every module by name, kept sorted; ``"language"`` is one of them.
-        edges: Pairs of source and destination module.
+        edges: Pairs of source and destination module: ``[[vision, language]]``;
+            ``[language, generator]`` for an output.
         schedule: Order of work.
         predicted: What the planner expects, kept as it is; without influence on running.
         inputs: What the planner was given, kept as it is; without influence on running.

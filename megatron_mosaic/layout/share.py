@@ -10,7 +10,7 @@ class Share:
     """A quota of every GPU that hosts a module; alone on a GPU it has all of it.
 
     Args:
-        sms: Streaming multiprocessors (SMs).
+        sms: Streaming multiprocessors (SMs) that it may use of each GPU while others run there.
 
     Raises:
         LayoutError: The number is not positive.

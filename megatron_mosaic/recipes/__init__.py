@@ -3,6 +3,9 @@
 Importing this needs neither Megatron-Bridge nor torch; calling a recipe needs Bridge.
 """
 
+# Megatron-Bridge is optional.
+# pyright: reportMissingImports=false
+
 from typing import TYPE_CHECKING
 
 from megatron_mosaic.recipes.configs import config_of

@@ -1,5 +1,8 @@
 """Plans and the parallelism of Megatron-Bridge, there and back."""
 
+# Megatron-Bridge is optional.
+# pyright: reportMissingImports=false
+
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 

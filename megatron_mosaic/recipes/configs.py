@@ -1,5 +1,8 @@
 """From a recipe to a ``ConfigContainer`` of Megatron-Bridge."""
 
+# Megatron-Bridge is optional.
+# pyright: reportMissingImports=false
+
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosaic.layout.placement import LANGUAGE
@@ -10,11 +13,11 @@ from megatron_mosaic.recipes.catalog import Recipe, find_recipe
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-# Models whose layers are of Bridge's own providers, by their names on Hugging Face.
-_HUGGING_FACE = {
+HUB_NAMES = {
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen3-vl-30b-a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
 }
+"""Models whose layers are of Bridge's own providers, by their names on Hugging Face."""
 
 
 def config_of(name: str) -> "ConfigContainer":
@@ -29,7 +32,7 @@ def config_of(name: str) -> "ConfigContainer":
 
     cfg = _pretrain_common()
     plan = recipe.plan()
-    hub_name = _HUGGING_FACE.get(recipe.model)
+    hub_name = HUB_NAMES.get(recipe.model)
     cfg.model = _standard_provider(recipe, hub_name) if hub_name else _mimo_provider(recipe)
 
     # Batch: MIMO counts the samples of all replicas, the standard loop those of one.

@@ -1,5 +1,8 @@
 """Providers of Megatron-Bridge that carry a plan. Importing this needs Bridge."""
 
+# Megatron-Bridge is optional.
+# pyright: reportMissingImports=false
+
 from dataclasses import dataclass, fields
 from typing import Any, Self
 

@@ -1,5 +1,8 @@
 """Whisper's encoder of transformers, as Megatron's multimodal models call encoders."""
 
+# Megatron-Bridge is optional.
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import torch

@@ -49,6 +49,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]  # of the package, from which the server imports
 IMPORTED_FIRST = "MOSAIC_RANKS_IMPORT_FIRST"  # variable: a folder with a Megatron of its own
 PRELOAD = "megatron_mosaic.rehearsal.preload"
+IMPORTED_FIRST = "MOSAIC_RANKS_IMPORT_FIRST"  # variable: a folder with a Megatron of its own
 GRACE_S = 5.0  # for a rank to write its stack and die
 LAST_WORDS_S = 2.0  # for the others, when one ends by intent
 SHOWN_CHARACTERS = 6000  # of what a failed rank wrote

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ class Strike:
         ranks: Whom it befalls; not for samples.
         step: Step of training, from 1.
         call: Forward step in it, from 0, or the sample.
+        then_s: How long the rank stands still when it has fallen.
     """
 
     kind: str
     ranks: tuple[int, ...] = ()
     step: int
     call: int
+    then_s: float = 0.0
 
     @classmethod
     def at_random(cls, chance: random.Random, kind: str, ranks: Sequence[int] = ()) -> "Strike":
@@ -148,6 +151,7 @@ def struck(forward_step, strike: Strike, folder: str | None):
             if (now, calls[now]) == (strike.step, strike.call):
                 print(f"struck in step {now}", flush=True)
                 _fall(strike, folder)
+                time.sleep(strike.then_s)
             calls[now] += 1
         return forward_step(data_iterator, model)
 

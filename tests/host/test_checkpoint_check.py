@@ -29,8 +29,9 @@ def _saved_by_layout() -> Path:
     """Checkpoint of a stock run that keeps optimizer states as its layout has them."""
     folder = Path(mkdtemp(prefix="mosaic-checkpoints-"))
     options = ["--use-distributed-optimizer", *OPTIMIZERS["adam"], "--images", "one"]
-    saving = ["--ckpt-format", "torch_dist", "--save", str(folder), "--train-iters", "1"]
-    run_ranks(_train_stock, 1, [*options, *saving], init=False, timeout_s=120)
+    saving = ["--ckpt-format", "torch_dist", "--save", str(folder), "--save-interval", "1"]
+    few = ["--train-iters", "1", "--eval-iters", "0"]
+    run_ranks(_train_stock, 1, [*options, *saving, *few], init=False, timeout_s=120)
     return folder
 
 
@@ -78,18 +79,18 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path):
             r"it has modules \['language', 'vision'\]",
         ),
         (
-            "tensor_model_parallel_size: 2",
-            "pipeline_model_parallel_size: 2, layers_per_stage: [2, 3]",
-            r"error: modules\.language: layers_per_stage=\[2, 3\] must sum to num_layers=4",
+            "tensor_model_parallel_size: 2}",
+            "tensor_model_parallel_size: 2, layers_per_stage: [3]}",
+            r"error: modules\.language: layers_per_stage=\[3\] must sum to num_layers=4",
         ),
         (
-            "data_parallel_size: 2",
-            "pipeline_model_parallel_size: 2, layers_per_stage: [2, 1]",
-            r"error: modules\.vision: layers_per_stage=\[2, 1\] must sum to num_layers=2",
+            "data_parallel_size: 2}",
+            "data_parallel_size: 2, layers_per_stage: [1]}",
+            r"error: modules\.vision: layers_per_stage=\[1\] must sum to num_layers=2",
         ),
         (
-            "tensor_model_parallel_size: 2",
-            "tensor_model_parallel_size: 2, sequence_parallel: true, expert_model_parallel_size: 2",
+            "tensor_model_parallel_size: 2}",
+            "data_parallel_size: 2, expert_model_parallel_size: 2}",
             r"error: modules\.language: expert_model_parallel_size=2 .* num_experts=None",
         ),
     ],

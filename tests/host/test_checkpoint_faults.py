@@ -274,3 +274,24 @@ def test_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path, options):
             assert re.search(line, ended[1].output), (strike, ended)
 
     assert _chosen(folders) == [1, 3]
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_flipped_bit_is_found_where_torch_wrote_checksums(tmp_path, checksums):
+    import torch
+
+    from megatron_mosaic.host.checkpoint_files import Item, find_damaged_item
+
+    path, before = tmp_path / "file", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    torch.save(torch.arange(1000), path)
+    torch.serialization.set_crc32_options(before)
+    content = bytearray(path.read_bytes())
+    item = Item(file="file", offset_bytes=0, length_bytes=len(content))
+    assert find_damaged_item(tmp_path, [item]) is None
+
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+    found = "file is damaged at byte 0" if checksums else None
+    assert find_damaged_item(tmp_path, [item]) == found

@@ -137,7 +137,7 @@ def _check(fault: Fault, ended: list[Ended], pattern: str) -> None:
             assert said is not None, (fault, rank, end.output)
             assert where in said[0], (fault, rank, said[0])
             assert "; look at its output" in said.string[said.start() :]
-            assert re.search(f"^run: rank={rank} was in .*step ", end.output, re.MULTILINE), end
+            assert re.search(f"^run: rank={rank} was in ", end.output, re.MULTILINE), end
 
 
 def _strike_all(kind: str, options: list[str], pattern: str, folder: Path) -> None:

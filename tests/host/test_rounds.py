@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
 from megatron_mosaic.host.rounds import new_round
@@ -50,7 +51,15 @@ def test_ranks_that_are_started_again_see_nothing_of_before():
 def test_rank_0_goes_on_without_a_rank_that_does_not_arrive():
     server = _store()
 
-    # Whoever misses the rank says so: nothing waits longer than it was told to.
-    alone = new_round(server, rank=0, world_size=2, timeout_s=0.2)
+    # Whoever misses the rank says so: rank 0 waits for nobody here.
+    alone = new_round(server, rank=0, world_size=2, timeout_s=0.0)
 
     assert not alone.check(["lost"])
+
+
+def test_rank_whom_rank_0_does_not_answer_says_so(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        new_round(_store(), rank=1, world_size=2, timeout_s=0.2)
+
+    expected = "error: run: rank=0 must answer within the time limit; look at the output of rank 0"
+    assert capsys.readouterr().err == f"{expected}\n"

@@ -3,6 +3,7 @@
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_run_told_to_end_saves_its_step_and_ends_well_on_all_ranks(name, tmp_pat
 def test_run_told_to_end_without_saving_ends_as_told_and_blames_no_rank(moment, tmp_path):
     chance = _chance("sigterm", moment)
     strike = Strike.at_random(chance, "terminate", chance.sample(range(2), 2))
+    # Ranks wait a few seconds for word of a lost one; this run would be at its end by then.
+    strike = replace(strike, then_s=30.0)
 
     options = (*IMAGES, *_saving(tmp_path))
     ended = run(PLAN, *options, world_size=2, strike=strike, folder=tmp_path / "pids")

@@ -73,7 +73,7 @@ def _states(folder: Path) -> Iterator[tuple[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process is meant
         load_checkpoint(found, storage_reader=FileSystemReader(folder), no_dist=True)
-    (common,) = torch.load(found.pop(COMMON), weights_only=False)
+    (common,) = found.pop(COMMON)
     yield from found.items()
     yield "iteration", common["iteration"]
     yield "opt_param_scheduler", common["opt_param_scheduler"]

@@ -148,7 +148,17 @@ def test_runs_on_eight_then_four_then_six_ranks_end_as_the_first(tmp_path):
     _assert_close([second.losses[0], *third.losses], through.losses[SAVED_STEP:])
 
 
-# One process, or two with tensor or pipeline parallelism; then a plan with the same optimizer.
+@pytest.mark.parametrize("sharded", [SHARDED, ()], ids=["sharded", "whole"])
+def test_master_weights_move_to_another_layout(tmp_path, sharded):
+    options = ("--bf16", "--train-iters", str(SAVED_STEP), *sharded)
+    _, folder = _saved("colocated_v2_l2", options)
+
+    _run("disjoint_v2_lpp2", *options, *_loading(folder), copy=str(tmp_path))
+
+    assert differing_states(Path(folder), tmp_path, step=SAVED_STEP) == []
+
+
+# One process, or two with tensor parallelism.
 STOCK_RUNS = {
     "one": (1, ()),
     "tp2": (2, ("--tensor-model-parallel-size", "2")),

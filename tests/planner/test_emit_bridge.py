@@ -3,6 +3,8 @@
 import pytest
 
 from megatron_mosaic.errors import PlanError
+from megatron_mosaic.layout.plan import Plan
+from megatron_mosaic.planner.emit.bridge import module_parallelisms, plan_of_parallelisms
 from tests.planner.emitted import DISJOINT, HOMOGENEOUS, LANGUAGE, SEQUENCE_PARALLEL, emitted
 
 
@@ -99,3 +101,57 @@ def test_bridge_takes_experts_and_several_encoders():
 def test_bridge_refuses_what_its_configuration_cannot_say(source, message):
     with pytest.raises(PlanError, match=message):
         emitted("bridge", source)
+
+
+def fields_of(source):
+    return module_parallelisms(Plan.loads(source, where="plan.yaml"))
+
+
+def test_plan_returns_from_the_fields_of_bridge():
+    plan = Plan.loads(DISJOINT, where="plan.yaml")
+
+    # 2 samples of each of 2 replicas.
+    assert (
+        plan_of_parallelisms(fields_of(DISJOINT), micro_batch_size=4, global_batch_size=64) == plan
+    )
+
+
+def test_plan_with_experts_returns_from_the_fields_of_bridge():
+    source = DISJOINT.replace(
+        "pipeline_model_parallel_size: 3",
+        "pipeline_model_parallel_size: 3\n    expert_model_parallel_size: 4\n"
+        "    expert_tensor_parallel_size: 1",
+    )
+    plan = plan_of_parallelisms(fields_of(source), micro_batch_size=4, global_batch_size=64)
+
+    assert plan == Plan.loads(source, where="plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"language": None},
+            r"module_parallelisms: names=\['vision'\] must include language; name",
+        ),
+        (
+            {"language": {"data_parallel_size": 3}},
+            r"module_parallelisms\.language: data_parallel_size=3 must divide the 4 samples",
+        ),
+        (
+            {"vision": {"data_parallel_size": None}},
+            r"module_parallelisms\.vision: data_parallel_size=None must be >= 1; give a positive",
+        ),
+        ({"vision": {"rank_offset": -1}}, r"vision: rank_offset=-1 must be >= 0; give the first"),
+        ({"vision": {"sms": 2}}, r"vision: fields=\['sms'\] must be among tensor_model_parallel"),
+    ],
+)
+def test_fields_that_make_no_plan_are_refused(changed, message):
+    fields = {
+        name: {**module, **(changed.get(name) or {})}
+        for name, module in fields_of(DISJOINT).items()
+        if changed.get(name, {}) is not None
+    }
+
+    with pytest.raises(PlanError, match=message):
+        plan_of_parallelisms(fields, micro_batch_size=4, global_batch_size=64)

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import IMPORTED_FIRST, ROOT, run_ranks
+from megatron_mosaic.rehearsal.ranks import IMPORTED_FIRST
+from tests.ranks import ROOT, run_ranks
 
 OPTIONS = """
 --encoder-num-layers 2 --decoder-num-layers 4 --hidden-size 32 --num-attention-heads 4
@@ -214,7 +215,7 @@ def _begin_by_name() -> None:
     """Gives the stock script's model the weights that a plan gives its modules."""
     import megatron.training as training
 
-    from tests.parity.record import initialized_by_name
+    from megatron_mosaic.rehearsal.record import initialized_by_name
 
     stock = training.pretrain
 
