@@ -20,9 +20,17 @@ from megatron.core.models.vision.vit_layer_specs import (
     get_vit_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mosaic.model.spec import ModelSpec, Patches, Projector, TokenEmbedding
+from megatron_mosaic.model.parameters import padded_vocab_size
+from megatron_mosaic.model.spec import (
+    LanguageHead,
+    ModelSpec,
+    Patches,
+    Projector,
+    TokenEmbedding,
+)
 from megatron_mosaic.model.spec import ModuleSpec as Module
 from megatron_mosaic.recipes.language_geometry import transformer_sizes
 
@@ -57,10 +65,12 @@ def language_spec(model: ModelSpec) -> ModuleSpec:
                 moe_grouped_gemm=bool(sizes.get("num_moe_experts")),
                 qk_layernorm=sizes["qk_layernorm"],
             ),
-            "vocab_size": embedding.vocab_size,
+            "vocab_size": padded_vocab_size(embedding.vocab_size),
             "max_sequence_length": model.sequence_length,
             "position_embedding_type": "learned_absolute" if embedding.num_positions else "rope",
-            "share_embeddings_and_output_weights": getattr(language.output, "tied", False),
+            # A text tower has no logits: shared weights are none of their own.
+            "share_embeddings_and_output_weights": not isinstance(language.output, LanguageHead)
+            or language.output.tied,
         },
     )
 
@@ -68,7 +78,7 @@ def language_spec(model: ModelSpec) -> ModuleSpec:
 def vision_spec(module: Module) -> ModuleSpec:
     """Makes the spec of an image encoder and its projector: CLIP's with a norm after the patches.
 
-    Without one it is SigLIP's.
+    Without one it is SigLIP's. Megatron's CLIP has no norm after its last layer.
     """
     patches = module.input
     assert isinstance(patches, Patches)
@@ -87,10 +97,23 @@ def vision_spec(module: Module) -> ModuleSpec:
             "img_w": side,
             "add_class_token": patches.extra_tokens > 0,
             "class_token_len": patches.extra_tokens,
+            **_norms(),
             "model_subtype": "clip" if patches.normed else "siglip",
         },
     )
     return _with_projector(VisionModalitySubmodules, {"vit": tower}, module)
+
+
+def _norms() -> dict[str, Any]:
+    """The norms beside the layers: without Transformer Engine CLIPViTModel's own cannot be built.
+
+    Source:
+        megatron/core/models/vision/clip_vit_model.py, core_v0.19.0: torch's LayerNorm, which takes
+        no configuration.
+    """
+    if HAVE_TE:
+        return {}
+    return {"ln_pre_impl": WrappedTorchNorm, "ln_post_impl": WrappedTorchNorm}
 
 
 def audio_spec(module: Module) -> ModuleSpec:

@@ -126,3 +126,15 @@ def test_bridge_refuses_shared_ranks():
 
     with pytest.raises(PlanError, match=r"ranks=0-3 must be 8-11.* for Megatron-Bridge; run the"):
         to_bridge(Plan.loads(HOMOGENEOUS, where="plan.yaml"))
+
+
+def test_whisper_gives_its_last_hidden_states():
+    import torch
+
+    from megatron_mosaic.recipes.whisper import WhisperTower
+
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16}
+    tower = WhisperTower(**sizes)
+
+    # 30 seconds of 100 frames, halved by the second convolution.
+    assert tower(torch.zeros(2, 80, 3000)).shape == (2, 1500, 8)
