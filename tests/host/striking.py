@@ -79,7 +79,8 @@ def train(
     script = import_module(f"tests.parity.{script_of(Path(plan))}")
     if folder is not None:
         (Path(folder) / f"pid{rank}").write_text(str(os.getpid()))
-    script.loss_func = checked(script.loss_func)
+    if hasattr(script, "loss_func"):
+        script.loss_func = checked(script.loss_func)
     if strike is not None and rank in strike.ranks[:1]:
         script.forward_step = struck(script.forward_step, strike, folder)
     if strike is not None and not strike.ranks:

@@ -104,12 +104,23 @@ if __name__ == "__main__":
 def _agent(node: str, port: int, script: Path, folder: Path) -> subprocess.Popen:
     launch = ("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "2")
     meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run")
+    # How long to wait for more nodes, and how soon one is given up.
+    waits = ("--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3")
     ours = ("-m", "megatron_mosaic.run", "--mosaic-device", "cpu", str(script))
     plan = ("--mosaic-plan", str(folder / "plan-{world_size}.yaml"))
     saving = ("--save", str(folder / "saved"), "--load", str(folder / "saved"))
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "torch.distributed.run", *launch, *meet, *ours, *ARGUMENTS),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *launch,
+                *meet,
+                *waits,
+                *ours,
+                *ARGUMENTS,
+            ),
             *(*OPTIONS, *HEARTBEAT, *IMAGES, *saving, "--save-interval", "1", *plan),
         ],
         stdout=subprocess.PIPE,
