@@ -102,26 +102,28 @@ def _without_copy(own: dict, other: dict) -> dict:
 @pytest.mark.parametrize(
     ("saved_under", "resumed_under", "options"),
     [
-        ("colocated_v2_l2", "colocated_v2_l2", SHARDED),
+        pytest.param("colocated_v2_l2", "colocated_v2_l2", SHARDED, marks=pytest.mark.slow),
         ("colocated_v2_l2", "colocated_v2_l2pp2", SHARDED),
         ("colocated_v2_l2", "partial_interleaved", SHARDED),
         ("colocated_v2_l2", "items_colocated", SHARDED),
         ("partial_interleaved", "one_rank", SHARDED),
-        ("disjoint_v2_lpp2", "disjoint_v2_lpp2", SHARDED),
+        pytest.param("disjoint_v2_lpp2", "disjoint_v2_lpp2", SHARDED, marks=pytest.mark.slow),
         ("disjoint_v2_lpp2", "colocated_v2_l2", SHARDED),
         ("colocated_v2_l2", "disjoint_v2_lpp2", ()),
         ("idle_rank", "idle_rank", SHARDED),
         ("encoders_on_shared_ranks", "encoders_apart", SEVERAL),
         ("output_on_shared_ranks", "output_apart", OUTPUT),
-        ("virtual_pp2", "virtual_pp2", SHARDED),
-        ("virtual_pp2", "one_rank", SHARDED),
+        pytest.param("virtual_pp2", "virtual_pp2", SHARDED, marks=pytest.mark.slow),
+        pytest.param("virtual_pp2", "one_rank", SHARDED, marks=pytest.mark.slow),
         ("colocated_v2_l2", "virtual_pp2", SHARDED),
         ("virtual_vision", "virtual_uneven_disjoint", SHARDED),
-        ("virtual_uneven_disjoint", "colocated_v2_l2pp2", SHARDED),
-        ("virtual_uneven_vision", "one_rank", DEEP),
+        pytest.param(
+            "virtual_uneven_disjoint", "colocated_v2_l2pp2", SHARDED, marks=pytest.mark.slow
+        ),
+        pytest.param("virtual_uneven_vision", "one_rank", DEEP, marks=pytest.mark.slow),
         ("colocated_v2_l2", "virtual_uneven_vision", DEEP),
         ("virtual_tied_one_rank", "virtual_tied_pp2", TIED),
-        ("virtual_tied_pp2", "virtual_tied_one_rank", TIED),
+        pytest.param("virtual_tied_pp2", "virtual_tied_one_rank", TIED, marks=pytest.mark.slow),
         ("mask_embedded_pp2", "mask_embedded_cp2_virtual", MASKED),
     ],
 )
@@ -167,7 +169,11 @@ STOCK_RUNS = {
 
 @pytest.mark.parametrize(
     ("stock", "plan"),
-    [("one", "disjoint_v2_lpp2"), ("tp2", "partial_interleaved"), ("one", "virtual_pp2")],
+    [
+        ("one", "disjoint_v2_lpp2"),
+        ("tp2", "partial_interleaved"),
+        pytest.param("one", "virtual_pp2", marks=pytest.mark.slow),
+    ],
 )
 def test_plan_resumes_a_stock_run(tmp_path, stock, plan):
     world_size, options = STOCK_RUNS[stock]
@@ -180,7 +186,11 @@ def test_plan_resumes_a_stock_run(tmp_path, stock, plan):
 
 
 @pytest.mark.parametrize(
-    ("plan", "stock"), [("disjoint_v2_lpp2", "tp2"), ("colocated_v2_l2", "one")]
+    ("plan", "stock"),
+    [
+        ("disjoint_v2_lpp2", "tp2"),
+        pytest.param("colocated_v2_l2", "one", marks=pytest.mark.slow),
+    ],
 )
 def test_stock_run_resumes_a_plan(tmp_path, plan, stock):
     world_size, options = STOCK_RUNS[stock]
@@ -203,10 +213,10 @@ def _assert_close(losses: list[dict], expected: list[dict]) -> None:
 @pytest.mark.parametrize(
     ("saved_under", "resumed_under", "options"),
     [
-        ("moe_ep2_dp2", "moe_ep2_dp2", SHARDED),
+        pytest.param("moe_ep2_dp2", "moe_ep2_dp2", SHARDED, marks=pytest.mark.slow),
         ("moe_ep2_dp2", "moe_ep2_tp2_etp1", SHARDED),
         ("moe_ep2_tp2_etp1", "moe_ep2_pp2", SHARDED),
-        ("moe_ep2_pp2", "moe_ep2_tp2_etp2", SHARDED),
+        pytest.param("moe_ep2_pp2", "moe_ep2_tp2_etp2", SHARDED, marks=pytest.mark.slow),
         ("moe_ep2_tp2_etp2", "moe_ep2_dp2", ()),
     ],
 )

@@ -52,10 +52,10 @@ QUICK = [
     ("wrong_gradient_scale", "stages", PARITY),
     ("sends_that_only_tags_match", "stages", ORDER),
     ("missing_lane_event", "lanes", RUN),
-    ("wrong_replica_id_in_a_checkpoint", "stages", RUN),
-    ("layers_on_other_stages", "stages", LAYERS),
 ]
 OTHERS = [
+    ("wrong_replica_id_in_a_checkpoint", "stages", RUN),
+    ("layers_on_other_stages", "stages", LAYERS),
     ("stale_route", "apart", RUN),
     ("gradient_not_divided_by_replicas", "apart", PARITY),
     ("sends_posted_in_unlike_order", "stages", SCHEDULE),
