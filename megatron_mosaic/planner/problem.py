@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import yaml
 
-from megatron_mosaic.cluster.spec import Cluster
+from megatron_mosaic.cluster.sm_partition import granularity, split_for
+from megatron_mosaic.cluster.spec import Cluster, Gpu
 from megatron_mosaic.cost.sizes import TrainingSettings
 from megatron_mosaic.errors import PlanError
 from megatron_mosaic.fields import nearest, show
@@ -119,6 +120,10 @@ class Problem:
         pins: What is fixed.
         space: Where to look.
         reserved_bytes: Memory of a GPU that plans leave free, as ``RESERVED_BYTES`` says.
+
+    Raises:
+        PlanError: There are too few GPUs or samples, or the model is of no kind that is planned.
+        LayoutError: The GPU cannot give the quotas that are fixed.
     """
 
     model: ModelSpec
@@ -144,6 +149,7 @@ class Problem:
             )
         _check_edges(self.model)
         _check_mask(self.model)
+        _check_quotas(self.pins.quotas, self.cluster.gpu)
 
     @property
     def memory_bytes(self) -> float:
@@ -230,6 +236,17 @@ def read_pins(written: Mapping[str, str], *, model: ModelSpec) -> Pins:
             field_name = _plan_field(key, model)
             rest[field_name] = _plan_value(key, value)
     return Pins(modules=modules, quotas=quotas, **_with_kind(rest, quotas))
+
+
+def _check_quotas(quotas: Mapping[str, int | None], gpu: Gpu) -> None:
+    """Checks that a GPU can give the quotas that are fixed; which it could else is not known."""
+    if gpu.compute_capability is not None:
+        split_for(
+            list(quotas.values()),
+            num_sms=gpu.num_sms,
+            sizes=granularity(gpu.compute_capability),
+            where=f"set: gpu {gpu.name}",
+        )
 
 
 def _with_kind(rest: Mapping[str, Any], quotas: Mapping[str, int | None]) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ def describe_lanes(plan: Plan) -> str:
             ranks_of.setdefault(lanes, []).extend(kind.ranks)
     own = quotas(plan)
     return "\n".join(
-        f"{ranks_text(show_ranks(sorted(ranks)).strip('[]'))} run at the same time: "
+        f"{ranks_text(show_ranks(sorted(ranks)).strip('[]'))}: at the same time "
         + ", ".join(f"{name} ({own.get(name, 'all SMs')})" for name in lanes)
         for lanes, ranks in ranks_of.items()
     )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mosaic.errors import PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.schedule.graph import RankKind, Stage, rank_kinds, stage_order
 from megatron_mosaic.schedule.parts import Link, Part, lanes_of_parts, links_of, parts_of
@@ -140,6 +141,10 @@ def program_of_lists(
         lists: Tasks of every kind of ranks; ``stage`` counts the plan's ``stage_order``.
         ahead: Modules that run a step ahead.
         apart: Whether replicas on ranks of several kinds may run a task each at its own time.
+
+    Raises:
+        PlanError: Ranks that host the same stages would wait for each other in a circle, although
+            single ones would not.
     """
     kinds, found = rank_kinds(plan), None
     if not apart:
@@ -148,7 +153,11 @@ def program_of_lists(
     if found is None:
         parts = parts_of(plan, kinds, apart=True)
         found = _common_order(plan, lists, parts, ahead)
-    assert found is not None, "the schedule must be one that verify accepts"
+    if found is None:
+        raise PlanError(
+            "schedule: order of tasks must let all ranks that host the same stages come to each "
+            "task together; write them in one order common to these ranks"
+        )
     return wire(plan, found, parts=parts, ahead=ahead)
 
 

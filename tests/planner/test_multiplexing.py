@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.optimal_sharing import fastest_shared
 from megatron_mosaic.cli import main
 from megatron_mosaic.cluster.shipped import load_cluster
-from megatron_mosaic.errors import PlanError
+from megatron_mosaic.errors import LayoutError, PlanError
 from megatron_mosaic.layout.plan import Plan
 from megatron_mosaic.planner import multiplexing
 from megatron_mosaic.planner.explanation import as_document, explain
@@ -106,10 +106,16 @@ def test_quota_that_cannot_be_is_refused(pins, message):
         read_pins(pins, model=TWO.model)
 
 
+def test_quota_that_the_gpu_cannot_give_is_refused_with_those_next_to_it():
+    message = r"^set: gpu .*: share\.sms=33 must be a group of >= 8 SMs .*; use 32 or 36$"
+
+    with pytest.raises(LayoutError, match=message):
+        problem(TWO.model, pins={"vision.share.sms": "33"})
+
+
 @pytest.mark.parametrize(
     ("pins", "message"),
     [
-        ({"vision.share.sms": "33"}, "quotas that the GPU can give"),
         ({"placement": "homogeneous"}, "a layout whose modules share ranks"),
         ({"language.tensor_model_parallel_size": "2"}, "CUDA_DEVICE_MAX_CONNECTIONS=1 before"),
     ],

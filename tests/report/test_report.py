@@ -202,7 +202,7 @@ def test_timeline_of_lanes_has_the_times_under_quotas_and_the_slowdown():
 
 def test_lanes_are_told_in_a_line_for_ranks_that_share_the_same():
     assert describe_lanes(lanes_plan()) == (
-        "ranks 0-1 run at the same time: language (all SMs), vision (32 SMs)"
+        "ranks 0-1: at the same time language (all SMs), vision (32 SMs)"
     )
     assert describe_lanes(plan_with()) == ""
 

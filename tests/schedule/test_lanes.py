@@ -15,7 +15,7 @@ from megatron_mosaic.schedule.build import build_schedule
 from megatron_mosaic.schedule.drawing import draw
 from megatron_mosaic.schedule.lanes import Joins, joins, lane_steps, lanes_of
 from megatron_mosaic.schedule.order import write_order
-from megatron_mosaic.schedule.races import Race, VectorClocks, accesses, find_race
+from megatron_mosaic.schedule.races import accesses, find_race
 from megatron_mosaic.schedule.steps import (
     Compute,
     Post,
@@ -151,43 +151,6 @@ def test_task_of_ranks_with_one_module_is_alone():
     schedule = build_schedule(plan)
 
     assert alone_tasks(plan, schedule, 1) == set(schedule.tasks[1])
-
-
-def test_clocks_report_an_access_that_no_event_orders():
-    clocks = VectorClocks()
-
-    assert clocks.access("vision", "rows", writes=True) is None
-    assert clocks.access("language", "rows", writes=False) == Race("rows", "language", "vision")
-
-
-def test_clocks_know_what_is_before_an_event_and_not_what_is_behind():
-    clocks = VectorClocks()
-    clocks.access("vision", "rows 0", writes=True)
-    event = clocks.record("vision")
-    clocks.access("vision", "rows 1", writes=True)
-    clocks.wait("language", event)
-
-    assert clocks.access("language", "rows 0", writes=True) is None
-    assert clocks.access("language", "rows 1", writes=False) is not None
-
-
-def test_clocks_pass_on_what_a_lane_has_waited_for():
-    clocks = VectorClocks()
-    clocks.access("audio", "rows", writes=True)
-    clocks.wait("vision", clocks.record("audio"))
-    clocks.wait("language", clocks.record("vision"))
-
-    assert clocks.access("language", "rows", writes=True) is None
-
-
-def test_clocks_let_lanes_read_the_same_and_report_the_write_behind():
-    clocks = VectorClocks()
-
-    assert clocks.access("vision", "weights", writes=False) is None
-    assert clocks.access("language", "weights", writes=False) is None
-    assert clocks.access("language", "weights", writes=True) == Race(
-        "weights", "language", "vision"
-    )
 
 
 def test_race_is_told_with_what_and_who():
