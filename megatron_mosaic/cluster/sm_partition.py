@@ -77,12 +77,6 @@ def _legal(num_sms: int, sizes: Granularity) -> tuple[int, ...]:
     return tuple(sorted({*groups, *rest}))
 
 
-def rounded_up(sms: int, *, num_sms: int, compute_capability: tuple[int, int]) -> int | None:
-    """Smallest quota of at least ``sms``; None is the whole GPU, as none is that large."""
-    legal = quotas(num_sms, compute_capability=compute_capability)
-    return next((quota for quota in legal if quota >= sms), None)
-
-
 def partitions(
     num_sms: int, *, compute_capability: tuple[int, int], num_lanes: int
 ) -> Iterator[tuple[int, ...]]:

@@ -3,7 +3,6 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import NamedTuple
 
 from megatron_mosaic.cluster.spec import Gpu, SharingCurves
@@ -133,18 +132,6 @@ def _between(rates: Mapping[int, float], *, sms: int, num_sms: int) -> float:
     fewer = counts[place - 1]
     part = (sms - fewer) / (more - fewer)
     return known[fewer] + part * (known[more] - known[fewer])
-
-
-def static_grid_rate(sms: int, *, num_sms: int) -> float:
-    """Rate of a kernel whose grid has one block for each of all multiprocessors.
-
-    Some of them run the blocks in whole waves: on two thirds of them it takes two, as on half.
-
-    Args:
-        sms: Multiprocessors that it has.
-        num_sms: Blocks of the grid.
-    """
-    return 1 / ceil(num_sms / sms)
 
 
 def sms_beside(quotas: Sequence[int | None], *, num_sms: int) -> list[int]:

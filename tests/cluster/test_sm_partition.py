@@ -9,7 +9,6 @@ from megatron_mosaic.cluster.sm_partition import (
     granularity,
     partitions,
     quotas,
-    rounded_up,
     split_for,
 )
 from megatron_mosaic.errors import LayoutError
@@ -83,15 +82,6 @@ def test_one_lane_has_the_whole_gpu():
 
 def test_more_lanes_than_groups_have_no_partition():
     assert list(partitions(20, compute_capability=H200, num_lanes=3)) == []
-
-
-@pytest.mark.parametrize(("sms", "quota"), [(1, 8), (8, 8), (9, 12), (33, 36), (125, 128)])
-def test_rounding_goes_up_to_the_next_quota(sms, quota):
-    assert rounded_up(sms, num_sms=132, compute_capability=H200) == quota
-
-
-def test_rounding_beyond_the_largest_quota_is_the_whole_gpu():
-    assert rounded_up(129, num_sms=132, compute_capability=H200) is None
 
 
 @pytest.mark.parametrize(
@@ -175,19 +165,6 @@ def test_every_partition_can_be_split_into_disjoint_lanes(device, num_lanes, ran
     assert found.group_sms >= sizes.least
     assert found.group_sms % sizes.multiple == 0
     assert found.num_groups * found.group_sms <= num_sms
-
-
-@given(st.sampled_from(DEVICES), st.integers(1, 200))
-def test_rounding_never_lowers_and_stays_legal(device, sms):
-    num_sms, compute_capability = device
-    legal = quotas(num_sms, compute_capability=compute_capability)
-
-    quota = rounded_up(sms, num_sms=num_sms, compute_capability=compute_capability)
-
-    assert quota is None or (quota >= sms and quota in legal)
-    assert quota is not None or sms > max(legal)
-    more = rounded_up(sms + 1, num_sms=num_sms, compute_capability=compute_capability)
-    assert more is None or (quota is not None and quota <= more)
 
 
 @given(st.sampled_from(DEVICES))

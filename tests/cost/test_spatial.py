@@ -15,9 +15,9 @@ from megatron_mosaic.cost.spatial import (
     rate_share,
     slowdowns,
     sms_beside,
-    static_grid_rate,
 )
 from megatron_mosaic.errors import PlanError
+from tests.cost.stair import static_grid_rate
 from tests.cost.test_efficiency import GPU as WHOLE
 from tests.cost.test_efficiency import MATMUL
 
@@ -106,15 +106,6 @@ def test_passes_of_attention_have_rates_of_their_own():
 
     curves = ("attention.forward", "attention.backward", "latent_attention.backward")
     assert [rate_share(known, curve, sms=50, num_sms=100) for curve in curves] == [0.6, 0.7, 0.7]
-
-
-def test_grid_of_a_fixed_number_of_blocks_runs_in_whole_waves():
-    # 132 blocks: one wave on 132 multiprocessors, two down to 66, three down to 44.
-    assert [static_grid_rate(sms, num_sms=132) for sms in (132, 131, 66, 65, 44)] == [
-        1, 0.5, 0.5, 1 / 3, 1 / 3,
-    ]  # fmt: skip
-    # Over what it would be in proportion: (132 / n) / ceil(132 / n), here 1.32 / 2.
-    assert static_grid_rate(100, num_sms=132) / (100 / 132) == pytest.approx(0.66)
 
 
 def test_stair_is_a_table_of_rates():

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mosaic.cluster.cluster_file import load_gpu
 from megatron_mosaic.cluster.spec import SharingCurves
-from megatron_mosaic.cost.spatial import rate_share, slowdowns, static_grid_rate
+from megatron_mosaic.cost.spatial import rate_share, slowdowns
 from megatron_mosaic.profile.measurements import TimedOperation
 from megatron_mosaic.profile.sharing_fit import (
     TimedPair,
@@ -20,6 +20,7 @@ from megatron_mosaic.profile.sharing_fit import (
     fit_sharing,
     kind_of,
 )
+from tests.cost.stair import static_grid_rate
 
 SMS = 132
 COUNTS = (*range(8, 132, 8), SMS)
